@@ -1,2 +1,107 @@
-//! The `tercet` command.
-fn main() {}
+//! The `tercet` command. Every verb is one file (or folder) with an `Args` and a `run`.
+
+mod doctor;
+mod error;
+mod human;
+mod interrupt;
+mod lock;
+mod machine;
+mod yardstick;
+
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Language models whose attention is sparse from the first step.
+///
+/// Every query reads compressed summaries of the past, the few blocks those summaries point to,
+/// and a sliding window (Native Sparse Attention, arXiv 2502.11089).
+#[derive(Parser)]
+#[command(
+    name = "tercet",
+    version,
+    propagate_version = true,
+    after_help = "Start here: tercet quickstart\n\
+                  Exit codes: 0 fine, 2 something in what you gave, 1 a fault of tercet.\n\
+                  TERCET_LOG=debug shows more of what is happening."
+)]
+struct Cli {
+    /// Worker threads; results do not depend on it [default: one per logical core]
+    #[arg(long, global = true, value_name = "N", display_order = 900)]
+    threads: Option<NonZeroUsize>,
+
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Doctor(doctor::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    std::panic::set_hook(Box::new(report_panic));
+    match std::panic::catch_unwind(|| run(&cli)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            eprintln!("tercet: {error:#}");
+            ExitCode::from(error::exit_code(&error))
+        }
+        // The hook has already said what happened.
+        Err(_) => ExitCode::from(1),
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_env("TERCET_LOG").unwrap_or_else(|_| "warn".into()))
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+    if let Some(threads) = cli.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
+    }
+    if !cli.verb.has_something_to_save() {
+        interrupt::end_on_closed_pipe()?;
+    }
+    match &cli.verb {
+        Verb::Doctor(args) => doctor::run(args),
+    }
+}
+
+impl Verb {
+    /// Whether a closed output pipe must not end the verb.
+    fn has_something_to_save(&self) -> bool {
+        false
+    }
+}
+
+/// One sentence instead of a backtrace: a panic is always our fault, never the user's.
+fn report_panic(info: &std::panic::PanicHookInfo) {
+    let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line()));
+    let text = info.payload_as_str().unwrap_or("unknown");
+    eprintln!(
+        "tercet: this is a bug in tercet, not in what you gave it: {text}{}\n\
+         Please report it with the command you ran and the output of `tercet doctor`.",
+        place.unwrap_or_default()
+    );
+    if std::env::var_os("RUST_BACKTRACE").is_some() {
+        eprintln!("{}", std::backtrace::Backtrace::force_capture());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}
