@@ -29,4 +29,7 @@ pub enum Error {
     /// A parameter of the compressor is missing, or given where none belongs.
     #[error("compressor: {0}")]
     Phi(String),
+    /// A list of selected blocks that no selection could have made.
+    #[error("selected blocks: {0}")]
+    Indices(String),
 }
