@@ -1,1 +1,39 @@
-//! Skeleton.
+//! Just enough tensor for a decoder: contiguous storage, a tape, one file an op.
+//!
+//! * [`Tensor`] is contiguous, immutable while shared, and cheap to clone.
+//! * [`Tape`] records ops on [`Var`]s and walks them back into [`Grads`]; it frees what an op
+//!   saved as soon as the op's backward has run.
+//! * [`ops`] holds the differentiable operations, each computing in f32 whatever the storage.
+//! * [`AdamW`] and [`clip`] turn gradients into the next weights.
+//!
+//! Results carry the same bits on every run and for any number of threads: sums are cut at
+//! places that depend on the shapes alone. The crate knows neither models nor text.
+
+mod adamw;
+mod backward;
+pub mod clip;
+mod dtype;
+mod error;
+mod grads;
+mod math;
+mod matmul;
+pub mod ops;
+mod parallel;
+pub mod pool;
+mod rope_table;
+mod simd;
+mod tape;
+mod tensor;
+
+pub use adamw::{AdamW, AdamWConfig, AdamWState, SlotState};
+pub use dtype::{DType, Device};
+pub use error::Error;
+pub use grads::Grads;
+pub use rope_table::{Llama3Scaling, RopeTable, YarnScaling};
+pub use tape::{Tape, Var};
+pub use tensor::Tensor;
+pub use tercet_attention::cpu::Mask;
+pub use tercet_attention::{Compressor, NsaSpec};
+
+/// Result of every fallible call of this crate.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,149 @@
+//! The walk back: gradients on their way from an op's outputs to its inputs.
+
+use crate::dtype::Float;
+use crate::parallel;
+use crate::pool::Buffer;
+use crate::tape::Source;
+use crate::{DType, Error, Grads, Result, Tensor, Var};
+
+/// Holds the gradients that wait for the op that made their value. A gradient has its value's
+/// storage type; the gradients of parameters are f32.
+pub(crate) struct Backward<'g> {
+    tape: u64,
+    pending: Vec<Option<Tensor>>,
+    grads: &'g mut Grads,
+}
+
+impl<'g> Backward<'g> {
+    pub(crate) fn new(tape: u64, values: usize, grads: &'g mut Grads) -> Self {
+        Backward { tape, pending: vec![None; values], grads }
+    }
+
+    pub(crate) fn grads(&mut self) -> &mut Grads {
+        self.grads
+    }
+
+    fn pending(&mut self, tape: u64, index: usize) -> Result<&mut Option<Tensor>> {
+        match self.pending.get_mut(index) {
+            Some(slot) if tape == self.tape => Ok(slot),
+            _ => Err(Error::Tape("a gradient for a value of another tape")),
+        }
+    }
+
+    /// Removes the gradient gathered so far; `None` for parameters and constants.
+    pub(crate) fn take(&mut self, source: Source) -> Option<Tensor> {
+        match source {
+            Source::Value { tape, index } => self.pending(tape, index).ok()?.take(),
+            _ => None,
+        }
+    }
+
+    /// Adds a whole gradient, in the value's storage type; the first one is moved in.
+    pub(crate) fn give(&mut self, to: Source, gradient: Tensor) -> Result<()> {
+        match to {
+            Source::Constant => Ok(()),
+            Source::Param(slot) => self.grads.give(slot, gradient.to_dtype(DType::F32)?),
+            Source::Value { tape, index } => {
+                let slot = self.pending(tape, index)?;
+                let sum = match slot.take() {
+                    None => gradient,
+                    Some(sum) => add(sum, gradient)?,
+                };
+                *slot = Some(sum);
+                Ok(())
+            }
+        }
+    }
+
+    /// Lets `f(sum, add)` write the gradient of a variable in the variable's storage type:
+    /// on top of `sum` when `add`, else overwriting it wholly. Not called for constants.
+    pub(crate) fn accumulate<E: Float>(
+        &mut self,
+        to: Source,
+        shape: &[usize],
+        f: impl FnOnce(&mut [E], bool) -> Result<()>,
+    ) -> Result<()> {
+        match to {
+            Source::Constant => Ok(()),
+            Source::Param(_) => {
+                let mut buffer = Buffer::<E>::stale(shape.iter().product());
+                f(&mut buffer, false)?;
+                self.give(to, Tensor::from_buffer(buffer, shape))
+            }
+            Source::Value { tape, index } => {
+                let slot = self.pending(tape, index)?;
+                let (mut sum, filled) = match slot.take() {
+                    Some(sum) => (sum, true),
+                    None => (Tensor::stale(E::DTYPE, shape), false),
+                };
+                f(sum.view_mut("backward", "the gradient")?, filled)?;
+                *slot = Some(sum);
+                Ok(())
+            }
+        }
+    }
+
+    /// As [`Backward::accumulate`], in f32 whatever the variable's storage: for gradients of
+    /// weights, which land in their slot without a detour.
+    pub(crate) fn accumulate_f32(
+        &mut self,
+        to: &Weight,
+        f: impl FnOnce(&mut [f32], bool) -> Result<()>,
+    ) -> Result<()> {
+        match to.source {
+            Source::Constant => Ok(()),
+            Source::Param(slot) => {
+                let (sum, filled) = self.grads.accumulate(slot, &to.shape)?;
+                f(sum, filled)
+            }
+            Source::Value { .. } => {
+                let mut buffer = Buffer::<f32>::stale(to.shape.iter().product());
+                f(&mut buffer, false)?;
+                self.give(to.source, Tensor::from_buffer(buffer, &to.shape).to_dtype(to.dtype)?)
+            }
+        }
+    }
+}
+
+/// What the backward of an op must know of a weight to give it its gradient.
+pub(crate) struct Weight {
+    source: Source,
+    shape: Vec<usize>,
+    dtype: DType,
+}
+
+impl Weight {
+    pub(crate) fn of(var: &Var) -> Self {
+        Weight { source: var.source(), shape: var.shape().to_vec(), dtype: var.dtype() }
+    }
+
+    pub(crate) fn wants_grad(&self) -> bool {
+        self.source != Source::Constant
+    }
+}
+
+/// `a + b`, written over whichever of the two nobody else holds.
+fn add(mut a: Tensor, mut b: Tensor) -> Result<Tensor> {
+    fn run<E: Float>(a: &mut Tensor, b: &Tensor) -> Result<()> {
+        let b = b.view::<E>("backward", "the gradient")?;
+        let a = a.view_mut::<E>("backward", "the gradient")?;
+        if a.len() != b.len() {
+            return Err(Error::shape("backward", "a gradient", format!("{}", a.len()), &[b.len()]));
+        }
+        parallel::map(a, b, add_slice);
+        Ok(())
+    }
+    if !a.is_unique() && b.is_unique() {
+        std::mem::swap(&mut a, &mut b);
+    }
+    crate::dtype::float_dispatch!("backward", a.dtype(), run(&mut a, &b))?;
+    Ok(a)
+}
+
+crate::simd::multiversion! {
+    fn add_slice<E: Float>(a: &mut [E], b: &[E]) {
+        for (a, b) in a.iter_mut().zip(b) {
+            *a = E::from_f32(a.to_f32() + b.to_f32());
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! What can be wrong with a call.
+
+use crate::DType;
+
+/// Errors of tensors, ops and the tape. All are the caller's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A tensor whose shape an op cannot take.
+    #[error("{op}: {what} has shape {got:?}, expected {expected}")]
+    Shape {
+        /// The op.
+        op: &'static str,
+        /// Which argument.
+        what: &'static str,
+        /// What it takes, with this call's numbers.
+        expected: String,
+        /// What it was given.
+        got: Vec<usize>,
+    },
+    /// A tensor stored in a type an op cannot take.
+    #[error("{op}: {what} is {got}, expected {expected}")]
+    DType {
+        /// The op.
+        op: &'static str,
+        /// Which argument.
+        what: &'static str,
+        /// What it takes.
+        expected: &'static str,
+        /// What it was given.
+        got: DType,
+    },
+    /// A value outside what an op can take: an index, a factor, a list of offsets.
+    #[error("{op}: {text}")]
+    Value {
+        /// The op.
+        op: &'static str,
+        /// What was wrong and what was expected.
+        text: String,
+    },
+    /// The attention operator refused its input.
+    #[error("{op}: {source}")]
+    Attention {
+        /// The op.
+        op: &'static str,
+        /// Its reason.
+        source: tercet_attention::Error,
+    },
+    /// A variable used where it does not belong.
+    #[error("tape: {0}")]
+    Tape(&'static str),
+}
+
+impl Error {
+    pub(crate) fn shape(
+        op: &'static str,
+        what: &'static str,
+        expected: impl Into<String>,
+        got: &[usize],
+    ) -> Self {
+        Error::Shape { op, what, expected: expected.into(), got: got.to_vec() }
+    }
+
+    pub(crate) fn value(op: &'static str, text: impl Into<String>) -> Self {
+        Error::Value { op, text: text.into() }
+    }
+
+    pub(crate) fn attention(op: &'static str) -> impl FnOnce(tercet_attention::Error) -> Self {
+        move |source| Error::Attention { op, source }
+    }
+}

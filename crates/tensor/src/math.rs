@@ -1,0 +1,1 @@
+//! Fast elementary functions.
