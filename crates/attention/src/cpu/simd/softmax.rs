@@ -1,0 +1,320 @@
+//! Softmax steps on tiles of base-2 scores (the scale carries log2 e, so exp is exp2).
+
+use super::lanes::Lanes;
+use super::{PAD, isa};
+
+/// One step of the online softmax (Milakov & Gimelshein 2018; FlashAttention) over a tile.
+pub(in super::super) struct Online<'a> {
+    /// Columns of the tile, a multiple of [`PAD`].
+    pub width: usize,
+    /// Visible columns of each tile row: from, to. The rest become 0.
+    pub visible: &'a [(u32, u32)],
+    /// The state row of each tile row; in order when absent.
+    pub rows: Option<&'a [u32]>,
+    /// Columns of the output rows, a multiple of [`PAD`].
+    pub out_width: usize,
+}
+
+/// [`Online`] with its buffers, checked.
+pub(super) struct RawOnline<'a> {
+    x: &'a Online<'a>,
+    s: *mut f32,
+    max: *mut f32,
+    sum: *mut f32,
+    out: *mut f32,
+}
+
+impl Online<'_> {
+    /// Scores `s` `[m, width]` become probabilities relative to the running maximum `max`
+    /// `[rows]`; the running sums `sum` `[rows, PAD]` and outputs `out` `[rows, out_width]` are
+    /// rescaled where the maximum grew.
+    pub fn run(&self, s: &mut [f32], max: &mut [f32], sum: &mut [f32], out: &mut [f32]) {
+        let m = self.visible.len();
+        let last = match self.rows {
+            None => m,
+            Some(rows) => {
+                assert!(rows.len() == m, "a row list of another length");
+                rows.iter().max().map_or(0, |&r| r as usize + 1)
+            }
+        };
+        assert!(self.width.is_multiple_of(PAD) && self.out_width.is_multiple_of(PAD));
+        assert!(m * self.width <= s.len(), "the score tile is too short");
+        assert!(last <= max.len() && last * PAD <= sum.len(), "the state is too short");
+        assert!(last * self.out_width <= out.len(), "the output is too short");
+        let ends = self.visible.iter().all(|&(a, b)| a <= b && b as usize <= self.width);
+        assert!(ends, "a visible range leaves the tile");
+        let raw = RawOnline {
+            x: self,
+            s: s.as_mut_ptr(),
+            max: max.as_mut_ptr(),
+            sum: sum.as_mut_ptr(),
+            out: out.as_mut_ptr(),
+        };
+        // SAFETY: extents checked above; the table fits the machine.
+        unsafe { (isa().online)(&raw) }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn online<L: Lanes>(raw: &RawOnline) {
+    let x = raw.x;
+    // SAFETY: rows and columns are inside the extents that `Online::run` checked.
+    unsafe {
+        for (i, &(from, to)) in x.visible.iter().enumerate() {
+            let s = raw.s.add(i * x.width);
+            hide::<L>(s, x.width, from as usize, to as usize, f32::NEG_INFINITY);
+            if from == to {
+                hide::<L>(s, x.width, 0, 0, 0.0);
+                continue;
+            }
+            let row = x.rows.map_or(i, |rows| *rows.get_unchecked(i) as usize);
+            let old = *raw.max.add(row);
+            let new = reduce_max::<L>(s, x.width).max(old);
+            let sum = raw.sum.add(row * PAD);
+            if new > old {
+                let factor = if old == f32::NEG_INFINITY { 0.0 } else { (old - new).exp2() };
+                *raw.max.add(row) = new;
+                scale::<L>(sum, factor, PAD);
+                scale::<L>(raw.out.add(row * x.out_width), factor, x.out_width);
+            }
+            exp2_and_sum::<L>(s, x.width, new, sum);
+        }
+    }
+}
+
+/// Sets everything outside `from..to` to `value`.
+#[inline(always)]
+unsafe fn hide<L: Lanes>(s: *mut f32, width: usize, from: usize, to: usize, value: f32) {
+    // SAFETY: from ≤ to ≤ width.
+    unsafe {
+        for j in 0..from {
+            *s.add(j) = value;
+        }
+        for j in to..width {
+            *s.add(j) = value;
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn scale<L: Lanes>(x: *mut f32, factor: f32, n: usize) {
+    // SAFETY: n is whole vectors.
+    unsafe {
+        let f = L::splat(factor);
+        for j in (0..n).step_by(L::LANES) {
+            L::store(x.add(j), L::mul(L::load(x.add(j)), f));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn reduce_max<L: Lanes>(s: *const f32, n: usize) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; PAD];
+    // SAFETY: n is whole vectors, at least one.
+    unsafe {
+        let mut best = L::load(s);
+        for j in (L::LANES..n).step_by(L::LANES) {
+            best = L::max(best, L::load(s.add(j)));
+        }
+        L::store(lanes.as_mut_ptr(), best);
+    }
+    let mut half = PAD / 2;
+    while half > 0 {
+        for j in 0..half {
+            lanes[j] = if lanes[j] > lanes[j + half] { lanes[j] } else { lanes[j + half] };
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// s ← 2^(s − max); adds to the [`PAD`] partial sums.
+#[inline(always)]
+unsafe fn exp2_and_sum<L: Lanes>(s: *mut f32, n: usize, max: f32, sum: *mut f32) {
+    // A row whose scores are all −∞ has nothing to weigh; any finite maximum gives zeros.
+    let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    // SAFETY: n and PAD are whole vectors.
+    unsafe {
+        let m = L::splat(max);
+        for lane in (0..PAD).step_by(L::LANES) {
+            let mut total = L::load(sum.add(lane));
+            for j in (lane..n).step_by(PAD) {
+                let p = L::exp2(L::sub(L::load(s.add(j)), m));
+                L::store(s.add(j), p);
+                total = L::add(total, p);
+            }
+            L::store(sum.add(lane), total);
+        }
+    }
+}
+
+/// See [`super::softmax_row`].
+#[inline(always)]
+pub(super) unsafe fn row<L: Lanes>(s: *mut f32, n: usize) -> (f32, f32) {
+    if n == 0 {
+        return (f32::NEG_INFINITY, 0.0);
+    }
+    let mut sum = [0.0; PAD];
+    // SAFETY: n is whole vectors, by contract.
+    unsafe {
+        let max = reduce_max::<L>(s, n);
+        exp2_and_sum::<L>(s, n, max, sum.as_mut_ptr());
+        (max, total(&sum))
+    }
+}
+
+/// The sum of [`PAD`] partial sums, pairwise.
+pub(in super::super) fn total(lanes: &[f32]) -> f32 {
+    let mut x = [0.0; PAD];
+    x.copy_from_slice(lanes);
+    let mut half = PAD / 2;
+    while half > 0 {
+        for j in 0..half {
+            x[j] += x[j + half];
+        }
+        half /= 2;
+    }
+    x[0]
+}
+
+/// Softmax backward on a tile: P from scores and row constants, dS from dP.
+pub(in super::super) struct Backward<'a> {
+    /// Columns of the tile, a multiple of [`PAD`].
+    pub width: usize,
+    /// Visible columns of each row; P and dS are 0 elsewhere.
+    pub visible: &'a [(u32, u32)],
+    /// Base-2 log-sum-exp of each row.
+    pub lse: &'a [f32],
+    /// Δ = ⟨dO, O⟩ of each row.
+    pub delta: &'a [f32],
+}
+
+/// [`Backward`] with its buffers, checked.
+pub(super) struct RawBackward<'a> {
+    x: &'a Backward<'a>,
+    s: *mut f32,
+    d: *mut f32,
+}
+
+impl Backward<'_> {
+    /// `s`: scores become P = 2^(s − lse). `d`: dP becomes dS = P∘(dP − Δ).
+    pub fn run(&self, s: &mut [f32], d: &mut [f32]) {
+        let m = self.visible.len();
+        assert!(self.width.is_multiple_of(PAD));
+        assert!(m * self.width <= s.len() && m * self.width <= d.len(), "a tile is too short");
+        assert!(self.lse.len() == m && self.delta.len() == m, "row constants of another length");
+        let ends = self.visible.iter().all(|&(a, b)| a <= b && b as usize <= self.width);
+        assert!(ends, "a visible range leaves the tile");
+        // SAFETY: extents checked above; the table fits the machine.
+        unsafe { (isa().backward)(&RawBackward { x: self, s: s.as_mut_ptr(), d: d.as_mut_ptr() }) }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn backward<L: Lanes>(raw: &RawBackward) {
+    let x = raw.x;
+    // SAFETY: rows and columns are inside the extents that `Backward::run` checked.
+    unsafe {
+        for (i, &(from, to)) in x.visible.iter().enumerate() {
+            let (s, d) = (raw.s.add(i * x.width), raw.d.add(i * x.width));
+            if from < to {
+                let (lse, delta) = (L::splat(x.lse[i]), L::splat(x.delta[i]));
+                for j in (0..x.width).step_by(L::LANES) {
+                    let p = L::exp2(L::sub(L::load(s.add(j)), lse));
+                    L::store(s.add(j), p);
+                    L::store(d.add(j), L::mul(p, L::sub(L::load(d.add(j)), delta)));
+                }
+            }
+            hide::<L>(s, x.width, from as usize, to as usize, 0.0);
+            hide::<L>(d, x.width, from as usize, to as usize, 0.0);
+        }
+    }
+}
+
+/// See [`super::add_scaled`].
+#[inline(always)]
+pub(super) unsafe fn add_scaled<L: Lanes>(x: *const f32, a: f32, y: *mut f32, n: usize) {
+    // SAFETY: both have n floats.
+    unsafe {
+        let f = L::splat(a);
+        let whole = n - n % L::LANES;
+        for j in (0..whole).step_by(L::LANES) {
+            L::store(y.add(j), L::fma(f, L::load(x.add(j)), L::load(y.add(j))));
+        }
+        for j in whole..n {
+            *y.add(j) += a * *x.add(j);
+        }
+    }
+}
+
+/// See [`super::dot`].
+#[inline(always)]
+pub(super) unsafe fn dot<L: Lanes>(x: *const f32, y: *const f32, n: usize) -> f32 {
+    let mut sum = [0.0; PAD];
+    // SAFETY: both have n floats.
+    unsafe {
+        let whole = n - n % PAD;
+        for lane in (0..PAD).step_by(L::LANES) {
+            let mut acc = L::splat(0.0);
+            for j in (lane..whole).step_by(PAD) {
+                acc = L::fma(L::load(x.add(j)), L::load(y.add(j)), acc);
+            }
+            L::store(sum.as_mut_ptr().add(lane), acc);
+        }
+        for j in whole..n {
+            sum[j - whole] += *x.add(j) * *y.add(j);
+        }
+    }
+    total(&sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::every_isa;
+    use super::*;
+
+    #[test]
+    fn exp2_is_within_two_ulp_and_keeps_zero_and_nan() {
+        for isa in every_isa() {
+            // A maximum of 0 at the front makes the row's probabilities exp2 of the scores.
+            for chunk in 0..400 {
+                let mut s: Vec<f32> = (0..PAD).map(|i| -0.0197 * (chunk * 15 + i) as f32).collect();
+                s[0] = 0.0;
+                let want: Vec<f64> = s.iter().map(|&x| f64::from(x).exp2()).collect();
+                // SAFETY: PAD floats.
+                let (max, _) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD) };
+                assert_eq!(max, 0.0);
+                for (got, want) in s.iter().zip(want) {
+                    assert!((f64::from(*got) - want).abs() <= 2.4e-7 * want, "{}", isa.name);
+                }
+            }
+            let mut s = [f32::NEG_INFINITY; PAD];
+            s[3] = 5.0;
+            s[4] = -1000.0;
+            // SAFETY: PAD floats.
+            let (max, sum) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD) };
+            assert_eq!((max, sum, s[3], s[4], s[0]), (5.0, 1.0, 1.0, 0.0, 0.0));
+            s[7] = f32::NAN;
+            // SAFETY: PAD floats.
+            let (_, sum) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD) };
+            assert!(sum.is_nan(), "{}", isa.name);
+        }
+    }
+
+    #[test]
+    fn two_online_steps_equal_one_softmax() {
+        let scores: Vec<f32> = (0..32).map(|i| ((i * 37) % 23) as f32 * 0.7 - 6.0).collect();
+        let (mut max, mut sum) = ([f32::NEG_INFINITY], [0.0; PAD]);
+        let mut out = [1.0; PAD];
+        let step = |visible| Online { width: PAD, visible, rows: None, out_width: PAD };
+        let mut tile = scores[..16].to_vec();
+        step(&[(0, 16)]).run(&mut tile, &mut max, &mut sum, &mut out);
+        let mut tile = scores[16..].to_vec();
+        step(&[(0, 9)]).run(&mut tile, &mut max, &mut sum, &mut out);
+        let best = scores[..25].iter().copied().fold(f32::MIN, f32::max);
+        let want: f32 = scores[..25].iter().map(|s| (s - best).exp2()).sum();
+        assert_eq!(max[0], best);
+        assert!((total(&sum) - want).abs() < 1e-5);
+        assert!(tile[9..].iter().all(|&p| p == 0.0), "hidden columns weigh nothing");
+    }
+}
