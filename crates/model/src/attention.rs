@@ -1,0 +1,139 @@
+//! Attention of one layer: projections, positions, and the operator, over a whole batch or over
+//! a cache.
+
+use tercet_tensor::{Mask, Tape, Tensor, Var, ops};
+
+use crate::cache::NsaNew;
+use crate::decoder::Site;
+use crate::layout::{AttentionSlots, DenseSlots, KvSlots, LinearSlots, NsaSlots, PhiSlots};
+use crate::{Model, Result};
+
+impl Model {
+    /// Normed x `[T, C]` to the output projection `[T, C]`.
+    pub(crate) fn attention(&self, tape: &mut Tape, x: &Var, site: Site) -> Result<Var> {
+        let slots = &self.slots.layers[site.layer];
+        let dims = self.config().dims();
+        let q = self.heads(tape, &slots.q, x, dims.heads, dims.key_dim)?;
+        let out = match &slots.attention {
+            AttentionSlots::Dense(dense) => self.dense(tape, dense, q, x, site)?,
+            AttentionSlots::Nsa(nsa) => self.nsa(tape, nsa, q, x, site)?,
+        };
+        let out = out.reshape(&[x.shape()[0], dims.heads * dims.value_dim])?;
+        self.linear(tape, &slots.o, &out)
+    }
+
+    /// A projection split in heads: `[T, heads, dim]`.
+    fn heads(
+        &self,
+        tape: &mut Tape,
+        slots: &LinearSlots,
+        x: &Var,
+        heads: usize,
+        dim: usize,
+    ) -> Result<Var> {
+        Ok(self.linear(tape, slots, x)?.reshape(&[x.shape()[0], heads, dim])?)
+    }
+
+    fn keys_values(&self, tape: &mut Tape, slots: &KvSlots, x: &Var) -> Result<(Var, Var)> {
+        let dims = self.config().dims();
+        let k = self.heads(tape, &slots.k, x, dims.kv_heads, dims.key_dim)?;
+        let v = self.heads(tape, &slots.v, x, dims.kv_heads, dims.value_dim)?;
+        Ok((k, v))
+    }
+
+    /// Rotates heads at `positions`; learned positions were added to the embedding instead.
+    fn rotate(&self, tape: &mut Tape, x: Var, positions: &Tensor) -> Result<Var> {
+        match &self.rope {
+            None => Ok(x),
+            Some(table) => Ok(ops::rope(tape, &x, positions, table)?),
+        }
+    }
+
+    fn dense(
+        &self,
+        tape: &mut Tape,
+        slots: &DenseSlots,
+        mut q: Var,
+        x: &Var,
+        site: Site,
+    ) -> Result<Var> {
+        let (mut k, v) = self.keys_values(tape, &slots.kv, x)?;
+        if let Some((q_norm, k_norm)) = slots.qk_norm {
+            let eps = self.config().norm_eps as f32;
+            let (q_norm, k_norm) = (self.param(tape, q_norm), self.param(tape, k_norm));
+            q = ops::rms_norm(tape, &q, &q_norm, eps)?;
+            k = ops::rms_norm(tape, &k, &k_norm, eps)?;
+        }
+        let positions = &site.inputs.positions;
+        let q = self.rotate(tape, q, positions)?;
+        let k = self.rotate(tape, k, positions)?;
+        if let Some(cache) = site.cache {
+            let out = cache.extend_dense(self.config(), q.value(), k.value(), v.value())?;
+            return Ok(tape.leaf(out));
+        }
+        let mask = self.mask(site.layer);
+        Ok(ops::attention_dense(tape, &q, &k, &v, &site.inputs.cu_seqlens, mask)?)
+    }
+
+    /// Which keys a dense layer's queries see.
+    pub(crate) fn mask(&self, layer: usize) -> Mask {
+        self.config().window(layer).map_or(Mask::Causal, Mask::Window)
+    }
+
+    /// Three branches with their own keys and values. Keys of the selected and window branches
+    /// are rotated at their position; compressed keys after φ, at their block's first token.
+    /// Values are never rotated. One rotated q serves all three.
+    fn nsa(&self, tape: &mut Tape, slots: &NsaSlots, q: Var, x: &Var, site: Site) -> Result<Var> {
+        let (inputs, spec) = (site.inputs, &slots.spec);
+        let q = self.rotate(tape, q, &inputs.positions)?;
+        let (k_raw, v_raw) = self.keys_values(tape, &slots.cmp, x)?;
+        let (k_slc, v_slc) = self.keys_values(tape, &slots.slc, x)?;
+        let (k_win, v_win) = self.keys_values(tape, &slots.win, x)?;
+        let k_slc = self.rotate(tape, k_slc, &inputs.positions)?;
+        let k_win = self.rotate(tape, k_win, &inputs.positions)?;
+        let gate = self.linear(tape, &slots.gate, x)?;
+        let heads = self.config().num_attention_heads;
+        let gate = ops::sigmoid(tape, &gate)?.reshape(&[x.shape()[0], heads, 3])?;
+        let (phi_k, phi_v) = (self.phi(tape, &slots.phi_k), self.phi(tape, &slots.phi_v));
+
+        let Some(cache) = site.cache else {
+            let k_cmp = ops::compress(tape, &k_raw, &phi_k, spec, &inputs.cu_seqlens)?;
+            let v_cmp = ops::compress(tape, &v_raw, &phi_v, spec, &inputs.cu_seqlens)?;
+            let k_cmp = self.rotate(tape, k_cmp, &inputs.block_positions)?;
+            let vars = ops::NsaVars { q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate };
+            return Ok(ops::attention_nsa(tape, &vars, spec, &inputs.cu_seqlens)?);
+        };
+        let (k_cmp, v_cmp, starts) =
+            cache.compress(self.config(), [k_raw.value(), v_raw.value()], [&phi_k, &phi_v])?;
+        let k_cmp = tape.leaf(k_cmp);
+        let k_cmp = self.rotate(tape, k_cmp, &starts)?;
+        let new = NsaNew {
+            q: q.value(),
+            k_cmp: k_cmp.value(),
+            v_cmp: &v_cmp,
+            k_slc: k_slc.value(),
+            v_slc: v_slc.value(),
+            k_win: k_win.value(),
+            v_win: v_win.value(),
+            gate: gate.value(),
+        };
+        Ok(tape.leaf(cache.extend_nsa(self.config(), &new)?))
+    }
+
+    fn phi(&self, tape: &Tape, slots: &PhiSlots) -> ops::Phi {
+        let param = |slot: usize| self.param(tape, slot);
+        match *slots {
+            PhiSlots::Mean => ops::Phi::Mean,
+            PhiSlots::Linear { weight, pe } => {
+                ops::Phi::Linear { weight: param(weight), pe: param(pe) }
+            }
+            PhiSlots::Mlp { weight1, bias1, weight2, bias2, pe } => ops::Phi::Mlp {
+                weight1: param(weight1),
+                bias1: param(bias1),
+                weight2: param(weight2),
+                bias2: param(bias2),
+                pe: param(pe),
+            },
+        }
+    }
+}
