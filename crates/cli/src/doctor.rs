@@ -28,7 +28,7 @@ fn report(machine: &Machine, gemm: Option<f64>) -> String {
         let _ = writeln!(out, "{name:<10}{text}");
     };
     let threads = rayon::current_num_threads();
-    let simd = "portable";
+    let simd = tercet_attention::cpu::isa_name();
     let cuda = machine::cuda_driver();
 
     let build = if cfg!(debug_assertions) { "DEBUG build" } else { "release build" };

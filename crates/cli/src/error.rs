@@ -19,7 +19,7 @@ pub fn user(text: impl Into<String>) -> anyhow::Error {
 
 /// The exit code of a failed verb.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    if error.chain().any(|cause| is_users(cause)) { 2 } else { 1 }
+    if error.chain().any(is_users) { 2 } else { 1 }
 }
 
 fn is_users(cause: &(dyn std::error::Error + 'static)) -> bool {

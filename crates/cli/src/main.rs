@@ -1,11 +1,14 @@
 //! The `tercet` command. Every verb is one file (or folder) with an `Args` and a `run`.
 
+mod bench;
 mod doctor;
 mod error;
+mod files;
 mod human;
 mod interrupt;
 mod lock;
 mod machine;
+mod svg;
 mod yardstick;
 
 use std::num::NonZeroUsize;
@@ -38,6 +41,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    Bench(bench::Args),
     Doctor(doctor::Args),
 }
 
@@ -69,6 +73,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         interrupt::end_on_closed_pipe()?;
     }
     match &cli.verb {
+        Verb::Bench(args) => bench::run(args),
         Verb::Doctor(args) => doctor::run(args),
     }
 }
@@ -83,7 +88,9 @@ impl Verb {
 /// One sentence instead of a backtrace: a panic is always our fault, never the user's.
 fn report_panic(info: &std::panic::PanicHookInfo) {
     let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line()));
-    let text = info.payload_as_str().unwrap_or("unknown");
+    let payload = info.payload();
+    let text = payload.downcast_ref::<&str>().copied();
+    let text = text.or(payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("unknown");
     eprintln!(
         "tercet: this is a bug in tercet, not in what you gave it: {text}{}\n\
          Please report it with the command you ran and the output of `tercet doctor`.",

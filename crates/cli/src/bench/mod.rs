@@ -1,0 +1,39 @@
+//! `tercet bench`: measurements that anybody can repeat.
+
+pub mod attention;
+mod flops;
+mod operands;
+mod operator;
+pub mod report;
+pub mod timing;
+
+use std::path::Path;
+
+use anyhow::Context;
+
+/// Measure this machine. Every row prints the command that repeats it.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    Attention(attention::Args),
+}
+
+/// Runs the chosen benchmark.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    match &args.what {
+        What::Attention(args) => attention::run(args),
+    }
+}
+
+/// Writes a report and says so.
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    crate::files::write(path, text.as_bytes())
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    println!("wrote {}", path.display());
+    Ok(())
+}
