@@ -7,6 +7,7 @@ mod disjoint;
 mod gate;
 mod nsa;
 mod pages;
+pub mod pieces;
 mod score;
 mod select;
 mod simd;

@@ -120,7 +120,7 @@ pub fn nsa_forward<E: Element>(input: &NsaInput<E>, out: &mut [E]) -> Result<Nsa
     let Dims { heads, key_dim, value_dim, .. } = input.dims;
     let tokens = input.q.len() / (heads * key_dim);
     check_len("out", out.len(), &[('T', tokens), ('H', heads), ('V', value_dim)])?;
-    let mut saved = compressed_branch(input)?;
+    let mut saved = compressed_branch(input, true)?;
     selected_branch(input, &mut saved)?;
     window_branch(input, &mut saved)?;
     let branches = [&saved.out_cmp[..], &saved.out_slc, &saved.out_win];
@@ -128,8 +128,9 @@ pub fn nsa_forward<E: Element>(input: &NsaInput<E>, out: &mut [E]) -> Result<Nsa
     Ok(saved)
 }
 
-/// The compressed branch and the choice of blocks; the other branches' places stay empty.
-pub(super) fn compressed_branch<E: Element>(input: &NsaInput<E>) -> Result<NsaSaved> {
+/// The compressed branch and, when asked to `rank`, the choice of blocks; the other branches'
+/// places stay empty.
+pub(super) fn compressed_branch<E: Element>(input: &NsaInput<E>, rank: bool) -> Result<NsaSaved> {
     let (sequences, offsets) = input.check()?;
     let (spec, dims) = (input.spec, input.dims);
     let Dims { heads, kv_heads, key_dim, value_dim } = dims;
@@ -159,11 +160,13 @@ pub(super) fn compressed_branch<E: Element>(input: &NsaInput<E>) -> Result<NsaSa
                 let first = rows.position(tile.queries.start);
                 scratch.start(&rows, &tile);
                 let p = attend_compressed_tile(&pages, spec, &tile, first, scratch);
-                select_tile(spec, &rows, &tile, p, scratch, |query| {
-                    let row = (sequence.start + query) * kv_heads + tile.kv_head;
-                    // SAFETY: each (token, KV head) belongs to exactly one tile.
-                    unsafe { indices.row(row * spec.select_count, spec.select_count) }
-                });
+                if rank {
+                    select_tile(spec, &rows, &tile, p, scratch, |query| {
+                        let row = (sequence.start + query) * kv_heads + tile.kv_head;
+                        // SAFETY: each (token, KV head) belongs to exactly one tile.
+                        unsafe { indices.row(row * spec.select_count, spec.select_count) }
+                    });
+                }
                 scratch.finish(&rows, &tile, &out, &lse);
             });
         });
@@ -231,9 +234,8 @@ pub fn nsa_backward<E: Element>(
     d_out: &[E],
     grads: NsaGrads<E>,
 ) -> Result<()> {
-    let (sequences, offsets) = input.check()?;
-    let (spec, dims) = (input.spec, input.dims);
-    let Dims { heads, kv_heads, key_dim, value_dim } = dims;
+    input.check()?;
+    let Dims { heads, kv_heads, key_dim, value_dim } = input.dims;
     let tokens = input.q.len() / (heads * key_dim);
     let same = |name, got: usize, like: usize| check_len(name, got, &[('n', like)]);
     check_len("d_out", d_out.len(), &[('T', tokens), ('H', heads), ('V', value_dim)])?;
@@ -253,48 +255,81 @@ pub fn nsa_backward<E: Element>(
         check_len(name, out.len(), &[('T', tokens), ('H', heads), ('V', value_dim)])?;
         check_len(name, lse.len(), &[('T', tokens), ('H', heads)])?;
     }
-    let select_count = spec.select_count;
-    let layout = [('T', tokens), ('K', kv_heads), ('S', select_count)];
+    let layout = [('T', tokens), ('K', kv_heads), ('S', input.spec.select_count)];
     check_len("saved indices", saved.indices.len(), &layout)?;
 
-    let branches = [&saved.out_cmp[..], &saved.out_slc, &saved.out_win];
-    let deltas = blend_backward(input.gate, branches, value_dim, d_out, grads.gate);
-    let lse = [&saved.lse_cmp, &saved.lse_slc, &saved.lse_win];
-    let upstream = |branch: usize| Upstream {
-        d_out,
-        gate: Some((input.gate, branch)),
-        lse: lse[branch],
-        delta: &deltas[branch],
-    };
+    let deltas = gate_backward(input, saved, d_out, grads.gate);
     let mut d_q = vec![0.0; input.q.len()];
-    for (sequence, blocks) in sequences.into_iter().zip(offsets.windows(2)) {
-        let rows = input.rows(sequence.start);
-        let of =
-            |range: &Range<usize>, dim| range.start * kv_heads * dim..range.end * kv_heads * dim;
-        let mut branch =
-            |keys: &Range<usize>, k: &[E], v: &[E], chosen, up, d_k: &mut [E], d_v: &mut [E]| {
-                let (k_range, v_range) = (of(keys, key_dim), of(keys, value_dim));
-                let (k, v) = (&k[k_range.clone()], &v[v_range.clone()]);
-                backward_branch(&rows, sequence.len(), k, v, chosen, &up, &mut d_q).write(
-                    dims,
-                    &mut d_k[k_range],
-                    &mut d_v[v_range],
-                );
-            };
-        let visible = Chosen::Visible(Visible::Compressed(spec));
-        let blocks = blocks[0]..blocks[1];
-        branch(&blocks, input.k_cmp, input.v_cmp, visible, upstream(0), grads.k_cmp, grads.v_cmp);
-
-        let row = kv_heads * select_count;
-        let chosen = &saved.indices[sequence.start * row..sequence.end * row];
-        let count = spec.selection_blocks(sequence.len());
-        let inverse = Inverse::new(chosen, kv_heads, select_count, count);
-        let chosen = Chosen::Blocks(spec.select_block, &inverse);
-        branch(&sequence, input.k_slc, input.v_slc, chosen, upstream(1), grads.k_slc, grads.v_slc);
-
-        let visible = Chosen::Visible(Visible::Mask(Mask::Window(spec.window)));
-        branch(&sequence, input.k_win, input.v_win, visible, upstream(2), grads.k_win, grads.v_win);
-    }
+    let up = |branch: usize| (saved, &deltas[branch][..], d_out);
+    branch_backward(input, Branch::Cmp, up(0), &mut d_q, grads.k_cmp, grads.v_cmp)?;
+    branch_backward(input, Branch::Slc, up(1), &mut d_q, grads.k_slc, grads.v_slc)?;
+    branch_backward(input, Branch::Win, up(2), &mut d_q, grads.k_win, grads.v_win)?;
     narrow(&d_q, grads.q);
+    Ok(())
+}
+
+/// The gates' gradients, and each branch's Δ.
+pub(super) fn gate_backward<E: Element>(
+    input: &NsaInput<E>,
+    saved: &NsaSaved,
+    d_out: &[E],
+    d_gate: &mut [E],
+) -> [Vec<f32>; 3] {
+    let branches = [&saved.out_cmp[..], &saved.out_slc, &saved.out_win];
+    blend_backward(input.gate, branches, input.dims.value_dim, d_out, d_gate)
+}
+
+/// A branch, in the order of the gates.
+#[derive(Clone, Copy)]
+pub(super) enum Branch {
+    Cmp,
+    Slc,
+    Win,
+}
+
+/// One branch's backward over all sequences: adds to `d_q`, overwrites `d_k` and `d_v`. `up` is
+/// what the forward pass saved, the branch's Δ, and the gradient of the operator's output.
+pub(super) fn branch_backward<E: Element>(
+    input: &NsaInput<E>,
+    branch: Branch,
+    (saved, delta, d_out): (&NsaSaved, &[f32], &[E]),
+    d_q: &mut [f32],
+    d_k: &mut [E],
+    d_v: &mut [E],
+) -> Result<()> {
+    let (sequences, offsets) = input.check()?;
+    let (spec, dims) = (input.spec, input.dims);
+    let heads = dims.kv_heads;
+    let (k, v, lse) = match branch {
+        Branch::Cmp => (input.k_cmp, input.v_cmp, &saved.lse_cmp),
+        Branch::Slc => (input.k_slc, input.v_slc, &saved.lse_slc),
+        Branch::Win => (input.k_win, input.v_win, &saved.lse_win),
+    };
+    let upstream = Upstream { d_out, gate: Some((input.gate, branch as usize)), lse, delta };
+    for (sequence, blocks) in sequences.into_iter().zip(offsets.windows(2)) {
+        let inverse;
+        let (keys, chosen) = match branch {
+            Branch::Cmp => (blocks[0]..blocks[1], Chosen::Visible(Visible::Compressed(spec))),
+            Branch::Slc => {
+                let row = heads * spec.select_count;
+                let indices = &saved.indices[sequence.start * row..sequence.end * row];
+                let count = spec.selection_blocks(sequence.len());
+                inverse = Inverse::new(indices, heads, spec.select_count, count);
+                (sequence.clone(), Chosen::Blocks(spec.select_block, &inverse))
+            }
+            Branch::Win => {
+                (sequence.clone(), Chosen::Visible(Visible::Mask(Mask::Window(spec.window))))
+            }
+        };
+        let rows = input.rows(sequence.start);
+        let k_range = keys.start * heads * dims.key_dim..keys.end * heads * dims.key_dim;
+        let v_range = keys.start * heads * dims.value_dim..keys.end * heads * dims.value_dim;
+        let (k, v) = (&k[k_range.clone()], &v[v_range.clone()]);
+        backward_branch(&rows, sequence.len(), k, v, chosen, &upstream, d_q).write(
+            dims,
+            &mut d_k[k_range],
+            &mut d_v[v_range],
+        );
+    }
     Ok(())
 }

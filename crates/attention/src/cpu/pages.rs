@@ -44,7 +44,7 @@ impl Pages {
         Self { tokens, width, heads, key_dim, value_dim, value_width, len, ring, slots }
     }
 
-    /// Keeps only the pages that the last `window` tokens can touch.
+    /// Keeps only the pages that the last `window` tokens of any token of the newest page touch.
     pub fn ring(mut self, window: usize) -> Self {
         self.ring = Some(window.div_ceil(self.tokens) + 1);
         self

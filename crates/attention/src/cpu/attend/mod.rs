@@ -14,7 +14,7 @@ use crate::shape::{check_len, sequences};
 use crate::{Dims, Element, NsaSpec, Result};
 use rayon::prelude::*;
 
-pub(super) use backward::{Accumulators, Chosen, Upstream, backward_branch};
+pub(super) use backward::{Chosen, Upstream, backward_branch};
 pub(super) use forward::{attend_tile, weigh_values};
 pub(super) use selected::SELECTED_ROWS;
 pub(super) use selected::attend_selected_tile;
@@ -24,7 +24,7 @@ pub(super) use tile::{Rows, Scratch, Tile, fill, room, tiles};
 pub(super) const PAGE: usize = 64;
 
 /// Query rows in a tile: enough to hide the reading of a page behind arithmetic.
-const TILE_ROWS: usize = 96;
+pub(super) const TILE_ROWS: usize = 96;
 
 /// Which keys a query at position p of its sequence sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
