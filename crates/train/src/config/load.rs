@@ -1,0 +1,147 @@
+//! From a TOML file and `key=value` overrides to a [`RunConfig`].
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::{Table, Value};
+
+use super::keys::{keys_of, unknown};
+use super::{CheckpointConfig, DataConfig, ModelSource, RunConfig, TrainConfig};
+use crate::error::{Error, Result};
+
+/// Keys and sections at the top of a run file.
+const SECTIONS: [&str; 5] = ["output", "model", "data", "train", "checkpoint"];
+
+impl RunConfig {
+    /// Reads a run file, applies `key=value` overrides (dotted keys, TOML values; a value that is
+    /// not TOML is taken as text) and checks the result.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let table = text.parse::<Table>().map_err(|error| Error::ConfigFile {
+            path: path.to_owned(),
+            problem: error.to_string().trim_end().to_owned(),
+        })?;
+        Self::from_table(table, overrides)
+    }
+
+    /// Like [`load`](Self::load), from TOML text.
+    pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
+        let table = text
+            .parse::<Table>()
+            .map_err(|e| Error::config("(text)", e.to_string().trim_end().to_owned()))?;
+        Self::from_table(table, overrides)
+    }
+
+    fn from_table(mut table: Table, overrides: &[String]) -> Result<Self> {
+        for text in overrides {
+            apply_override(&mut table, text)?;
+        }
+        if let Some(key) = table.keys().find(|key| !SECTIONS.contains(&key.as_str())) {
+            return Err(Error::config(key, unknown(key, "", &SECTIONS)));
+        }
+        let output = match table.remove("output") {
+            Some(Value::String(text)) if !text.is_empty() => PathBuf::from(text),
+            Some(other) => {
+                return Err(Error::config("output", format!("is {other}; expected a folder name")));
+            }
+            None => {
+                return Err(Error::config("output", "is missing: the folder for this run's files"));
+            }
+        };
+        let config = Self {
+            output,
+            model: ModelSource::from_table(take_section(&mut table, "model")?)?,
+            data: section::<DataConfig>(&mut table, "data")?,
+            train: section::<TrainConfig>(&mut table, "train")?,
+            checkpoint: section::<CheckpointConfig>(&mut table, "checkpoint")?,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The whole configuration as TOML, defaults included; [`parse`](Self::parse) reads it back.
+    pub fn to_toml(&self) -> String {
+        let mut table = Table::new();
+        table.insert("output".into(), Value::String(self.output.to_string_lossy().into_owned()));
+        table.insert("model".into(), Value::Table(self.model.to_table()));
+        // A struct of numbers, strings and lists always has a TOML form.
+        for (name, value) in [
+            ("data", Value::try_from(&self.data)),
+            ("train", Value::try_from(&self.train)),
+            ("checkpoint", Value::try_from(&self.checkpoint)),
+        ] {
+            if let Ok(value) = value {
+                table.insert(name.into(), value);
+            }
+        }
+        table.to_string()
+    }
+}
+
+/// Sets one dotted key.
+fn apply_override(table: &mut Table, text: &str) -> Result<()> {
+    let Some((key, value)) = text.split_once('=') else {
+        return Err(Error::config(
+            text,
+            "is not an override; expected key=value, such as train.lr=3e-4",
+        ));
+    };
+    let (key, value) = (key.trim(), value.trim());
+    let parsed = format!("value = {value}").parse::<Table>().ok();
+    let value = parsed
+        .filter(|table| table.len() == 1)
+        .and_then(|mut table| table.remove("value"))
+        .unwrap_or_else(|| Value::String(value.to_owned()));
+    let mut parts: Vec<&str> = key.split('.').collect();
+    let last = parts.pop().unwrap_or_default();
+    if last.is_empty() || parts.iter().any(|part| part.is_empty()) {
+        return Err(Error::config(key, "is not a dotted key, such as train.lr"));
+    }
+    let mut here = table;
+    for part in parts {
+        let entry = here.entry(part).or_insert_with(|| Value::Table(Table::new()));
+        here = entry
+            .as_table_mut()
+            .ok_or_else(|| Error::config(key, format!("cannot be set: `{part}` is a value")))?;
+    }
+    here.insert(last.to_owned(), value);
+    Ok(())
+}
+
+/// Takes a section's table out of the file; an absent one is empty.
+fn take_section(table: &mut Table, name: &str) -> Result<Table> {
+    match table.remove(name) {
+        None => Ok(Table::new()),
+        Some(Value::Table(section)) => Ok(section),
+        Some(other) => {
+            Err(Error::config(name, format!("is {other}; expected a section, [{name}]")))
+        }
+    }
+}
+
+/// Reads one section.
+fn section<T: for<'de> Deserialize<'de>>(table: &mut Table, name: &str) -> Result<T> {
+    from_section(take_section(table, name)?, name)
+}
+
+/// Turns a section's table into its struct, with errors that name the dotted key.
+pub(super) fn from_section<T: for<'de> Deserialize<'de>>(table: Table, name: &str) -> Result<T> {
+    let known = keys_of::<T>();
+    if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
+        return Err(Error::config(format!("{name}.{key}"), unknown(key, name, known)));
+    }
+    table.clone().try_into::<T>().map_err(|error| {
+        // Every field has a default, so the key at fault also fails when it stands alone.
+        let culprit = table.iter().find_map(|(key, value)| {
+            let alone = Table::from_iter([(key.clone(), value.clone())]);
+            let error = alone.try_into::<T>().err()?;
+            Some(Error::config(format!("{name}.{key}"), complaint(value, error.message())))
+        });
+        culprit.unwrap_or_else(|| Error::config(name, error.message().to_owned()))
+    })
+}
+
+/// `= 5 is refused: invalid type …`.
+fn complaint(value: &Value, message: &str) -> String {
+    format!("= {value} is refused: {message}")
+}
