@@ -2,30 +2,44 @@
 //!
 //! A [`Model`] is a [`ModelConfig`] and its [`Params`]. It computes losses on a tape
 //! ([`Model::forward_loss`]), extends caches token by token ([`Model::extend`]) and writes text
-//! ([`generate`]). The crate knows neither optimizers nor HTTP.
+//! ([`Generator`]). The crate knows neither optimizers nor HTTP.
 
 mod attention;
 mod batch;
 mod cache;
+mod chat;
+mod chat_time;
 mod config;
 mod config_rules;
 mod decoder;
 mod error;
+mod generate;
+mod generation_config;
 pub mod hf_config;
 mod init;
 mod layout;
 mod model;
 mod params;
+mod sampling;
+mod stop;
 mod stored;
+mod text_stream;
+mod tokenizer;
 mod weights_read;
 mod weights_write;
 
 pub use batch::{Batch, IGNORE};
 pub use cache::Cache;
+pub use chat::{ChatTemplate, Message};
 pub use config::{Activation, Family, LayerType, ModelConfig, MoeConfig, RopeScaling};
 pub use decoder::{ForwardOptions, LossParts};
 pub use error::{Error, Result};
+pub use generate::{Finish, Generation, Generator};
+pub use generation_config::GenerationConfig;
 pub use layout::{Init, ParamSpec, parameters};
 pub use model::{Model, load_config};
 pub use params::Params;
+pub use sampling::{Sampler, Sampling};
+pub use text_stream::TextStream;
+pub use tokenizer::{Tokenizer, copy_companions};
 pub use weights_write::SHARD_BYTES;
