@@ -84,6 +84,14 @@ pub fn cu_compressed(spec: &NsaSpec, sequences: &[Range<usize>]) -> Vec<usize> {
     offsets
 }
 
+/// Refuses a softmax scale that is not a positive, finite number.
+pub(crate) fn check_scale(scale: f32) -> Result<()> {
+    if scale > 0.0 && scale.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Dims(format!("softmax scale {scale} is not a positive, finite number")))
+}
+
 /// Refuses a slice whose length is not the product of `layout`'s numbers.
 pub(crate) fn check_len(name: &'static str, got: usize, layout: &[(char, usize)]) -> Result<()> {
     let expected = layout.iter().try_fold(1usize, |n, &(_, d)| n.checked_mul(d));

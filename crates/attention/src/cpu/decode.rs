@@ -16,8 +16,8 @@ use super::gate::blend;
 use super::pages::Pages;
 use super::score::{add_head, attend_compressed_tile, tile_rows};
 use super::select::{all_selected, select};
-use super::simd::PAD;
-use crate::shape::check_len;
+use super::simd::{PAD, Scale};
+use crate::shape::{check_len, check_scale};
 use crate::{Dims, Element, NsaSpec, Result};
 
 /// Rows of a decode tile: small, so that two threads share one KV head's group.
@@ -131,6 +131,7 @@ impl NsaCache {
     fn check<E: Element>(&self, step: &NsaStep<E>, out: &[E]) -> Result<usize> {
         let Dims { heads, kv_heads, key_dim, value_dim } = self.dims;
         let c = step.q.len() / (heads * key_dim);
+        check_scale(step.scale)?;
         check_len("q", step.q.len(), &[('c', c), ('H', heads), ('D', key_dim)])?;
         for (name, k) in [("k_slc", step.k_slc), ("k_win", step.k_win)] {
             check_len(name, k.len(), &[('c', c), ('K', kv_heads), ('D', key_dim)])?;
@@ -183,7 +184,7 @@ impl NsaCache {
         let rows =
             Rows { q: step.q, dims, scale: step.scale, token: part.done, position: part.first };
         let [cmp, slc, win] = branches.each_mut().map(|branch| Disjoint::new(&mut branch[..]));
-        let mut lse = vec![0.0; step.q.len() / dims.key_dim];
+        let mut lse = vec![0.0f64; step.q.len() / dims.key_dim];
         let lse = Disjoint::new(&mut lse);
 
         // Compressed and window tiles side by side; the compressed ones hand on what they scored.
@@ -200,11 +201,19 @@ impl NsaCache {
                         Visible::Mask(Mask::Window(spec.window)),
                         tile,
                         first,
+                        Scale::new(step.scale),
                         scratch,
                     );
                     scratch.finish(&rows, tile, &win, &lse);
                     scratch.start(&rows, tile);
-                    let p = attend_compressed_tile(&self.cmp, spec, tile, first, scratch);
+                    let p = attend_compressed_tile(
+                        &self.cmp,
+                        spec,
+                        tile,
+                        first,
+                        Scale::new(step.scale),
+                        scratch,
+                    );
                     scratch.finish(&rows, tile, &cmp, &lse);
                     let sums = scratch.sum.chunks_exact(PAD).map(|lanes| lanes[0]).collect();
                     Scored { row: p.row, p: std::mem::take(&mut scratch.s), sums }
@@ -224,7 +233,14 @@ impl NsaCache {
                         &indices[row..row + spec.select_count]
                     };
                     let first = rows.position(tile.queries.start);
-                    attend_selected_tile(&self.slc, chosen, &tile, first, scratch);
+                    attend_selected_tile(
+                        &self.slc,
+                        chosen,
+                        &tile,
+                        first,
+                        Scale::new(step.scale),
+                        scratch,
+                    );
                     scratch.finish(&rows, &tile, &slc, &lse);
                 });
             },
@@ -348,11 +364,12 @@ impl DenseCache {
     ) -> Result<()> {
         let Dims { heads, kv_heads, key_dim, value_dim } = self.dims;
         let count = q.len() / (heads * key_dim);
+        check_scale(scale)?;
         check_len("q", q.len(), &[('c', count), ('H', heads), ('D', key_dim)])?;
         check_len("k", k.len(), &[('c', count), ('K', kv_heads), ('D', key_dim)])?;
         check_len("v", v.len(), &[('c', count), ('K', kv_heads), ('V', value_dim)])?;
         check_len("out", out.len(), &[('c', count), ('H', heads), ('V', value_dim)])?;
-        let mut lse = vec![0.0; count * heads];
+        let mut lse = vec![0.0f64; count * heads];
         let (out, lse) = (Disjoint::new(out), Disjoint::new(&mut lse));
         let mut done = 0;
         while done < count {
@@ -370,7 +387,14 @@ impl DenseCache {
                 Scratch::with(|scratch| {
                     scratch.start(&rows, &tile);
                     let first = rows.position(tile.queries.start);
-                    attend_tile(&self.pages, Visible::Mask(self.mask), &tile, first, scratch);
+                    attend_tile(
+                        &self.pages,
+                        Visible::Mask(self.mask),
+                        &tile,
+                        first,
+                        Scale::new(scale),
+                        scratch,
+                    );
                     scratch.finish(&rows, &tile, &out, &lse);
                 });
             });

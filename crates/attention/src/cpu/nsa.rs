@@ -13,7 +13,8 @@ use super::gate::{blend, blend_backward};
 use super::pages::Pages;
 use super::score::{attend_compressed_tile, select_tile, tile_rows};
 use super::select::Inverse;
-use crate::shape::{check_len, cu_compressed, sequences};
+use super::simd::Scale;
+use crate::shape::{check_len, check_scale, cu_compressed, sequences};
 use crate::{Dims, Element, NsaSpec, Result};
 
 /// Inputs of the operator. Compressed keys and values are ready-made (see `compress`), so that
@@ -55,12 +56,13 @@ pub struct NsaSaved {
     pub out_slc: Vec<f32>,
     /// Output of the window branch `[T, H, V]`.
     pub out_win: Vec<f32>,
-    /// Natural-log sums of exponentials `[T, H]`; −∞ where nothing is visible.
-    pub lse_cmp: Vec<f32>,
+    /// Natural-log sums of exponentials `[T, H]`; −∞ where nothing is visible. f64: see
+    /// [`super::attend_forward`].
+    pub lse_cmp: Vec<f64>,
     /// See `lse_cmp`.
-    pub lse_slc: Vec<f32>,
+    pub lse_slc: Vec<f64>,
     /// See `lse_cmp`.
-    pub lse_win: Vec<f32>,
+    pub lse_win: Vec<f64>,
     /// Selected blocks `[T, K, S]`, ascending, −1 padded.
     pub indices: Vec<i32>,
 }
@@ -90,6 +92,7 @@ impl<E: Element> NsaInput<'_, E> {
     fn check(&self) -> Result<(Vec<Range<usize>>, Vec<usize>)> {
         self.spec.validate()?;
         self.dims.validate()?;
+        check_scale(self.scale)?;
         let Dims { heads, kv_heads, key_dim, value_dim } = self.dims;
         let tokens = self.q.len() / (heads * key_dim);
         check_len("q", self.q.len(), &[('T', tokens), ('H', heads), ('D', key_dim)])?;
@@ -159,7 +162,14 @@ pub(super) fn compressed_branch<E: Element>(input: &NsaInput<E>, rank: bool) -> 
             Scratch::with(|scratch| {
                 let first = rows.position(tile.queries.start);
                 scratch.start(&rows, &tile);
-                let p = attend_compressed_tile(&pages, spec, &tile, first, scratch);
+                let p = attend_compressed_tile(
+                    &pages,
+                    spec,
+                    &tile,
+                    first,
+                    Scale::new(input.scale),
+                    scratch,
+                );
                 if rank {
                     select_tile(spec, &rows, &tile, p, scratch, |query| {
                         let row = (sequence.start + query) * kv_heads + tile.kv_head;
@@ -201,7 +211,14 @@ pub(super) fn selected_branch<E: Element>(input: &NsaInput<E>, saved: &mut NsaSa
                     let row = (token * kv_heads + tile.kv_head) * spec.select_count;
                     &indices[row..row + spec.select_count]
                 };
-                attend_selected_tile(&pages, chosen, &tile, first, scratch);
+                attend_selected_tile(
+                    &pages,
+                    chosen,
+                    &tile,
+                    first,
+                    Scale::new(input.scale),
+                    scratch,
+                );
                 scratch.finish(&rows, &tile, &out, &lse);
             });
         });

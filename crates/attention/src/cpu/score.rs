@@ -8,7 +8,7 @@
 use super::attend::{PAGE, Rows, Scratch, Tile, fill, room, weigh_values};
 use super::pages::Pages;
 use super::select::{all_selected, select};
-use super::simd::{Gemm, PAD, add_scaled, pad, softmax_row};
+use super::simd::{Gemm, PAD, Scale, add_scaled, pad, softmax_row};
 use crate::{Element, NsaSpec};
 
 /// Scores that one tile may hold: half a megabyte, half of a usual second-level cache.
@@ -29,6 +29,7 @@ pub(super) fn attend_compressed_tile(
     spec: &NsaSpec,
     tile: &Tile,
     first: usize,
+    scale: Scale,
     scratch: &mut Scratch,
 ) -> Probabilities {
     let (rows, heads, queries) = (tile.rows(), tile.heads.len(), tile.queries.len());
@@ -59,7 +60,7 @@ pub(super) fn attend_compressed_tile(
         let seen = visible(i / heads);
         s[seen..pad(seen)].fill(f32::NEG_INFINITY);
         s[pad(seen)..].fill(0.0);
-        (max[i], sum[i * PAD]) = softmax_row(&mut s[..pad(seen)]);
+        (max[i], sum[i * PAD]) = softmax_row(&mut s[..pad(seen)], scale);
     }
     for page in 0..page_count {
         let start = page * pages.tokens;

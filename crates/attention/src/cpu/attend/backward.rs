@@ -1,13 +1,13 @@
 //! Gradients of any branch: keys outside, the queries that see them inside.
 //!
-//! With P = 2^(s − lse) and Δ = ⟨dO, O⟩ (nsa.md 1.5):
+//! With P = exp(scale·s − lse) and Δ = ⟨dO, O⟩ (nsa.md 1.5):
 //! dV += Pᵀ·dO, dS = P∘(dO·Vᵀ − Δ), dQ += scale·dS·K, dK += scale·dSᵀ·Q.
 //!
 //! Work is cut into (query chunk, key chunk) pairs. In round r chunk i of the queries meets chunk
 //! i − r of the keys, so no two tasks of a round share a row of dQ, dK or dV: no atomics, no
 //! copies, and the order of every sum is fixed whatever the number of threads.
 
-use std::f32::consts::{LN_2, LOG2_E};
+use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use super::super::disjoint::Disjoint;
 use super::super::pages::Pages;
 use super::super::select::Inverse;
-use super::super::simd::{Backward, Gemm, pad};
+use super::super::simd::{Backward, Gemm, Scale, pad};
 use super::tile::{Rows, Scratch, fill, room};
 use super::{PAGE, TILE_ROWS, Visible};
 use crate::{Dims, Element};
@@ -41,7 +41,7 @@ pub(in super::super) struct Upstream<'a, E> {
     /// Gates `[T, H, 3]` and this branch's place in them; 1 when absent.
     pub gate: Option<(&'a [E], usize)>,
     /// Natural-log sums of exponentials `[T, H]`.
-    pub lse: &'a [f32],
+    pub lse: &'a [f64],
     /// Δ `[T, H]`.
     pub delta: &'a [f32],
 }
@@ -52,7 +52,9 @@ pub(in super::super) struct Accumulators {
     page: usize,
     /// KV heads.
     heads: usize,
-    /// `[page, K, w, pad(D)]`, to be multiplied by ln 2: the queries carried log2 e.
+    /// Softmax scale, which dK still lacks.
+    scale: f32,
+    /// `[page, K, w, pad(D)]`.
     d_k: Vec<f32>,
     /// `[page, K, w, pad(V)]`.
     d_v: Vec<f32>,
@@ -61,7 +63,7 @@ pub(in super::super) struct Accumulators {
 impl Accumulators {
     /// Rounds into `[t, K, D]` and `[t, K, V]`, tokens of the sequence.
     pub fn write<E: Element>(&self, dims: Dims, d_k: &mut [E], d_v: &mut [E]) {
-        self.unpack(&self.d_k, dims.key_dim, LN_2, d_k);
+        self.unpack(&self.d_k, dims.key_dim, self.scale, d_k);
         self.unpack(&self.d_v, dims.value_dim, 1.0, d_v);
     }
 
@@ -107,6 +109,7 @@ pub(in super::super) fn backward_branch<E: Element>(
     let mut sums = Accumulators {
         page,
         heads,
+        scale: rows.scale,
         d_k: vec![0.0; pages * heads * page * pad(key_dim)],
         d_v: vec![0.0; pages * heads * page * pad(value_dim)],
     };
@@ -232,7 +235,8 @@ impl<E: Element> Branch<'_, E> {
         rows.run(&mut s.s);
         let values_t = self.values_t.keys(page, head);
         Gemm { k: dims.value_dim, a: &s.d_o, a_row: v_width, b: values_t, ..rows }.run(&mut s.d_s);
-        Backward { width, visible: &s.visible, lse: &s.max, delta: &s.sum }
+        let scale = Scale::new(self.rows.scale);
+        Backward { width, visible: &s.visible, lse: &s.max, delta: &s.sum, scale }
             .run(&mut s.s, &mut s.d_s);
         // P and dS are read by columns: element (key, row) is at row·width + key.
         let columns = Gemm {
@@ -268,7 +272,7 @@ impl<E: Element> Branch<'_, E> {
         .run(&mut s.out);
     }
 
-    /// Loads q·scale·log2 e, dO·gate, lse·log2 e and Δ of the queries' rows, and what they see.
+    /// Loads q, dO·gate, lse·log2 e in two parts and Δ of the queries' rows, and what they see.
     fn load(&self, page: usize, head: usize, queries: &[u32], s: &mut Scratch) {
         let (dims, tokens) = (self.rows.dims, self.keys_t.tokens);
         let (key_dim, value_dim) = (dims.key_dim, dims.value_dim);
@@ -276,7 +280,7 @@ impl<E: Element> Branch<'_, E> {
         let m = queries.len() * dims.group();
         fill(&mut s.q, m * k_width, 0.0);
         fill(&mut s.d_o, m * v_width, 0.0);
-        fill(&mut s.max, m, 0.0);
+        fill(&mut s.max, 2 * m, 0.0);
         fill(&mut s.sum, m, 0.0);
         s.visible.clear();
         for (i, &query) in queries.iter().enumerate() {
@@ -290,10 +294,9 @@ impl<E: Element> Branch<'_, E> {
             for g in 0..dims.group() {
                 let row = i * dims.group() + g;
                 let at = self.index(head, query, g);
-                let factor = self.rows.scale * LOG2_E;
                 let q = &self.rows.q[at * key_dim..(at + 1) * key_dim];
                 for (y, x) in s.q[row * k_width..].iter_mut().zip(q) {
-                    *y = x.to_f32() * factor;
+                    *y = x.to_f32();
                 }
                 let gate =
                     self.upstream.gate.map_or(1.0, |(g, branch)| g[at * 3 + branch].to_f32());
@@ -301,8 +304,12 @@ impl<E: Element> Branch<'_, E> {
                 for (y, x) in s.d_o[row * v_width..].iter_mut().zip(d_out) {
                     *y = x.to_f32() * gate;
                 }
-                let lse = self.upstream.lse[at];
-                s.max[row] = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse * LOG2_E };
+                // A row that saw nothing weighs nothing: 2^(… − ∞) = 0.
+                let lse = self.upstream.lse[at] * LOG2_E;
+                let lse = if lse == f64::NEG_INFINITY { f64::INFINITY } else { lse };
+                let low = lse - f64::from(lse as f32);
+                s.max[row] = lse as f32;
+                s.max[m + row] = if lse.is_finite() { low as f32 } else { 0.0 };
                 s.sum[row] = self.upstream.delta[at];
             }
         }

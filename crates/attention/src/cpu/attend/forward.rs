@@ -1,7 +1,7 @@
 //! The main loop: a tile of queries against every page it can see.
 
 use super::super::pages::Pages;
-use super::super::simd::{Gemm, Online};
+use super::super::simd::{Gemm, Online, Scale};
 use super::Visible;
 use super::tile::{Scratch, Tile, room};
 
@@ -12,6 +12,7 @@ pub(in super::super) fn attend_tile(
     visible: Visible,
     tile: &Tile,
     first: usize,
+    scale: Scale,
     scratch: &mut Scratch,
 ) {
     let (width, rows, heads) = (pages.width, tile.rows(), tile.heads.len());
@@ -46,7 +47,8 @@ pub(in super::super) fn attend_tile(
             accumulate: false,
         }
         .run(s);
-        Online { width, visible, rows: None, out_width: pages.value_width }.run(s, max, sum, out);
+        Online { width, visible, rows: None, out_width: pages.value_width, scale }
+            .run(s, max, sum, out);
         weigh_values(pages, page, tile.kv_head, s, width, visible, None, out);
     }
 }

@@ -10,7 +10,8 @@ mod tile;
 
 use super::disjoint::Disjoint;
 use super::pages::Pages;
-use crate::shape::{check_len, sequences};
+use super::simd::Scale;
+use crate::shape::{check_len, check_scale, sequences};
 use crate::{Dims, Element, NsaSpec, Result};
 use rayon::prelude::*;
 
@@ -85,6 +86,7 @@ pub struct AttendGrads<'a, E> {
 impl<E: Element> AttendInput<'_, E> {
     fn check(&self) -> Result<usize> {
         self.dims.validate()?;
+        check_scale(self.scale)?;
         let Dims { heads, kv_heads, key_dim, value_dim } = self.dims;
         let tokens = self.q.len() / (heads * key_dim);
         check_len("q", self.q.len(), &[('T', tokens), ('H', heads), ('D', key_dim)])?;
@@ -94,12 +96,13 @@ impl<E: Element> AttendInput<'_, E> {
     }
 }
 
-/// Writes `out` `[T, H, V]` and the natural-log sum of exponentials `lse` `[T, H]`.
+/// Writes `out` `[T, H, V]` and the natural-log sum of exponentials `lse` `[T, H]`, which is f64
+/// because its rounding would turn all of a row's probabilities the same way in the backward.
 pub fn attend_forward<E: Element>(
     input: &AttendInput<E>,
     mask: Mask,
     out: &mut [E],
-    lse: &mut [f32],
+    lse: &mut [f64],
 ) -> Result<()> {
     let tokens = input.check()?;
     let Dims { heads, value_dim, .. } = input.dims;
@@ -113,7 +116,7 @@ pub(super) fn attend_branch<E: Element, O: Element>(
     input: &AttendInput<E>,
     mask: Mask,
     out: &mut [O],
-    lse: &mut [f32],
+    lse: &mut [f64],
 ) -> Result<()> {
     let &AttendInput { dims, scale, q, k, v, .. } = input;
     let Dims { kv_heads, key_dim, value_dim, .. } = dims;
@@ -129,7 +132,7 @@ pub(super) fn attend_branch<E: Element, O: Element>(
             Scratch::with(|scratch| {
                 scratch.start(&rows, &tile);
                 let first = rows.position(tile.queries.start);
-                attend_tile(&pages, Visible::Mask(mask), &tile, first, scratch);
+                attend_tile(&pages, Visible::Mask(mask), &tile, first, Scale::new(scale), scratch);
                 scratch.finish(&rows, &tile, &out, &lse);
             });
         });
@@ -142,7 +145,7 @@ pub fn attend_backward<E: Element>(
     input: &AttendInput<E>,
     mask: Mask,
     out: &[E],
-    lse: &[f32],
+    lse: &[f64],
     d_out: &[E],
     grads: AttendGrads<E>,
 ) -> Result<()> {

@@ -4,7 +4,7 @@
 //! gathered rows of all queries that chose it, so its keys are read from memory once a tile.
 
 use super::super::pages::Pages;
-use super::super::simd::{Gemm, Online};
+use super::super::simd::{Gemm, Online, Scale};
 use super::forward::weigh_values;
 use super::tile::{Scratch, Tile, room};
 
@@ -18,6 +18,7 @@ pub(in super::super) fn attend_selected_tile<'a>(
     chosen: impl Fn(usize) -> &'a [i32],
     tile: &Tile,
     first: usize,
+    scale: Scale,
     scratch: &mut Scratch,
 ) {
     let (width, heads) = (pages.width, tile.heads.len() as u32);
@@ -59,7 +60,7 @@ pub(in super::super) fn attend_selected_tile<'a>(
             accumulate: false,
         }
         .run(s);
-        Online { width, visible, rows: Some(rows), out_width: pages.value_width }
+        Online { width, visible, rows: Some(rows), out_width: pages.value_width, scale }
             .run(s, max, sum, out);
         weigh_values(pages, page, tile.kv_head, s, width, visible, Some(rows), out);
     }

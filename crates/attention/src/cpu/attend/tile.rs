@@ -1,7 +1,7 @@
 //! Tiles of query rows, and the working memory of the thread that owns one.
 
 use std::cell::Cell;
-use std::f32::consts::{LN_2, LOG2_E};
+use std::f64::consts::LN_2;
 use std::ops::Range;
 
 use super::super::disjoint::Disjoint;
@@ -73,7 +73,7 @@ pub(in super::super) fn tiles(dims: Dims, queries: usize, rows: usize) -> Vec<Ti
 /// Working memory of one thread.
 #[derive(Default)]
 pub(in super::super) struct Scratch {
-    /// Queries times scale · log2 e, `[rows, pad(D)]`.
+    /// Queries, `[rows, pad(D)]`.
     pub q: Vec<f32>,
     /// Scores, then probabilities.
     pub s: Vec<f32>,
@@ -115,7 +115,7 @@ impl Scratch {
     /// Loads a tile's queries and clears its state.
     pub fn start<E: Element>(&mut self, rows: &Rows<E>, tile: &Tile) {
         let count = tile.rows();
-        load_rows(&mut self.q, rows, tile, rows.q, rows.dims.key_dim, |_| rows.scale * LOG2_E);
+        load_rows(&mut self.q, rows, tile);
         fill(&mut self.max, count, f32::NEG_INFINITY);
         fill(&mut self.sum, count * PAD, 0.0);
         fill(&mut self.out, count * pad(rows.dims.value_dim), 0.0);
@@ -128,7 +128,7 @@ impl Scratch {
         rows: &Rows<E>,
         tile: &Tile,
         out: &Disjoint<O>,
-        lse: &Disjoint<f32>,
+        lse: &Disjoint<f64>,
     ) {
         let value_dim = rows.dims.value_dim;
         for row in 0..tile.rows() {
@@ -141,8 +141,10 @@ impl Scratch {
             for (y, x) in target.iter_mut().zip(source) {
                 *y = O::from_f32(x * inverse);
             }
-            lse[0] =
-                if sum == 0.0 { f32::NEG_INFINITY } else { (self.max[row] + sum.log2()) * LN_2 };
+            lse[0] = match sum {
+                0.0 => f64::NEG_INFINITY,
+                _ => (f64::from(self.max[row]) + f64::from(sum).log2()) * LN_2,
+            };
         }
     }
 }
@@ -160,23 +162,14 @@ pub(in super::super) fn room(buffer: &mut Vec<f32>, len: usize) {
     }
 }
 
-/// Copies a tile's rows of a `[T, H, C]` tensor into `[rows, pad(C)]`, each times `factor(index)`
-/// where the index is the row's in `[T, H]`.
-pub(in super::super) fn load_rows<E: Element>(
-    buffer: &mut Vec<f32>,
-    rows: &Rows<E>,
-    tile: &Tile,
-    source: &[E],
-    dim: usize,
-    factor: impl Fn(usize) -> f32,
-) {
-    let width = pad(dim);
-    fill(buffer, tile.rows() * width, 0.0);
-    for (row, target) in buffer.chunks_exact_mut(width).enumerate() {
-        let at = rows.index(tile, row);
-        let factor = factor(at);
-        for (y, x) in target.iter_mut().zip(&source[at * dim..(at + 1) * dim]) {
-            *y = x.to_f32() * factor;
+/// Copies a tile's queries into `[rows, pad(D)]`.
+fn load_rows<E: Element>(buffer: &mut Vec<f32>, rows: &Rows<E>, tile: &Tile) {
+    let dim = rows.dims.key_dim;
+    fill(buffer, tile.rows() * pad(dim), 0.0);
+    for (row, target) in buffer.chunks_exact_mut(pad(dim)).enumerate() {
+        let at = rows.index(tile, row) * dim;
+        for (y, x) in target.iter_mut().zip(&rows.q[at..at + dim]) {
+            *y = x.to_f32();
         }
     }
 }

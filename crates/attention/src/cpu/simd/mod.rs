@@ -12,7 +12,7 @@ mod softmax;
 use std::sync::OnceLock;
 
 pub(super) use gemm::Gemm;
-pub(super) use softmax::{Backward, Online, total as sum_lanes};
+pub(super) use softmax::{Backward, Online, Scale, total as sum_lanes};
 
 /// Widths of packed rows are multiples of this, for every instruction set.
 pub(super) const PAD: usize = 16;
@@ -27,7 +27,7 @@ struct Isa {
     name: &'static str,
     gemm: unsafe fn(&gemm::Raw),
     online: unsafe fn(&softmax::RawOnline),
-    rows: unsafe fn(*mut f32, usize) -> (f32, f32),
+    rows: unsafe fn(*mut f32, usize, Scale) -> (f32, f32),
     backward: unsafe fn(&softmax::RawBackward),
     add_scaled: unsafe fn(*const f32, f32, *mut f32, usize),
     dot: unsafe fn(*const f32, *const f32, usize) -> f32,
@@ -52,9 +52,9 @@ macro_rules! isa {
                 unsafe { softmax::online::<$lanes>(x) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn rows(s: *mut f32, n: usize) -> (f32, f32) {
+            unsafe fn rows(s: *mut f32, n: usize, scale: softmax::Scale) -> (f32, f32) {
                 // SAFETY: see above.
-                unsafe { softmax::row::<$lanes>(s, n) }
+                unsafe { softmax::row::<$lanes>(s, n, scale) }
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn backward(x: &softmax::RawBackward) {
@@ -130,12 +130,12 @@ pub fn isa_name() -> &'static str {
     isa().name
 }
 
-/// Turns a row of base-2 scores into unnormalised probabilities 2^(s − max) in place; returns
+/// Turns a row of scores into unnormalised probabilities 2^(scale·s − max) in place; returns
 /// (max, sum). The row may end with −∞ padding; its length is a multiple of [`PAD`].
-pub(super) fn softmax_row(s: &mut [f32]) -> (f32, f32) {
+pub(super) fn softmax_row(s: &mut [f32], scale: Scale) -> (f32, f32) {
     assert!(s.len().is_multiple_of(PAD));
     // SAFETY: the length is whole vectors; the table fits the machine.
-    unsafe { (isa().rows)(s.as_mut_ptr(), s.len()) }
+    unsafe { (isa().rows)(s.as_mut_ptr(), s.len(), scale) }
 }
 
 /// `y += a·x`.

@@ -1,7 +1,40 @@
-//! Softmax steps on tiles of base-2 scores (the scale carries log2 e, so exp is exp2).
+//! Softmax steps on tiles of raw scores q·k; the scale is applied inside the exponential.
 
 use super::lanes::Lanes;
 use super::{PAD, isa};
+
+/// The softmax scale times log2 e, so that exp becomes exp2, in two parts.
+///
+/// One f32 would be off by up to 2⁻²⁵, which turns every probability of a row the same way, and
+/// sums of gradients would see it; hi + lo is exact to 2⁻⁴⁹. `lo` is always above 0, so that −∞
+/// times it stays −∞.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct Scale {
+    hi: f32,
+    lo: f32,
+}
+
+impl Scale {
+    /// Of a positive, finite scale.
+    pub fn new(scale: f32) -> Self {
+        let exact = f64::from(scale) * std::f64::consts::LOG2_E;
+        let nearest = exact as f32;
+        let hi = if f64::from(nearest) < exact { nearest } else { nearest.next_down() };
+        Self { hi, lo: (exact - f64::from(hi)) as f32 }
+    }
+
+    /// Scale times a score, rounded.
+    fn times(self, s: f32) -> f32 {
+        s.mul_add(self.hi, s * self.lo)
+    }
+}
+
+/// 2^(scale·s − shift), correct for scores near shift/scale, 0 for −∞.
+#[inline(always)]
+unsafe fn exp2_scaled<L: Lanes>(s: L::V, hi: L::V, lo: L::V, minus_shift: L::V) -> L::V {
+    // SAFETY: the caller upholds the contract of `Lanes`.
+    unsafe { L::exp2(L::fma(s, lo, L::fma(s, hi, minus_shift))) }
+}
 
 /// One step of the online softmax (Milakov & Gimelshein 2018; FlashAttention) over a tile.
 pub(in super::super) struct Online<'a> {
@@ -13,6 +46,8 @@ pub(in super::super) struct Online<'a> {
     pub rows: Option<&'a [u32]>,
     /// Columns of the output rows, a multiple of [`PAD`].
     pub out_width: usize,
+    /// Softmax scale.
+    pub scale: Scale,
 }
 
 /// [`Online`] with its buffers, checked.
@@ -26,7 +61,7 @@ pub(super) struct RawOnline<'a> {
 
 impl Online<'_> {
     /// Scores `s` `[m, width]` become probabilities relative to the running maximum `max`
-    /// `[rows]`; the running sums `sum` `[rows, PAD]` and outputs `out` `[rows, out_width]` are
+    /// `[rows]`, scaled and in base 2; the running sums `sum` `[rows, PAD]` and outputs `out` `[rows, out_width]` are
     /// rescaled where the maximum grew.
     pub fn run(&self, s: &mut [f32], max: &mut [f32], sum: &mut [f32], out: &mut [f32]) {
         let m = self.visible.len();
@@ -69,7 +104,7 @@ pub(super) unsafe fn online<L: Lanes>(raw: &RawOnline) {
             }
             let row = x.rows.map_or(i, |rows| *rows.get_unchecked(i) as usize);
             let old = *raw.max.add(row);
-            let new = reduce_max::<L>(s, x.width).max(old);
+            let new = x.scale.times(reduce_max::<L>(s, x.width)).max(old);
             let sum = raw.sum.add(row * PAD);
             if new > old {
                 let factor = if old == f32::NEG_INFINITY { 0.0 } else { (old - new).exp2() };
@@ -77,7 +112,7 @@ pub(super) unsafe fn online<L: Lanes>(raw: &RawOnline) {
                 scale::<L>(sum, factor, PAD);
                 scale::<L>(raw.out.add(row * x.out_width), factor, x.out_width);
             }
-            exp2_and_sum::<L>(s, x.width, new, sum);
+            exp2_and_sum::<L>(s, x.width, x.scale, new, sum);
         }
     }
 }
@@ -128,18 +163,18 @@ unsafe fn reduce_max<L: Lanes>(s: *const f32, n: usize) -> f32 {
     lanes[0]
 }
 
-/// s ← 2^(s − max); adds to the [`PAD`] partial sums.
+/// s ← 2^(scale·s − max); adds to the [`PAD`] partial sums.
 #[inline(always)]
-unsafe fn exp2_and_sum<L: Lanes>(s: *mut f32, n: usize, max: f32, sum: *mut f32) {
+unsafe fn exp2_and_sum<L: Lanes>(s: *mut f32, n: usize, scale: Scale, max: f32, sum: *mut f32) {
     // A row whose scores are all −∞ has nothing to weigh; any finite maximum gives zeros.
     let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
     // SAFETY: n and PAD are whole vectors.
     unsafe {
-        let m = L::splat(max);
+        let (hi, lo, m) = (L::splat(scale.hi), L::splat(scale.lo), L::splat(-max));
         for lane in (0..PAD).step_by(L::LANES) {
             let mut total = L::load(sum.add(lane));
             for j in (lane..n).step_by(PAD) {
-                let p = L::exp2(L::sub(L::load(s.add(j)), m));
+                let p = exp2_scaled::<L>(L::load(s.add(j)), hi, lo, m);
                 L::store(s.add(j), p);
                 total = L::add(total, p);
             }
@@ -150,15 +185,15 @@ unsafe fn exp2_and_sum<L: Lanes>(s: *mut f32, n: usize, max: f32, sum: *mut f32)
 
 /// See [`super::softmax_row`].
 #[inline(always)]
-pub(super) unsafe fn row<L: Lanes>(s: *mut f32, n: usize) -> (f32, f32) {
+pub(super) unsafe fn row<L: Lanes>(s: *mut f32, n: usize, scale: Scale) -> (f32, f32) {
     if n == 0 {
         return (f32::NEG_INFINITY, 0.0);
     }
     let mut sum = [0.0; PAD];
     // SAFETY: n is whole vectors, by contract.
     unsafe {
-        let max = reduce_max::<L>(s, n);
-        exp2_and_sum::<L>(s, n, max, sum.as_mut_ptr());
+        let max = scale.times(reduce_max::<L>(s, n));
+        exp2_and_sum::<L>(s, n, scale, max, sum.as_mut_ptr());
         (max, total(&sum))
     }
 }
@@ -183,10 +218,13 @@ pub(in super::super) struct Backward<'a> {
     pub width: usize,
     /// Visible columns of each row; P and dS are 0 elsewhere.
     pub visible: &'a [(u32, u32)],
-    /// Base-2 log-sum-exp of each row.
+    /// Base-2 log-sum-exp of each row, `[m]` high parts then `[m]` low parts: rounding it to one
+    /// f32 would turn all of a row's probabilities the same way.
     pub lse: &'a [f32],
     /// Δ = ⟨dO, O⟩ of each row.
     pub delta: &'a [f32],
+    /// Softmax scale.
+    pub scale: Scale,
 }
 
 /// [`Backward`] with its buffers, checked.
@@ -197,12 +235,15 @@ pub(super) struct RawBackward<'a> {
 }
 
 impl Backward<'_> {
-    /// `s`: scores become P = 2^(s − lse). `d`: dP becomes dS = P∘(dP − Δ).
+    /// `s`: scores become P = 2^(scale·s − lse). `d`: dP becomes dS = P∘(dP − Δ).
     pub fn run(&self, s: &mut [f32], d: &mut [f32]) {
         let m = self.visible.len();
         assert!(self.width.is_multiple_of(PAD));
         assert!(m * self.width <= s.len() && m * self.width <= d.len(), "a tile is too short");
-        assert!(self.lse.len() == m && self.delta.len() == m, "row constants of another length");
+        assert!(
+            self.lse.len() == 2 * m && self.delta.len() == m,
+            "row constants of another length"
+        );
         let ends = self.visible.iter().all(|&(a, b)| a <= b && b as usize <= self.width);
         assert!(ends, "a visible range leaves the tile");
         // SAFETY: extents checked above; the table fits the machine.
@@ -218,9 +259,14 @@ pub(super) unsafe fn backward<L: Lanes>(raw: &RawBackward) {
         for (i, &(from, to)) in x.visible.iter().enumerate() {
             let (s, d) = (raw.s.add(i * x.width), raw.d.add(i * x.width));
             if from < to {
-                let (lse, delta) = (L::splat(x.lse[i]), L::splat(x.delta[i]));
+                let (hi, lo) = (L::splat(x.scale.hi), L::splat(x.scale.lo));
+                let lse = *x.lse.get_unchecked(i);
+                let low = L::splat(*x.lse.get_unchecked(x.visible.len() + i));
+                let (minus_lse, delta) = (L::splat(-lse), L::splat(*x.delta.get_unchecked(i)));
                 for j in (0..x.width).step_by(L::LANES) {
-                    let p = L::exp2(L::sub(L::load(s.add(j)), lse));
+                    let score = L::load(s.add(j));
+                    let exponent = L::fma(score, lo, L::fma(score, hi, minus_lse));
+                    let p = L::exp2(L::sub(exponent, low));
                     L::store(s.add(j), p);
                     L::store(d.add(j), L::mul(p, L::sub(L::load(d.add(j)), delta)));
                 }
@@ -273,6 +319,21 @@ mod tests {
     use super::super::every_isa;
     use super::*;
 
+    /// The scale that makes exponents equal scores.
+    fn one() -> Scale {
+        Scale { hi: 1.0, lo: f32::MIN_POSITIVE }
+    }
+
+    #[test]
+    fn the_two_parts_of_a_scale_are_exact_and_keep_minus_infinity() {
+        for scale in [1.0f32, 0.125, 0.072_168_78, 3.7e-3, 55.0] {
+            let parts = Scale::new(scale);
+            let exact = f64::from(scale) * std::f64::consts::LOG2_E;
+            let error = f64::from(parts.hi) + f64::from(parts.lo) - exact;
+            assert!(parts.lo > 0.0 && error.abs() < 2e-15 * exact, "{scale}: {error}");
+        }
+    }
+
     #[test]
     fn exp2_is_within_two_ulp_and_keeps_zero_and_nan() {
         for isa in every_isa() {
@@ -282,7 +343,7 @@ mod tests {
                 s[0] = 0.0;
                 let want: Vec<f64> = s.iter().map(|&x| f64::from(x).exp2()).collect();
                 // SAFETY: PAD floats.
-                let (max, _) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD) };
+                let (max, _) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD, one()) };
                 assert_eq!(max, 0.0);
                 for (got, want) in s.iter().zip(want) {
                     assert!((f64::from(*got) - want).abs() <= 2.4e-7 * want, "{}", isa.name);
@@ -292,11 +353,11 @@ mod tests {
             s[3] = 5.0;
             s[4] = -1000.0;
             // SAFETY: PAD floats.
-            let (max, sum) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD) };
+            let (max, sum) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD, one()) };
             assert_eq!((max, sum, s[3], s[4], s[0]), (5.0, 1.0, 1.0, 0.0, 0.0));
             s[7] = f32::NAN;
             // SAFETY: PAD floats.
-            let (_, sum) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD) };
+            let (_, sum) = unsafe { (isa.rows)(s.as_mut_ptr(), PAD, one()) };
             assert!(sum.is_nan(), "{}", isa.name);
         }
     }
@@ -306,7 +367,8 @@ mod tests {
         let scores: Vec<f32> = (0..32).map(|i| ((i * 37) % 23) as f32 * 0.7 - 6.0).collect();
         let (mut max, mut sum) = ([f32::NEG_INFINITY], [0.0; PAD]);
         let mut out = [1.0; PAD];
-        let step = |visible| Online { width: PAD, visible, rows: None, out_width: PAD };
+        let step =
+            |visible| Online { width: PAD, visible, rows: None, out_width: PAD, scale: one() };
         let mut tile = scores[..16].to_vec();
         step(&[(0, 16)]).run(&mut tile, &mut max, &mut sum, &mut out);
         let mut tile = scores[16..].to_vec();
