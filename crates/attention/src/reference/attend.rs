@@ -4,7 +4,7 @@
 use super::{add_scaled, dot, ranges, vector, vector_mut};
 use crate::cpu::Mask;
 use crate::shape::check_len;
-use crate::{Dims, Result};
+use crate::{Dims, Error, Result};
 
 /// Inputs of dense or window attention.
 #[derive(Clone, Copy)]
@@ -74,6 +74,9 @@ fn checked_mask(input: &AttendInput, mask: Mask) -> Result<Vec<std::ops::Range<u
     check_len("q", input.q.len(), &[('T', tokens), ('H', heads), ('D', key_dim)])?;
     check_len("k", input.k.len(), &[('T', tokens), ('K', kv_heads), ('D', key_dim)])?;
     check_len("v", input.v.len(), &[('T', tokens), ('K', kv_heads), ('V', value_dim)])?;
+    if mask == Mask::Window(0) {
+        return Err(Error::Dims("a window of 0 keys sees nothing; it must be at least 1".into()));
+    }
     let first = |t: usize, start: usize| match mask {
         Mask::Causal => start,
         Mask::Window(w) => window_start(t, start, w),

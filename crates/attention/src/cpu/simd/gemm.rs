@@ -2,7 +2,9 @@
 //!
 //! Every product of the operator has this form once the right operand is packed: q·Kᵀ, p·V,
 //! dO·Vᵀ, dS·K, and with A read by columns Pᵀ·dO and dSᵀ·Q. Each element of C is one chain of
-//! fused multiply-adds in the order of k, so its bits never depend on the tile around it.
+//! fused multiply-adds in the order of k, so its bits never depend on the tile around it. What is
+//! added to C is such a chain from 0: sums over many tiles then grow their rounding error with the
+//! root of the number of tiles, not of all terms.
 
 use super::lanes::Lanes;
 use super::{PAD, isa};
@@ -131,13 +133,6 @@ unsafe fn micro<L: Lanes, const M: usize, const N: usize>(raw: &Raw, i: usize, v
         }
         let mut b = g.b.as_ptr().wrapping_add(v * L::LANES);
         let mut acc = [[L::splat(0.0); N]; M];
-        if g.accumulate {
-            for r in 0..M {
-                for j in 0..N {
-                    acc[r][j] = L::load(c[r].add(j * L::LANES));
-                }
-            }
-        }
         for _ in 0..g.k {
             let mut x = [L::splat(0.0); N];
             for (j, x) in x.iter_mut().enumerate() {
@@ -154,7 +149,9 @@ unsafe fn micro<L: Lanes, const M: usize, const N: usize>(raw: &Raw, i: usize, v
         }
         for r in 0..M {
             for j in 0..N {
-                L::store(c[r].add(j * L::LANES), acc[r][j]);
+                let c = c[r].add(j * L::LANES);
+                let sum = if g.accumulate { L::add(L::load(c), acc[r][j]) } else { acc[r][j] };
+                L::store(c, sum);
             }
         }
     }
