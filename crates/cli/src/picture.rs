@@ -33,12 +33,14 @@ const LANE: f64 = 92.0;
 const TOP: f64 = 108.0;
 const BAR: f64 = 46.0;
 
-const STYLE: &str = "<style>.cmp{fill:var(--cmp)}.slc{fill:var(--slc)}.win{fill:var(--win)}\
-.rest{fill:var(--line)}.edge{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 4}\
-.code{font:12px ui-monospace,'SF Mono',Menlo,Consolas,monospace;fill:var(--ink)}\
-.cmp-text{fill:var(--cmp);font-size:14px;font-weight:650}\
-.slc-text{fill:var(--slc);font-size:14px;font-weight:650}\
-.win-text{fill:var(--win);font-size:14px;font-weight:650}</style>";
+const STYLE: &str = "<style>\
+.code{font:12px ui-monospace,'SF Mono',Menlo,Consolas,monospace;fill:#0f172a}\
+.edge{stroke:#64748b;stroke-width:1;stroke-dasharray:3 4}.rest{fill:#e2e8f0}\
+.cmp,.cmp-text{fill:#d97706}.slc,.slc-text{fill:#7c3aed}.win,.win-text{fill:#0d9488}\
+.cmp-text,.slc-text,.win-text{font-size:14px;font-weight:650}\
+@media(prefers-color-scheme:dark){.code{fill:#e2e8f0}.edge{stroke:#94a3b8}.rest{fill:#1e293b}\
+.cmp,.cmp-text{fill:#fbbf24}.slc,.slc-text{fill:#a78bfa}.win,.win-text{fill:#2dd4bf}}\
+</style>\n";
 
 /// Draws a reading as SVG.
 pub fn draw(reading: &Reading) -> String {

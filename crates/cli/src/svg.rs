@@ -37,23 +37,21 @@ const RIGHT: f64 = 58.0;
 const TOP: f64 = 96.0;
 const BOTTOM: f64 = 52.0;
 
-/// Colours and type for every drawing of the project. The colour scheme follows the reader's.
+/// Colours and type for every drawing of the project. The colour scheme follows the reader's;
+/// plain class rules, no variables, so that simple viewers draw it too.
 pub const STYLE: &str = "\
 <style>\
-svg{font-family:ui-sans-serif,system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;\
---paper:#ffffff;--ink:#0f172a;--soft:#64748b;--line:#e2e8f0;\
---cmp:#d97706;--slc:#7c3aed;--win:#0d9488;--subject:#0d9488;--other:#94a3b8}\
-@media(prefers-color-scheme:dark){svg{--paper:#0b1120;--ink:#e2e8f0;--soft:#94a3b8;--line:#1e293b;\
---cmp:#fbbf24;--slc:#a78bfa;--win:#2dd4bf;--subject:#2dd4bf;--other:#64748b}}\
-.paper{fill:var(--paper)}.ink{fill:var(--ink)}.soft{fill:var(--soft)}\
-.title{font-size:17px;font-weight:650;fill:var(--ink)}\
-.head{font-size:13px;font-weight:600;fill:var(--ink)}\
-.small{font-size:11px;fill:var(--soft)}.grid{stroke:var(--line);stroke-width:1}\
-.subject{stroke:var(--subject);fill:none;stroke-width:2.5}\
-.other{stroke:var(--other);fill:none;stroke-width:2}\
-.subject-text{font-size:12px;font-weight:650;fill:var(--subject)}\
-.other-text{font-size:12px;fill:var(--other)}\
-.subject-dot{fill:var(--subject)}.other-dot{fill:var(--other)}\
+svg{font-family:ui-sans-serif,system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}\
+.title{font-size:17px;font-weight:650}.head{font-size:13px;font-weight:600}.small{font-size:11px}\
+.subject-text{font-size:12px;font-weight:650}.other-text{font-size:12px}\
+.grid{stroke-width:1}.subject{fill:none;stroke-width:2.5}.other{fill:none;stroke-width:2}\
+.paper{fill:#ffffff}.title,.head{fill:#0f172a}.small{fill:#64748b}.grid{stroke:#e2e8f0}\
+.subject{stroke:#0d9488}.subject-text,.subject-dot{fill:#0d9488}\
+.other{stroke:#94a3b8}.other-text,.other-dot{fill:#94a3b8}\
+@media(prefers-color-scheme:dark){\
+.paper{fill:#0b1120}.title,.head{fill:#e2e8f0}.small{fill:#94a3b8}.grid{stroke:#1e293b}\
+.subject{stroke:#2dd4bf}.subject-text,.subject-dot{fill:#2dd4bf}\
+.other{stroke:#64748b}.other-text,.other-dot{fill:#94a3b8}}\
 </style>";
 
 /// Panels side by side under one title and one line of explanation.

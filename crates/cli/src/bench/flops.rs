@@ -44,11 +44,6 @@ pub fn forward(dims: Dims, pairs: u64) -> f64 {
     dims.heads as f64 * pairs as f64 * 2.0 * (dims.key_dim + dims.value_dim) as f64
 }
 
-/// FLOPs of the scores alone.
-pub fn scores(dims: Dims, pairs: u64) -> f64 {
-    dims.heads as f64 * pairs as f64 * 2.0 * dims.key_dim as f64
-}
-
 /// FLOPs of a backward pass over `pairs` pairs of every head.
 pub fn backward(dims: Dims, pairs: u64) -> f64 {
     dims.heads as f64 * pairs as f64 * (6 * dims.key_dim + 4 * dims.value_dim) as f64

@@ -1,8 +1,8 @@
 //! The rows of the benchmark: what is run, how often, and how much work it is.
 
 use tercet_attention::cpu::{
-    self, AttendGrads, CompressTail, DenseCache, Mask, NsaCache, NsaGrads, NsaStep, PhiGrads,
-    pieces,
+    self, AttendGrads, CompressTail, DenseCache, Mask, NsaCache, NsaGrads, NsaInput, NsaStep,
+    PhiGrads, pieces,
 };
 use tercet_attention::{Compressor, Element, Result};
 
@@ -43,8 +43,11 @@ pub struct Measured {
     pub seconds: f64,
     /// Runs the median is taken from.
     pub runs: usize,
-    /// Floating-point operations of one run.
+    /// Floating-point operations of one run; 0 where there is hardly any arithmetic.
     pub flops: f64,
+    /// For `score+select`: its time as a share of the compressed branch's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub of_branch: Option<f64>,
     /// Peak resident memory of the process while it ran, bytes (Linux).
     pub peak_bytes: Option<u64>,
 }
@@ -73,7 +76,7 @@ impl Plan<'_> {
         machine::reset_peak_memory();
         let (seconds, runs) = timing::median(self.effort, work)?;
         let peak_bytes = machine::peak_memory();
-        (self.each)(Measured { row, tokens, seconds, runs, flops, peak_bytes });
+        (self.each)(Measured { row, tokens, seconds, runs, flops, of_branch: None, peak_bytes });
         Ok(())
     }
 
@@ -123,36 +126,32 @@ fn sparse<E: Element>(ops: &Operands<E>, plan: &mut Plan) -> Result<()> {
     }
     let (input, dims, spec, t) = (ops.nsa(), ops.dims, &ops.spec, ops.tokens);
     let mut out = vec![E::default(); t * dims.heads * dims.value_dim];
-    let saved = cpu::nsa_forward(&input, &mut out)?;
+    let mut saved = cpu::nsa_forward(&input, &mut out)?;
 
     let cmp = flops::compressed_pairs(t, spec);
     let slc = flops::selected_pairs(&saved.indices, t, dims.kv_heads, spec);
     let win = flops::window_pairs(t, spec.window);
     let gate = (t * dims.heads * dims.value_dim * 6) as f64;
-    let ranking = flops::scores(dims, cmp);
 
     let (mut k_cmp, mut v_cmp) = (zeros(&ops.k_cmp), zeros(&ops.v_cmp));
-    let mut branch = vec![0.0; out.len()];
-    let mut lse = vec![0.0; t * dims.heads];
-    let mut indices = vec![0; saved.indices.len()];
     plan.row("forward/compress", t, ops.compress_flops(), || {
         ops.compress(&mut k_cmp, &mut v_cmp)
     })?;
     plan.row("forward/cmp", t, flops::forward(dims, cmp), || {
-        pieces::cmp_forward(&input, &mut branch, &mut lse)
+        pieces::cmp_forward(&input).map(drop)
     })?;
-    plan.row("forward/score+select", t, ranking, || {
-        pieces::score_select(&input, &saved.lse_cmp, &mut indices)
-    })?;
+    ranking(&input, t, plan)?;
     plan.row("forward/slc", t, flops::forward(dims, slc), || {
-        pieces::slc_forward(&input, &saved.indices, &mut branch, &mut lse)
+        pieces::slc_forward(&input, &mut saved)
     })?;
     plan.row("forward/win", t, flops::forward(dims, win), || {
-        pieces::win_forward(&input, &mut branch, &mut lse)
+        pieces::win_forward(&input, &mut saved)
     })?;
-    plan.row("forward/gate", t, gate, || pieces::gate_forward(&input, &saved, &mut out))?;
-    drop((branch, lse, indices));
-    let all = ops.compress_flops() + flops::forward(dims, cmp + slc + win) + ranking + gate;
+    plan.row("forward/gate", t, gate, || {
+        pieces::gate_forward(&input, &saved, &mut out);
+        Ok(())
+    })?;
+    let all = ops.compress_flops() + flops::forward(dims, cmp + slc + win) + gate;
     plan.row("forward/nsa", t, all, || {
         ops.compress(&mut k_cmp, &mut v_cmp)?;
         cpu::nsa_forward(&input, &mut out).map(drop)
@@ -172,20 +171,22 @@ fn sparse<E: Element>(ops: &Operands<E>, plan: &mut Plan) -> Result<()> {
             compress_backward(ops, (&ops.k_cmp, &ops.v_cmp), (&mut d_k_slc, &mut d_v_slc))
         })?;
     }
+    let delta = pieces::gate_backward_piece(&input, &saved, &d_out, &mut d_gate);
     plan.row("backward/cmp", t, flops::backward(dims, cmp), || {
         let grads = AttendGrads { q: &mut d_q, k: &mut d_k_cmp, v: &mut d_v_cmp };
-        pieces::cmp_backward(&input, &saved, &d_out, grads)
+        pieces::cmp_backward(&input, &saved, &delta[0], &d_out, grads)
     })?;
     plan.row("backward/slc", t, flops::backward(dims, slc), || {
         let grads = AttendGrads { q: &mut d_q, k: &mut d_k_slc, v: &mut d_v_slc };
-        pieces::slc_backward(&input, &saved, &d_out, grads)
+        pieces::slc_backward(&input, &saved, &delta[1], &d_out, grads)
     })?;
     plan.row("backward/win", t, flops::backward(dims, win), || {
         let grads = AttendGrads { q: &mut d_q, k: &mut d_k_win, v: &mut d_v_win };
-        pieces::win_backward(&input, &saved, &d_out, grads)
+        pieces::win_backward(&input, &saved, &delta[2], &d_out, grads)
     })?;
     plan.row("backward/gate", t, gate, || {
-        pieces::gate_backward(&input, &saved, &d_out, &mut d_gate)
+        pieces::gate_backward_piece(&input, &saved, &d_out, &mut d_gate);
+        Ok(())
     })?;
     let (mut d_k, mut d_v) = (zeros(&ops.k), zeros(&ops.v));
     let all = flops::backward(dims, cmp + slc + win) + gate + ops.compress_flops();
@@ -206,6 +207,24 @@ fn sparse<E: Element>(ops: &Operands<E>, plan: &mut Plan) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Ranking reuses the compressed branch's probabilities, so it is timed as what it adds: the
+/// median of both together less the median of the branch alone.
+fn ranking<E: Element>(input: &NsaInput<E>, t: usize, plan: &mut Plan) -> Result<()> {
+    const ROW: &str = "forward/score+select";
+    if !plan.any(&[ROW]) {
+        return Ok(());
+    }
+    machine::reset_peak_memory();
+    let (alone, _) = timing::median(plan.effort, || pieces::cmp_forward(input).map(drop))?;
+    let (both, runs) =
+        timing::median(plan.effort, || pieces::cmp_score_select_forward(input).map(drop))?;
+    let peak_bytes = machine::peak_memory();
+    let seconds = (both - alone).max(0.0);
+    let of_branch = Some(seconds / alone);
+    (plan.each)(Measured { row: ROW, tokens: t, seconds, runs, flops: 0.0, of_branch, peak_bytes });
+    Ok(())
 }
 
 /// Backward of mean compression, which has no parameters.
@@ -261,8 +280,7 @@ fn decode_sparse<E: Element>(ops: &Operands<E>, plan: &mut Plan) -> Result<()> {
     step(&ops.q, &ops.k, &ops.v, &ops.gate)?;
     let read = spec.compressed_blocks(t) + (spec.select_count * spec.select_block).min(t);
     let pairs = (read + spec.window.min(t)) as u64;
-    let work = flops::forward(dims, pairs)
-        + flops::scores(dims, spec.compressed_blocks(t) as u64);
+    let work = flops::forward(dims, pairs);
     let mut at = 0;
     plan.row("decode/nsa", t, work, || {
         let (q, k, v) = (token(&ops.q, t, at), token(&ops.k, t, at), token(&ops.v, t, at));

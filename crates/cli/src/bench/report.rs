@@ -70,14 +70,15 @@ impl Setting {
     /// One line of the table.
     pub fn line(&self, m: &Measured) -> String {
         let peak = m.peak_bytes.map_or_else(|| "?".into(), human::bytes);
+        let (rate, share) = match m.of_branch {
+            Some(share) => ("-".into(), format!("{share:.2}× cmp")),
+            None => (format!("{:.1}", self.rate(m)), format!("{:.0} %", 100.0 * self.share(m))),
+        };
         format!(
-            "{:<21}{:>7}{:>11}{:>9.1}{:>7.0} %{:>12}  {}",
+            "{:<21}{:>7}{:>11}{rate:>9}{share:>11}{peak:>13}  {}",
             m.row,
             human::length(m.tokens),
             human::seconds(m.seconds),
-            self.rate(m),
-            100.0 * self.share(m),
-            peak,
             self.command(m)
         )
     }
@@ -139,7 +140,7 @@ fn power(seconds: f64) -> String {
 /// The table's heading, aligned with [`Setting::line`].
 pub fn heading() -> String {
     format!(
-        "{:<21}{:>7}{:>11}{:>9}{:>9}{:>12}  {}",
+        "{:<21}{:>7}{:>11}{:>9}{:>11}{:>13}  {}",
         "row", "tokens", "median", "GFLOP/s", "of gemm", "peak memory", "repeat with"
     )
 }
@@ -183,7 +184,7 @@ mod tests {
     use super::*;
 
     fn row(row: &'static str, tokens: usize, seconds: f64) -> Measured {
-        Measured { row, tokens, seconds, runs: 3, flops: 1e9, peak_bytes: Some(1 << 20) }
+        Measured { row, tokens, seconds, runs: 3, flops: 1e9, of_branch: None, peak_bytes: Some(1 << 20) }
     }
 
     fn setting() -> Setting {
