@@ -136,9 +136,8 @@ mod tests {
 
     #[test]
     fn the_curve_has_labels_lines_and_no_broken_numbers() {
-        let records: Vec<_> = (1..5000)
-            .map(|i| record(i, (i % 7 != 0).then_some(9.0 - (i as f64).ln())))
-            .collect();
+        let records: Vec<_> =
+            (1..5000).map(|i| record(i, (i % 7 != 0).then_some(9.0 - (i as f64).ln()))).collect();
         let svg = draw(&records, Some(6.5)).unwrap();
         for text in ["<svg", "training", "validation", "unigram entropy 6.50", "nats per token"] {
             assert!(svg.contains(text), "{text}");

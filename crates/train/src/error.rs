@@ -69,6 +69,9 @@ pub enum Error {
     /// The stop flag was raised before training began; nothing was lost.
     #[error("interrupted while preparing the data; nothing was lost")]
     Interrupted,
+    /// The model refused.
+    #[error(transparent)]
+    Model(#[from] tercet_model::Error),
     /// The tensor layer refused.
     #[error(transparent)]
     Tensor(#[from] tercet_tensor::Error),
@@ -81,6 +84,7 @@ impl Error {
     /// Whether the user's input or machine is at fault (exit code 2) and not this program (1).
     pub fn is_users(&self) -> bool {
         match self {
+            Self::Model(error) => error.is_users(),
             Self::Tensor(_) => false,
             _ => true,
         }

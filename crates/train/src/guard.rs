@@ -63,13 +63,7 @@ pub struct Guard {
 impl Guard {
     /// Looks at a step. `patience` skipped steps in a row stop the run; an outlier lies more than
     /// `outlier_z` deviations above the mean (0: nothing is an outlier).
-    pub fn judge(
-        &mut self,
-        loss: f64,
-        grad_norm: f64,
-        patience: usize,
-        outlier_z: f64,
-    ) -> Verdict {
+    pub fn judge(&mut self, loss: f64, grad_norm: f64, patience: usize, outlier_z: f64) -> Verdict {
         if !loss.is_finite() || !grad_norm.is_finite() {
             self.skipped_in_a_row += 1;
             self.skipped += 1;

@@ -1,17 +1,30 @@
 //! Training: from text on disk to a checkpoint that can be resumed bit for bit.
+//!
+//! [`RunConfig`] declares a run, [`pretrain()`] does it and tells an observer what happens,
+//! `dry_run` says what it would do. Data flow one way: [`data`] makes batches, the trainer turns
+//! them into updates that the [`guard`] has let through, [`checkpoint`] commits what came of it.
+//! The crate knows neither preference nor privacy objectives, and draws no progress bar.
 
+pub mod checkpoint;
 pub mod config;
 pub mod curve;
 pub mod data;
 mod error;
+mod event;
 pub mod files;
 pub mod guard;
-pub mod lock;
+mod lock;
 pub mod metrics;
+mod pace;
+mod prepare;
+mod pretrain;
 pub mod schedule;
 pub mod tensorboard;
-pub mod tokenizer;
+mod tokenizer;
 pub mod tokenizer_train;
+mod trainer;
 
 pub use config::RunConfig;
 pub use error::{Error, Result};
+pub use event::{Control, Event, Progress, Report, Summary};
+pub use pretrain::{newest_checkpoint, pretrain};

@@ -28,8 +28,7 @@ impl Schedule {
                 (steps - decay.min(steps)).max(warmup)
             }
         };
-        let (kind, peak, last) =
-            (config.train.schedule, config.train.lr, config.train.final_lr);
+        let (kind, peak, last) = (config.train.schedule, config.train.lr, config.train.final_lr);
         Self { kind, peak, last, warmup, decay_start, steps }
     }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::data::Corpus;
@@ -55,7 +56,17 @@ pub fn train(
     let mut trainer = TrainerWrapper::from(trainer);
     let mut tokenizer = Tokenizer::new(BPE::default());
     let byte_level = ByteLevel::new(false, true, true);
-    tokenizer.with_pre_tokenizer(Some(byte_level)).with_decoder(Some(byte_level));
+    // Asked for special tokens, it begins a text the way documents begin in training.
+    let begin = TemplateProcessing::builder()
+        .try_single(format!("{END_OF_TEXT} $A"))
+        .map_err(|error| failed(error.into()))?
+        .special_tokens(vec![(END_OF_TEXT, 0)])
+        .build()
+        .map_err(|error| failed(error.into()))?;
+    tokenizer
+        .with_pre_tokenizer(Some(byte_level))
+        .with_post_processor(Some(begin))
+        .with_decoder(Some(byte_level));
 
     let mut problem = None;
     let mut reader = corpus.documents();

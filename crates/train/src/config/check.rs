@@ -28,9 +28,12 @@ impl RunConfig {
                 ),
             ));
         }
+        self.model.check(self.data.vocab_size, self.data.context)?;
         within("train.tokens", self.steps(), 1, MAX_STEPS, "steps")?;
         within("checkpoint.keep", self.checkpoint.keep as u64, 1, 1 << 20, "")?;
-        if self.data.tokenizer.is_none() && self.data.vocab_size.is_none() && !self.model.is_folder()
+        if self.data.tokenizer.is_none()
+            && self.data.vocab_size.is_none()
+            && !self.model.is_folder()
         {
             return Err(Error::config(
                 "data.tokenizer",
@@ -42,14 +45,14 @@ impl RunConfig {
 }
 
 fn check_data(data: &DataConfig) -> Result<()> {
-    if data.paths.is_empty() || data.paths.iter().any(String::is_empty) {
-        return Err(Error::config(
-            "data.paths",
-            "is empty; expected files, folders or globs, such as [\"books/**/*.txt\"]",
-        ));
+    if data.paths.iter().any(String::is_empty) {
+        return Err(Error::config("data.paths", "holds an empty name"));
     }
     if data.text_field.is_empty() {
-        return Err(Error::config("data.text_field", "is empty; expected a field such as \"text\""));
+        return Err(Error::config(
+            "data.text_field",
+            "is empty; expected a field such as \"text\"",
+        ));
     }
     if data.max_bytes == Some(0) {
         return Err(Error::config("data.max_bytes", "= 0 leaves no text; leave it out for all"));

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use super::keys::{keys_of, unknown};
+use super::model::known_keys;
 use super::{CheckpointConfig, DataConfig, ModelSource, RunConfig, TrainConfig};
 use crate::error::{Error, Result};
 
@@ -125,23 +126,16 @@ fn section<T: for<'de> Deserialize<'de>>(table: &mut Table, name: &str) -> Resul
 }
 
 /// Turns a section's table into its struct, with errors that name the dotted key.
-pub(super) fn from_section<T: for<'de> Deserialize<'de>>(table: Table, name: &str) -> Result<T> {
-    let known = keys_of::<T>();
-    if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
-        return Err(Error::config(format!("{name}.{key}"), unknown(key, name, known)));
-    }
-    table.clone().try_into::<T>().map_err(|error| {
-        // Every field has a default, so the key at fault also fails when it stands alone.
-        let culprit = table.iter().find_map(|(key, value)| {
-            let alone = Table::from_iter([(key.clone(), value.clone())]);
-            let error = alone.try_into::<T>().err()?;
-            Some(Error::config(format!("{name}.{key}"), complaint(value, error.message())))
-        });
-        culprit.unwrap_or_else(|| Error::config(name, error.message().to_owned()))
-    })
+fn from_section<T: for<'de> Deserialize<'de>>(table: Table, name: &str) -> Result<T> {
+    known_keys(&table, name, keys_of::<T>())?;
+    table.try_into::<T>().map_err(|error| refusal(name, &error))
 }
 
-/// `= 5 is refused: invalid type …`.
-fn complaint(value: &Value, message: &str) -> String {
-    format!("= {value} is refused: {message}")
+/// An error of the deserializer, with the dotted key in front. The key is not a field of the
+/// error; its text ends with "in `key`".
+pub(super) fn refusal(section: &str, error: &toml::de::Error) -> Error {
+    let text = error.to_string();
+    let key = text.trim_end().rsplit_once("in `").and_then(|(_, key)| key.strip_suffix('`'));
+    let key = key.map_or(section.to_owned(), |key| format!("{section}.{key}"));
+    Error::config(key, format!("is refused: {}", error.message()))
 }

@@ -10,8 +10,8 @@ mod model;
 
 use std::path::PathBuf;
 
+pub use model::{FromData, ModelSource};
 use serde::{Deserialize, Serialize};
-pub use model::ModelSource;
 
 /// Everything that decides a training run.
 #[derive(Clone, Debug, PartialEq)]

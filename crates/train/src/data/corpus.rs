@@ -84,6 +84,12 @@ struct Content {
 impl Corpus {
     /// Finds and reads everything `data` names, in parallel.
     pub fn scan(data: &DataConfig, stop: &AtomicBool) -> Result<Self> {
+        if data.paths.is_empty() {
+            return Err(Error::config(
+                "data.paths",
+                "is empty; expected files, folders or globs, such as [\"books/**/*.txt\"]",
+            ));
+        }
         let found = discover::discover(&data.paths)?;
         let mut files = found.files;
         if let Some(max_bytes) = data.max_bytes {
@@ -207,7 +213,8 @@ impl Reader<'_> {
         loop {
             if self.open.is_none() {
                 let Some((file, _)) = self.corpus.files.get(self.next) else { return Ok(None) };
-                let documents = Documents::open(file, &self.corpus.text_field, self.corpus.section)?;
+                let documents =
+                    Documents::open(file, &self.corpus.text_field, self.corpus.section)?;
                 self.open = Some((documents, Sha256::new()));
                 self.next += 1;
             }

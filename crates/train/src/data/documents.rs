@@ -49,7 +49,9 @@ impl<'a> Documents<'a> {
         let raw = BufReader::with_capacity(1 << 18, raw);
         let reader: Box<dyn BufRead + Send> = match file.compression {
             Compression::None => Box::new(raw),
-            Compression::Gzip => Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(raw))),
+            Compression::Gzip => {
+                Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(raw)))
+            }
             Compression::Zstd => Box::new(BufReader::new(Frames::new(raw))),
         };
         Ok(Self {
@@ -172,7 +174,9 @@ impl<'a> Documents<'a> {
         );
         Unusable::Fatal(if packed && damaged {
             let path = self.file.path.display();
-            Error::Data(format!("{path} is damaged or cut short, or not what its name says: {error}"))
+            Error::Data(format!(
+                "{path} is damaged or cut short, or not what its name says: {error}"
+            ))
         } else {
             Error::io("read", &self.file.path)(error)
         })

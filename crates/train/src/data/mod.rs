@@ -13,9 +13,11 @@ mod tokenise;
 mod zstd;
 
 pub use corpus::{Corpus, Skipped};
-pub use pack::{Packed, Stream};
+pub use pack::Stream;
 pub use shards::Shards;
 pub use tokenise::{Tokenised, tokenise};
+
+use tercet_model::Batch;
 
 use crate::error::{Error, Result};
 
@@ -26,7 +28,7 @@ pub struct Split {
     /// Documents it is made of.
     pub train_documents: usize,
     /// The evaluation batches, always the same.
-    pub validation: Vec<Packed>,
+    pub validation: Vec<Batch>,
     /// Held-out documents.
     pub validation_documents: usize,
 }
@@ -87,7 +89,7 @@ pub fn split(shards: &Shards, rule: &SplitRule) -> Result<Split> {
 
 /// Entropy in nats of the distribution of the targets themselves: the loss of the best model
 /// that ignores the context, fitted to these very tokens.
-pub fn unigram_entropy(batches: &[Packed]) -> f64 {
+pub fn unigram_entropy(batches: &[Batch]) -> f64 {
     let mut counts = std::collections::BTreeMap::new();
     let mut total = 0u64;
     for target in batches.iter().flat_map(|batch| &batch.targets) {

@@ -6,6 +6,8 @@
 //! all pieces in a shuffled row; a batch is the next so many positions of it, and a piece that a
 //! batch's end cuts continues in the next batch as a sequence of its own.
 
+use tercet_model::Batch;
+
 use super::order::permutation;
 use super::shards::Shards;
 use crate::error::{Error, Result};
@@ -18,17 +20,6 @@ struct Piece {
     start: u32,
     /// Positions.
     len: u32,
-}
-
-/// Packed sequences: `T` positions in all, in B sequences.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Packed {
-    /// Token ids, `[T]`.
-    pub input_ids: Vec<i32>,
-    /// The token after each, `[T]`.
-    pub targets: Vec<i32>,
-    /// Offsets of the sequences, `[B + 1]`.
-    pub cu_seqlens: Vec<i32>,
 }
 
 /// An endless (shuffled, epoch after epoch) or single (in order) row of pieces.
@@ -64,7 +55,9 @@ impl Stream {
             }
         }
         if u32::try_from(pieces.len()).is_err() || u32::try_from(shards.len()).is_err() {
-            return Err(Error::Data("the corpus has more than 2³² documents; use fewer files".into()));
+            return Err(Error::Data(
+                "the corpus has more than 2³² documents; use fewer files".into(),
+            ));
         }
         let positions = pieces.iter().map(|piece| u64::from(piece.len)).sum();
         let epoch = Epoch::lay_out(&pieces, seed, 0);
@@ -78,8 +71,8 @@ impl Stream {
 
     /// The `len` positions from `start` on; a stream without positions gives an empty batch. A
     /// pure function of its arguments (what is kept between calls only saves time).
-    pub fn batch(&mut self, shards: &Shards, start: u64, len: usize) -> Packed {
-        let mut packed = Packed {
+    pub fn batch(&mut self, shards: &Shards, start: u64, len: usize) -> Batch {
+        let mut packed = Batch {
             input_ids: Vec::with_capacity(len),
             targets: Vec::with_capacity(len),
             cu_seqlens: vec![0],
@@ -95,7 +88,7 @@ impl Stream {
             let left = (self.epoch.ends[place] - within) as usize;
             let take = left.min(len - packed.input_ids.len());
             let from = (piece.start + piece.len) as usize - left;
-            packed.push(shards, piece.document as usize, from, take);
+            push(&mut packed, shards, piece.document as usize, from, take);
         }
         packed
     }
@@ -120,11 +113,9 @@ impl Epoch {
     }
 }
 
-impl Packed {
-    /// Appends `len` positions of a document as a sequence of its own.
-    fn push(&mut self, shards: &Shards, document: usize, from: usize, len: usize) {
-        shards.read(document, from, from + len, &mut self.input_ids);
-        shards.read(document, from + 1, from + len + 1, &mut self.targets);
-        self.cu_seqlens.push(self.input_ids.len() as i32);
-    }
+/// Appends `len` positions of a document as a sequence of its own.
+fn push(batch: &mut Batch, shards: &Shards, document: usize, from: usize, len: usize) {
+    shards.read(document, from, from + len, &mut batch.input_ids);
+    shards.read(document, from + 1, from + len + 1, &mut batch.targets);
+    batch.cu_seqlens.push(batch.input_ids.len() as i32);
 }

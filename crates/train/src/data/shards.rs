@@ -82,7 +82,8 @@ impl Shards {
         let at = |token: usize| (start as usize + token) * self.width;
         let bytes = &self.maps[shard as usize][at(from)..at(to)];
         match self.width {
-            2 => out.extend(bytes.as_chunks::<2>().0.iter().map(|b| i32::from(u16::from_le_bytes(*b)))),
+            2 => out
+                .extend(bytes.as_chunks::<2>().0.iter().map(|b| i32::from(u16::from_le_bytes(*b)))),
             _ => out.extend(bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b))),
         }
     }
@@ -206,7 +207,9 @@ impl ShardWriter {
 
     fn end_shard(&mut self) -> Result<()> {
         let Some(mut file) = self.current.take() else { return Ok(()) };
-        file.flush().and_then(|()| file.get_ref().sync_all()).map_err(Error::io("write", &self.beside))
+        file.flush()
+            .and_then(|()| file.get_ref().sync_all())
+            .map_err(Error::io("write", &self.beside))
     }
 
     /// Forces everything to disk and moves it to its place, replacing what is there.
