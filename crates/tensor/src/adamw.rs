@@ -1,18 +1,30 @@
-//! AdamW with f32 master weights.
+//! AdamW (arXiv 1711.05101) with f32 master weights.
+//!
+//! `m = β₁m + (1−β₁)g`, `v = β₂v + (1−β₂)g²`, then
+//! `w = w·(1 − lr·λ) − lr·(m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)`. Parameters stored as bf16 have f32
+//! masters, and are their rounding.
 
-use crate::{Grads, Result, Tensor};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::parallel::CHUNK;
+use crate::simd::multiversion;
+use crate::tensor::convert_slice;
+use crate::{DType, Error, Grads, Result, Tensor};
+
+const OP: &str = "adamw";
 
 /// Settings of [`AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
-    /// Decay of the first moment, β₁.
-    pub beta1: f32,
-    /// Decay of the second moment, β₂.
-    pub beta2: f32,
-    /// Added to the denominator.
-    pub eps: f32,
-    /// Decoupled weight decay, per unit of learning rate.
-    pub weight_decay: f32,
+    /// Decay of the first moment, β₁, in `0..1`.
+    pub beta1: f64,
+    /// Decay of the second moment, β₂, in `0..1`.
+    pub beta2: f64,
+    /// Added to the denominator, ε.
+    pub eps: f64,
+    /// Decoupled weight decay per unit of learning rate, λ.
+    pub weight_decay: f64,
 }
 
 /// What the optimizer knows of one parameter.
@@ -22,7 +34,7 @@ pub struct SlotState {
     pub m: Vec<f32>,
     /// Second moment.
     pub v: Vec<f32>,
-    /// The f32 weights behind bf16 parameters; `None` for f32 parameters.
+    /// The f32 weights behind a bf16 parameter; `None` for f32.
     pub master: Option<Vec<f32>>,
 }
 
@@ -47,19 +59,54 @@ impl AdamW {
     /// A fresh optimizer for `params`; `decayed[slot]` says which ones decay (matrices, usually
     /// not norms and biases).
     pub fn new(config: AdamWConfig, params: &[Tensor], decayed: &[bool]) -> Result<Self> {
-        let _ = (config, params, decayed);
-        todo!()
+        let slot = |p: &Tensor| {
+            let master = match p.dtype() {
+                DType::BF16 => Some(p.to_vec_f32()?),
+                _ => None,
+            };
+            Ok(SlotState { m: vec![0.0; p.len()], v: vec![0.0; p.len()], master })
+        };
+        let slots = params.iter().map(slot).collect::<Result<_>>()?;
+        Self::restore(config, params, decayed, AdamWState { step: 0, slots })
     }
 
-    /// An optimizer that goes on from `state`.
+    /// An optimizer that goes on from `state`, which must fit `params`.
     pub fn restore(
         config: AdamWConfig,
         params: &[Tensor],
         decayed: &[bool],
         state: AdamWState,
     ) -> Result<Self> {
-        let _ = (config, params, decayed, state);
-        todo!()
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = config;
+        for (name, value, fits) in [
+            ("beta1", beta1, (0.0..1.0).contains(&beta1)),
+            ("beta2", beta2, (0.0..1.0).contains(&beta2)),
+            ("eps", eps, eps > 0.0 && eps.is_finite()),
+            ("weight_decay", weight_decay, weight_decay >= 0.0 && weight_decay.is_finite()),
+        ] {
+            if !fits {
+                let text = format!(
+                    "{name} = {value}; betas lie in 0..1, eps is positive, the decay not negative"
+                );
+                return Err(Error::value(OP, text));
+            }
+        }
+        let (count, slots) = (params.len(), state.slots.len());
+        if decayed.len() != count || slots != count {
+            let text = format!("{count} parameters, {} decay flags, {slots} states", decayed.len());
+            return Err(Error::value(OP, text));
+        }
+        for (i, (p, slot)) in params.iter().zip(&state.slots).enumerate() {
+            let wanted = (p.dtype() == DType::BF16).then_some(p.len());
+            let fits = slot.m.len() == p.len()
+                && slot.v.len() == p.len()
+                && slot.master.as_ref().map(Vec::len) == wanted;
+            if p.dtype() == DType::I32 || !fits {
+                let text = format!("the state of slot {i} does not fit {p:?}");
+                return Err(Error::value(OP, text));
+            }
+        }
+        Ok(AdamW { config, decayed: decayed.to_vec(), state })
     }
 
     /// The state, for a checkpoint.
@@ -74,10 +121,84 @@ impl AdamW {
         &mut self,
         params: &mut [Tensor],
         grads: &Grads,
-        lr: f32,
+        lr: f64,
         grad_scale: f32,
     ) -> Result<()> {
-        let _ = (params, grads, lr, grad_scale, &self.config, &self.decayed);
-        todo!()
+        let slots = self.state.slots.len();
+        if params.len() != slots || grads.len() != slots {
+            let text =
+                format!("{} parameters, {} gradients, {slots} states", params.len(), grads.len());
+            return Err(Error::value(OP, text));
+        }
+        // All checks come before the first write, so that an error leaves everything as it was.
+        for (i, (p, slot)) in params.iter().zip(&self.state.slots).enumerate() {
+            let grad = grads.get(i);
+            if grad.is_some_and(|g| g.shape() != p.shape()) || slot.m.len() != p.len() {
+                let text = format!("slot {i}: {p:?} does not fit its gradient {grad:?} or state");
+                return Err(Error::value(OP, text));
+            }
+        }
+        self.state.step += 1;
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
+        let corrected = |beta: f64| 1.0 - libm::pow(beta, self.state.step as f64);
+        for (i, (p, slot)) in params.iter_mut().zip(&mut self.state.slots).enumerate() {
+            let Some(grad) = grads.get(i) else { continue };
+            let decay = if self.decayed[i] { weight_decay } else { 0.0 };
+            let rule = Rule {
+                beta1: beta1 as f32,
+                rest1: (1.0 - beta1) as f32,
+                beta2: beta2 as f32,
+                rest2: (1.0 - beta2) as f32,
+                keep: (1.0 - lr * decay) as f32,
+                rate: (lr / corrected(beta1)) as f32,
+                root: (1.0 / corrected(beta2).sqrt()) as f32,
+                eps: eps as f32,
+                grad_scale,
+            };
+            let grad = grad.as_f32()?;
+            let SlotState { m, v, master } = slot;
+            match master {
+                None => rule.run(p.as_f32_mut()?, m, v, grad),
+                Some(master) => {
+                    rule.run(master, m, v, grad);
+                    crate::parallel::map(p.as_bf16_mut()?, master, convert_slice::<f32, bf16>);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The numbers of one parameter's update.
+#[derive(Clone, Copy)]
+struct Rule {
+    beta1: f32,
+    rest1: f32,
+    beta2: f32,
+    rest2: f32,
+    keep: f32,
+    rate: f32,
+    root: f32,
+    eps: f32,
+    grad_scale: f32,
+}
+
+impl Rule {
+    fn run(self, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+        w.par_chunks_mut(CHUNK)
+            .zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)))
+            .zip(g.par_chunks(CHUNK))
+            .for_each(|((w, (m, v)), g)| update(w, m, v, g, self));
+    }
+}
+
+multiversion! {
+    fn update(w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], rule: Rule) {
+        for ((w, g), (m, v)) in w.iter_mut().zip(g).zip(m.iter_mut().zip(v)) {
+            let g = g * rule.grad_scale;
+            *m = rule.beta1 * *m + rule.rest1 * g;
+            *v = rule.beta2 * *v + rule.rest2 * (g * g);
+            *w = *w * rule.keep - rule.rate * *m / (v.sqrt() * rule.root + rule.eps);
+        }
     }
 }

@@ -83,6 +83,28 @@ impl<'g> Backward<'g> {
         }
     }
 
+    /// As [`Backward::accumulate`], but `f` runs for constants too, into scratch: for ops that
+    /// make other gradients in the same loop.
+    pub(crate) fn accumulate_always<E: Float>(
+        &mut self,
+        to: Source,
+        shape: &[usize],
+        f: impl FnOnce(&mut [E], bool) -> Result<()>,
+    ) -> Result<()> {
+        if to == Source::Constant {
+            return f(&mut Buffer::<E>::stale(shape.iter().product()), false);
+        }
+        self.accumulate(to, shape, f)
+    }
+
+    /// Adds a whole f32 gradient of a weight; the first one is moved in.
+    pub(crate) fn give_f32(&mut self, to: &Weight, gradient: Tensor) -> Result<()> {
+        match to.source {
+            Source::Value { .. } => self.give(to.source, gradient.to_dtype(to.dtype)?),
+            _ => self.give(to.source, gradient),
+        }
+    }
+
     /// As [`Backward::accumulate`], in f32 whatever the variable's storage: for gradients of
     /// weights, which land in their slot without a detour.
     pub(crate) fn accumulate_f32(
@@ -99,7 +121,7 @@ impl<'g> Backward<'g> {
             Source::Value { .. } => {
                 let mut buffer = Buffer::<f32>::stale(to.shape.iter().product());
                 f(&mut buffer, false)?;
-                self.give(to.source, Tensor::from_buffer(buffer, &to.shape).to_dtype(to.dtype)?)
+                self.give_f32(to, Tensor::from_buffer(buffer, &to.shape))
             }
         }
     }

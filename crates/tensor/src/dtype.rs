@@ -5,6 +5,7 @@ use std::fmt;
 use half::bf16;
 use tercet_attention::Element;
 
+use crate::matmul::Widen;
 use crate::pool::{Buffer, Pooled};
 use crate::tensor::Storage;
 
@@ -48,7 +49,7 @@ pub enum Device {
 }
 
 /// Element types that carry gradients: f32 and bf16.
-pub(crate) trait Float: Element + Pooled {
+pub(crate) trait Float: Element + Pooled + Widen {
     const DTYPE: DType;
     fn of(storage: &Storage) -> Option<&[Self]>;
     fn of_mut(storage: &mut Storage) -> Option<&mut [Self]>;

@@ -2,11 +2,12 @@
 
 use rayon::prelude::*;
 
+use crate::dtype::Float;
 use crate::pool::Buffer;
 
 /// Elements of one piece of an elementwise loop: small enough to balance, large enough that
 /// handing it to a thread costs nothing.
-const CHUNK: usize = 1 << 14;
+pub(crate) const CHUNK: usize = 1 << 14;
 
 /// `f(out_piece, x_piece)` over pieces of equal place in both.
 pub(crate) fn map<A: Sync, B: Send>(
@@ -19,6 +20,14 @@ pub(crate) fn map<A: Sync, B: Send>(
         return f(out, x);
     }
     out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(o, x)| f(o, x));
+}
+
+/// `f(piece)` over pieces of `x`.
+pub(crate) fn update<A: Send>(x: &mut [A], f: impl Fn(&mut [A]) + Sync + Send) {
+    if x.len() <= CHUNK {
+        return f(x);
+    }
+    x.par_chunks_mut(CHUNK).for_each(f);
 }
 
 /// `f(out_piece, a_piece, b_piece)`.
@@ -95,11 +104,16 @@ pub(crate) fn sum_parts(parts: &[f32], out: &mut [f32], add: bool) {
     }
 }
 
+/// `out += x`.
+pub(crate) fn add_into(out: &mut [f32], x: &[f32]) {
+    add_wide(out, x);
+}
+
 crate::simd::multiversion! {
-    /// `out += x`.
-    pub(crate) fn add_into(out: &mut [f32], x: &[f32]) {
+    /// `out += x`, x of any storage type.
+    pub(crate) fn add_wide<E: Float>(out: &mut [f32], x: &[E]) {
         for (o, x) in out.iter_mut().zip(x) {
-            *o += x;
+            *o += x.to_f32();
         }
     }
 }

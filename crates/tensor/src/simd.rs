@@ -26,13 +26,13 @@ macro_rules! multiversion {
                 fn avx2 $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
                     body $(::<$($g),+>)? ($($arg),*)
                 }
-                if $crate::simd::has_avx512() {
-                    // SAFETY: the machine has every feature the function is compiled for.
-                    return unsafe { avx512 $(::<$($g),+>)? ($($arg),*) };
-                }
-                if $crate::simd::has_avx2() {
+                match $crate::simd::level() {
+                    // SAFETY: the level says that the machine has every feature the function
+                    // is compiled for.
+                    $crate::simd::AVX512 => return unsafe { avx512 $(::<$($g),+>)? ($($arg),*) },
                     // SAFETY: as above.
-                    return unsafe { avx2 $(::<$($g),+>)? ($($arg),*) };
+                    $crate::simd::AVX2 => return unsafe { avx2 $(::<$($g),+>)? ($($arg),*) },
+                    _ => {}
                 }
             }
             body $(::<$($g),+>)? ($($arg),*)
@@ -42,17 +42,39 @@ macro_rules! multiversion {
 pub(crate) use multiversion;
 
 #[cfg(target_arch = "x86_64")]
-#[inline]
-pub(crate) fn has_avx512() -> bool {
-    is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl")
-        && has_avx2()
-}
+pub(crate) use x86::{AVX2, AVX512, level};
 
 #[cfg(target_arch = "x86_64")]
-#[inline]
-pub(crate) fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+mod x86 {
+    use std::sync::atomic::{AtomicU8, Ordering};
+
+    const UNKNOWN: u8 = 0;
+    const BASELINE: u8 = 1;
+    pub(crate) const AVX2: u8 = 2;
+    pub(crate) const AVX512: u8 = 3;
+
+    /// The best instruction set of this machine; asked once.
+    #[inline]
+    pub(crate) fn level() -> u8 {
+        static LEVEL: AtomicU8 = AtomicU8::new(UNKNOWN);
+        match LEVEL.load(Ordering::Relaxed) {
+            UNKNOWN => {
+                let found = detect();
+                LEVEL.store(found, Ordering::Relaxed);
+                found
+            }
+            known => known,
+        }
+    }
+
+    fn detect() -> u8 {
+        if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")) {
+            return BASELINE;
+        }
+        let wide = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        if wide { AVX512 } else { AVX2 }
+    }
 }

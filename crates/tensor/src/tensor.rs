@@ -227,14 +227,15 @@ fn dtype_name(dtype: DType) -> &'static str {
 }
 
 /// Converts in parallel.
-fn convert<A: Float, B: Float>(x: &[A]) -> Buffer<B> {
+pub(crate) fn convert<A: Float, B: Float>(x: &[A]) -> Buffer<B> {
     let mut out = Buffer::stale(x.len());
     parallel::map(&mut out, x, |out: &mut [B], x: &[A]| convert_slice(out, x));
     out
 }
 
 crate::simd::multiversion! {
-    fn convert_slice<A: Float, B: Float>(out: &mut [B], x: &[A]) {
+    /// `out = x`, rounded.
+    pub(crate) fn convert_slice<A: Float, B: Float>(out: &mut [B], x: &[A]) {
         for (o, x) in out.iter_mut().zip(x) {
             *o = B::from_f32(x.to_f32());
         }

@@ -1,14 +1,164 @@
-//! Mean cross-entropy of the logits `x · Wᵀ` (x `[T, C]`, weight `[vocab, C]`) against `targets` (I32 `[T]`, −100 ignored): a scalar f32.
+//! Mean cross-entropy of `softmax(x·Wᵀ)`, without ever holding the logits of all tokens.
+//!
+//! `loss = (1/M) Σ_t (ln Σ_v e^{z_tv} − z_t,target)` over the M tokens that have a target. The
+//! logits z of a chunk of tokens are made, turned into their gradient
+//! `dz = (softmax(z) − onehot)/M` on the spot, and multiplied into `dx = dz·W` and
+//! `dW += dzᵀ·x`, so the backward pass only scales. Keeps dx `[T, C]` and dW `[vocab, C]`.
 
-use crate::{Result, Tape, Tensor, Var};
+use super::check;
+use crate::backward::Weight;
+use crate::dtype::{Float, float_dispatch};
+use crate::matmul::{Mat, matmul, project};
+use crate::pool::Buffer;
+use crate::simd::multiversion;
+use crate::{DType, Error, Result, Tape, Tensor, Var, math, parallel};
+use rayon::prelude::*;
 
-/// Mean cross-entropy of the logits `x · Wᵀ` (x `[T, C]`, weight `[vocab, C]`) against `targets` (I32 `[T]`, −100 ignored): a scalar f32.
+const OP: &str = "linear_cross_entropy";
+
+/// The target that means "do not count this token".
+const IGNORED: i32 = -100;
+
+/// Logits held at once, in elements: enough rows for a fast product, few enough to stay small.
+const LOGITS_AT_ONCE: usize = 1 << 22;
+
+/// Tokens of one chunk; a function of the vocabulary alone.
+fn chunk_rows(vocab: usize) -> usize {
+    (LOGITS_AT_ONCE / vocab.max(1)).clamp(128, 1024)
+}
+
+/// Mean loss of x `[T, C]` against `targets` (i32 `[T]`, −100 ignored, else in `0..vocab`),
+/// weight `[vocab, C]`: an f32 of shape `[]`. It is 0 when no target is counted.
 pub fn linear_cross_entropy(
     tape: &mut Tape,
     x: &Var,
     weight: &Var,
     targets: &Tensor,
 ) -> Result<Var> {
-    let _ = (tape, x, weight, targets);
-    todo!()
+    let [tokens, width] = check::dims(OP, "x", x.value(), "[T, C]")?;
+    let [vocab, weight_width] = check::dims(OP, "the weight", weight.value(), "[vocab, C]")?;
+    check::same_dtype(OP, x, &[("the weight", weight)])?;
+    if weight_width != width {
+        let expected = format!("[vocab, {width}] to fit x of shape {:?}", x.shape());
+        return Err(Error::shape(OP, "the weight", expected, weight.shape()));
+    }
+    check::shape(OP, "targets", targets, &[tokens])?;
+    let list = targets.view_i32(OP, "targets")?;
+    let wrong = |&t: &i32| t != IGNORED && (t < 0 || t as usize >= vocab);
+    if let Some(at) = list.iter().position(wrong) {
+        let text =
+            format!("target {} of token {at} is neither {IGNORED} nor in 0..{vocab}", list[at]);
+        return Err(Error::value(OP, text));
+    }
+    let inputs = [x, weight];
+    let keeps = tape.keeps(&inputs);
+    let outcome = float_dispatch!(OP, x.dtype(), run(x.value(), weight.value(), list, keeps))?;
+    let (to_x, to_weight) = (x.source(), Weight::of(weight));
+    tape.record(Tensor::scalar(outcome.loss), &inputs, move |grad, walk| {
+        let seed = grad.item()?;
+        if let Some((mut d_x, mut d_weight)) = outcome.grads {
+            if seed != 1.0 {
+                float_dispatch!(OP, d_x.dtype(), scale(&mut d_x, seed))?;
+                scale::<f32>(&mut d_weight, seed)?;
+            }
+            walk.give_f32(&to_weight, d_weight)?;
+            walk.give(to_x, d_x)?;
+        }
+        Ok(())
+    })
+}
+
+fn scale<E: Float>(grad: &mut Tensor, factor: f32) -> Result<()> {
+    super::scale_in_place(grad.view_mut::<E>(OP, "the gradient")?, factor);
+    Ok(())
+}
+
+struct Outcome {
+    loss: f32,
+    /// Of x and of the weight (f32), for a loss gradient of 1.
+    grads: Option<(Tensor, Tensor)>,
+}
+
+fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], grads: bool) -> Result<Outcome> {
+    let (tokens, width) = (x.shape()[0], x.shape()[1]);
+    let vocab = weight.shape()[0];
+    let counted = targets.iter().filter(|&&t| t != IGNORED).count();
+    let xs: &[E] = x.view(OP, "x")?;
+    let narrow: &[E] = weight.view(OP, "the weight")?;
+    let wide = E::widen(narrow);
+    let rows = chunk_rows(vocab);
+    let mut losses = Buffer::<f32>::zeroed(tokens);
+    let mut logits = Buffer::<f32>::stale(rows.min(tokens) * vocab);
+    let mut outputs = grads.then(|| {
+        let d_x = Buffer::<E>::stale(tokens * width);
+        (d_x, Tensor::stale(DType::F32, &[vocab, width]))
+    });
+    let mut weight_filled = false;
+    for (i, targets) in targets.chunks(rows).enumerate() {
+        let first = i * rows;
+        let count = targets.len();
+        let at = first * width..(first + count) * width;
+        if targets.iter().all(|&t| t == IGNORED) {
+            if let Some((d_x, _)) = &mut outputs {
+                d_x[at].fill(E::default());
+            }
+            continue;
+        }
+        let x = E::widen(&xs[at.clone()]);
+        let z = &mut logits[..count * vocab];
+        project(z, &x, &wide, [count, vocab, width], false);
+        let factor = 1.0 / counted as f32;
+        let per = parallel::rows_per_chunk(vocab);
+        z.par_chunks_mut(per * vocab)
+            .zip(losses[first..first + count].par_chunks_mut(per))
+            .zip(targets.par_chunks(per))
+            .for_each(|((z, losses), targets)| loss_rows(z, losses, targets, factor, grads));
+        if let Some((d_x, d_weight)) = &mut outputs {
+            let dz = Mat::new(z, count, vocab);
+            let sum = d_weight.view_mut(OP, "the gradient")?;
+            matmul(sum, dz.t(), Mat::new(&x, count, width), weight_filled);
+            E::write(&mut d_x[at], false, |d_x| {
+                matmul(d_x, dz, Mat::new(&wide, vocab, width), false);
+            });
+            weight_filled = true;
+        }
+    }
+    if let (Some((_, d_weight)), false) = (&mut outputs, weight_filled) {
+        d_weight.as_f32_mut()?.fill(0.0);
+    }
+    let total: f64 = losses.iter().map(|&l| f64::from(l)).sum();
+    let loss = (total / counted.max(1) as f64) as f32;
+    let grads = outputs.map(|(d_x, d_weight)| (Tensor::from_buffer(d_x, x.shape()), d_weight));
+    Ok(Outcome { loss, grads })
+}
+
+multiversion! {
+    /// Writes each row's loss and, when `grads`, turns its logits into their gradient.
+    fn loss_rows(z: &mut [f32], losses: &mut [f32], targets: &[i32], factor: f32, grads: bool) {
+        let vocab = z.len() / targets.len();
+        for ((z, loss), &target) in z.chunks_exact_mut(vocab).zip(losses).zip(targets) {
+            if target == IGNORED {
+                *loss = 0.0;
+                if grads {
+                    z.fill(0.0);
+                }
+                continue;
+            }
+            let target = target as usize;
+            let highest = math::max(z);
+            let score = z[target] - highest;
+            for z in z.iter_mut() {
+                *z = math::exp(*z - highest);
+            }
+            let sum = math::sum(z, |e| e);
+            *loss = libm::logf(sum) - score;
+            if grads {
+                let scale = factor / sum;
+                for z in z.iter_mut() {
+                    *z *= scale;
+                }
+                z[target] -= factor;
+            }
+        }
+    }
 }

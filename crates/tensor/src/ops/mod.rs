@@ -7,6 +7,7 @@
 mod add;
 mod attention_dense;
 mod attention_nsa;
+mod check;
 mod compress;
 mod embedding;
 mod expert_linear;

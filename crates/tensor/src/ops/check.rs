@@ -1,0 +1,57 @@
+//! Checks that several ops make.
+
+use crate::{Error, Result, Tensor, Var};
+
+/// Refuses an input whose storage type differs from the first one's.
+pub(super) fn same_dtype(
+    op: &'static str,
+    first: &Var,
+    others: &[(&'static str, &Var)],
+) -> Result<()> {
+    for (what, var) in others {
+        if var.dtype() != first.dtype() {
+            let expected = match first.dtype() {
+                crate::DType::F32 => "f32 like the first input",
+                crate::DType::BF16 => "bf16 like the first input",
+                crate::DType::I32 => "i32 like the first input",
+            };
+            return Err(Error::DType { op, what, expected, got: var.dtype() });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses an input of another shape.
+pub(super) fn shape(
+    op: &'static str,
+    what: &'static str,
+    got: &Tensor,
+    expected: &[usize],
+) -> Result<()> {
+    if got.shape() == expected {
+        return Ok(());
+    }
+    Err(Error::shape(op, what, format!("{expected:?}"), got.shape()))
+}
+
+/// Splits a shape into rows and the size of the last dimension.
+pub(super) fn rows_of(
+    op: &'static str,
+    what: &'static str,
+    shape: &[usize],
+) -> Result<(usize, usize)> {
+    match shape.split_last() {
+        Some((&last, rest)) => Ok((rest.iter().product(), last)),
+        None => Err(Error::shape(op, what, "at least one dimension", shape)),
+    }
+}
+
+/// The sizes of a tensor of exactly `N` dimensions, named by `layout` in the error.
+pub(super) fn dims<const N: usize>(
+    op: &'static str,
+    what: &'static str,
+    tensor: &Tensor,
+    layout: &str,
+) -> Result<[usize; N]> {
+    tensor.shape().try_into().map_err(|_| Error::shape(op, what, layout, tensor.shape()))
+}
