@@ -7,12 +7,13 @@ use serde_json::Value;
 use tercet_tensor::{DType, Llama3Scaling, RopeTable, Tensor, YarnScaling};
 
 use crate::config::{ModelConfig, RopeScaling};
+use crate::folder::write_text;
 use crate::hf_config;
 use crate::init::fresh;
 use crate::layout::{DecoderSlots, layout};
 use crate::params::Params;
 use crate::weights_read::WeightFiles;
-use crate::weights_write::{self, SHARD_BYTES, write_text};
+use crate::weights_write::{self, SHARD_BYTES};
 use crate::{Error, Result};
 
 /// A decoder: its shape and its parameters.

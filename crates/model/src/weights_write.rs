@@ -1,21 +1,18 @@
 //! Writing safetensors, in one file or in shards with an index. The same model gives the same
 //! bytes, and those of Hugging Face's own writer.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
 use safetensors::Dtype;
-use safetensors::tensor::{View, serialize_to_file};
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 use tercet_tensor::{DType, Tensor};
 
 use crate::config::ModelConfig;
 use crate::params::Params;
 use crate::stored::{Part, Stored};
-use crate::{Error, Result};
+use crate::{Error, Result, folder};
 
 /// Largest shard in bytes unless a caller says otherwise.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
@@ -72,63 +69,54 @@ pub(crate) fn write(
         write_file(&dir.join(&file), shard.into_iter())?;
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": map });
-    write_text(&dir.join("model.safetensors.index.json"), &format!("{index:#}\n"))
+    folder::write_text(&dir.join("model.safetensors.index.json"), &format!("{index:#}\n"))
 }
 
+/// Writes one file: the header's length, the header, the numbers. A header of one storage type
+/// is sorted by name, as the safetensors library sorts it.
 fn write_file<'a>(
     path: &Path,
-    entries: impl Iterator<Item = (&'a String, &'a Entry<'a>)>,
+    entries: impl Iterator<Item = (&'a String, &'a Entry<'a>)> + Clone,
 ) -> Result<()> {
+    let mut end = 0;
+    let infos = entries.clone().map(|(name, entry)| {
+        let start = end;
+        end += entry.data_len();
+        let dtype = if entry.dtype == DType::BF16 { Dtype::BF16 } else { Dtype::F32 };
+        let shape = entry.shape.clone();
+        (name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
+    });
     // The key that transformers looks for.
     let about = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    serialize_to_file(entries, Some(about), path).map_err(|e| match e {
-        safetensors::SafeTensorError::IoError(e) => Error::io(path, e),
-        other => Error::file(path, format!("cannot be written: {other}")),
-    })?;
-    let synced = File::open(path).and_then(|file| file.sync_all());
-    synced.map_err(|e| Error::io(path, e))
-}
-
-/// Writes a small file beside, then renames it.
-pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|e| e.error)?;
-        Ok(())
-    };
-    write().map_err(|e| Error::io(path, e))
-}
-
-impl View for &Entry<'_> {
-    fn dtype(&self) -> Dtype {
-        if self.dtype == DType::BF16 { Dtype::BF16 } else { Dtype::F32 }
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data_len(&self) -> usize {
-        Entry::data_len(self)
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = vec![0u8; Entry::data_len(self)];
-        let width = self.dtype.bytes();
-        for &(part, tensor) in &self.parts {
-            let source = little_endian(tensor);
-            place(&mut bytes, &source, part, tensor.shape(), width);
+    let unwritable = |e: &dyn std::fmt::Display| Error::file(path, format!("has no header: {e}"));
+    let metadata = Metadata::new(Some(about), infos.collect()).map_err(|e| unwritable(&e))?;
+    let mut header = serde_json::to_vec(&metadata).map_err(|e| unwritable(&e))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    folder::write(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        for (_, entry) in entries {
+            out.write_all(&entry.bytes())?;
         }
-        Cow::Owned(bytes)
-    }
+        Ok(())
+    })
 }
 
 impl Entry<'_> {
     fn data_len(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.bytes()
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        if let [(Part::Whole, tensor)] = self.parts[..] {
+            return little_endian(tensor);
+        }
+        let mut bytes = vec![0u8; self.data_len()];
+        for &(part, tensor) in &self.parts {
+            let source = little_endian(tensor);
+            place(&mut bytes, &source, part, tensor.shape(), self.dtype.bytes());
+        }
+        bytes
     }
 }
 
