@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use crate::{Error, NsaSpec, Result};
 
+/// Most query heads; keeps products with any dimension far inside 64 bits.
+const MAX_HEADS: usize = 1 << 16;
+
 /// Largest key or value dimension.
 pub const MAX_HEAD_DIM: usize = 256;
 
@@ -40,6 +43,9 @@ impl Dims {
                  the first must be a positive multiple of the second"
             )));
         }
+        if heads > MAX_HEADS {
+            return Err(Error::Dims(format!("{heads} query heads, expected at most {MAX_HEADS}")));
+        }
         for (name, dim) in [("key", key_dim), ("value", value_dim)] {
             if dim == 0 || dim > MAX_HEAD_DIM {
                 return Err(Error::Dims(format!(
@@ -69,6 +75,11 @@ pub fn sequences(cu_seqlens: &[i32], tokens: usize) -> Result<Vec<Range<usize>>>
         return fail(format!("ends at {last}, expected the number of tokens, {tokens}"));
     }
     Ok(cu_seqlens.windows(2).map(|w| w[0] as usize..w[1] as usize).collect())
+}
+
+/// The tokens that `cu_seqlens` speaks of: its last entry.
+pub(crate) fn total_tokens(cu_seqlens: &[i32]) -> usize {
+    cu_seqlens.last().map_or(0, |&last| last.max(0) as usize)
 }
 
 /// Offsets of each sequence's compressed blocks in the concatenated `[N, K, _]` layout: B+1

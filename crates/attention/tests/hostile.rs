@@ -169,7 +169,7 @@ fn heads_and_dims_that_cannot_be() {
 fn sizes_whose_products_overflow() {
     for d in [dims(1 << 62, 1 << 62, 8, 8), dims(1 << 40, 1, 256, 256), dims(1 << 63, 2, 1, 1)] {
         let inputs = Inputs { dims: d, ..Inputs::new() };
-        assert!(inputs.error().contains("elements"), "{d:?}");
+        assert!(inputs.error().starts_with("attention dims"), "{d:?}");
         let (out, lse) = (&mut vec![0.0; 10], &mut vec![0.0; 10]);
         assert!(cpu::attend_forward(&inputs.attend(), Mask::Causal, out, lse).is_err(), "{d:?}");
         // With no tokens every product is 0, whatever the heads.

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::disjoint::Disjoint;
 use super::simd::{Gemm, add_scaled, dot, pad};
-use crate::shape::{check_len, cu_compressed, sequences};
+use crate::shape::{check_len, cu_compressed, sequences, total_tokens};
 use crate::{Dims, Element, Error, MAX_HEAD_DIM, NsaSpec, Result};
 
 /// The parameters of φ for keys (C = D) or values (C = V).
@@ -89,7 +89,8 @@ impl<E: Element> CompressInput<'_, E> {
         self.spec.validate()?;
         let (heads, dim, block) = (self.kv_heads, self.dim, self.spec.compress_block);
         Dims { heads, kv_heads: heads, key_dim: dim, value_dim: dim }.validate()?;
-        let tokens = self.x.len() / (heads * dim);
+        let tokens = total_tokens(self.cu_seqlens);
+        let sequences = sequences(self.cu_seqlens, tokens)?;
         check_len("x", self.x.len(), &[('T', tokens), ('K', heads), ('C', dim)])?;
         let wide = ('l', block * dim);
         match self.phi {
@@ -113,7 +114,6 @@ impl<E: Element> CompressInput<'_, E> {
                 check_len("phi pe", pe.len(), &[('K', heads), wide])?;
             }
         }
-        let sequences = sequences(self.cu_seqlens, tokens)?;
         let offsets = cu_compressed(self.spec, &sequences);
         Ok((sequences, offsets))
     }

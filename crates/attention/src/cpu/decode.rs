@@ -329,6 +329,7 @@ impl DenseCache {
     /// An empty cache.
     pub fn new(dims: Dims, mask: Mask) -> Result<Self> {
         dims.validate()?;
+        mask.check()?;
         let pages = Pages::new(PAGE, dims.kv_heads, dims.key_dim, dims.value_dim);
         let pages = match mask {
             Mask::Causal => pages,

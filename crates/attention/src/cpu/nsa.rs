@@ -14,7 +14,7 @@ use super::pages::Pages;
 use super::score::{attend_compressed_tile, select_tile, tile_rows};
 use super::select::Inverse;
 use super::simd::Scale;
-use crate::shape::{check_len, check_scale, cu_compressed, sequences};
+use crate::shape::{check_len, check_scale, cu_compressed, sequences, total_tokens};
 use crate::{Dims, Element, NsaSpec, Result};
 
 /// Inputs of the operator. Compressed keys and values are ready-made (see `compress`), so that
@@ -94,7 +94,8 @@ impl<E: Element> NsaInput<'_, E> {
         self.dims.validate()?;
         check_scale(self.scale)?;
         let Dims { heads, kv_heads, key_dim, value_dim } = self.dims;
-        let tokens = self.q.len() / (heads * key_dim);
+        let tokens = total_tokens(self.cu_seqlens);
+        let sequences = sequences(self.cu_seqlens, tokens)?;
         check_len("q", self.q.len(), &[('T', tokens), ('H', heads), ('D', key_dim)])?;
         for (name, k) in [("k_slc", self.k_slc), ("k_win", self.k_win)] {
             check_len(name, k.len(), &[('T', tokens), ('K', kv_heads), ('D', key_dim)])?;
@@ -103,7 +104,6 @@ impl<E: Element> NsaInput<'_, E> {
             check_len(name, v.len(), &[('T', tokens), ('K', kv_heads), ('V', value_dim)])?;
         }
         check_len("gate", self.gate.len(), &[('T', tokens), ('H', heads), ('3', 3)])?;
-        let sequences = sequences(self.cu_seqlens, tokens)?;
         let offsets = cu_compressed(self.spec, &sequences);
         let blocks = offsets[sequences.len()];
         let layout = |dim| [('N', blocks), ('K', kv_heads), dim];
@@ -120,8 +120,8 @@ impl<E: Element> NsaInput<'_, E> {
 /// Writes `out` `[T, H, V]`; returns what [`nsa_backward`] needs.
 pub fn nsa_forward<E: Element>(input: &NsaInput<E>, out: &mut [E]) -> Result<NsaSaved> {
     input.check()?;
-    let Dims { heads, key_dim, value_dim, .. } = input.dims;
-    let tokens = input.q.len() / (heads * key_dim);
+    let Dims { heads, value_dim, .. } = input.dims;
+    let tokens = total_tokens(input.cu_seqlens);
     check_len("out", out.len(), &[('T', tokens), ('H', heads), ('V', value_dim)])?;
     let mut saved = compressed_branch(input, true)?;
     selected_branch(input, &mut saved)?;
@@ -137,7 +137,7 @@ pub(super) fn compressed_branch<E: Element>(input: &NsaInput<E>, rank: bool) -> 
     let (sequences, offsets) = input.check()?;
     let (spec, dims) = (input.spec, input.dims);
     let Dims { heads, kv_heads, key_dim, value_dim } = dims;
-    let tokens = input.q.len() / (heads * key_dim);
+    let tokens = total_tokens(input.cu_seqlens);
     let mut saved = NsaSaved {
         out_cmp: vec![0.0; tokens * heads * value_dim],
         out_slc: Vec::new(),
@@ -189,7 +189,7 @@ pub(super) fn selected_branch<E: Element>(input: &NsaInput<E>, saved: &mut NsaSa
     let (sequences, _) = input.check()?;
     let (spec, dims) = (input.spec, input.dims);
     let Dims { heads, kv_heads, key_dim, value_dim } = dims;
-    let tokens = input.q.len() / (heads * key_dim);
+    let tokens = total_tokens(input.cu_seqlens);
     saved.out_slc = vec![0.0; tokens * heads * value_dim];
     saved.lse_slc = vec![0.0; tokens * heads];
     let indices = &saved.indices;
@@ -228,8 +228,8 @@ pub(super) fn selected_branch<E: Element>(input: &NsaInput<E>, saved: &mut NsaSa
 
 /// The window branch.
 pub(super) fn window_branch<E: Element>(input: &NsaInput<E>, saved: &mut NsaSaved) -> Result<()> {
-    let Dims { heads, key_dim, value_dim, .. } = input.dims;
-    let tokens = input.q.len() / (heads * key_dim);
+    let Dims { heads, value_dim, .. } = input.dims;
+    let tokens = total_tokens(input.cu_seqlens);
     saved.out_win = vec![0.0; tokens * heads * value_dim];
     saved.lse_win = vec![0.0; tokens * heads];
     let window = AttendInput {
@@ -252,8 +252,8 @@ pub fn nsa_backward<E: Element>(
     grads: NsaGrads<E>,
 ) -> Result<()> {
     input.check()?;
-    let Dims { heads, kv_heads, key_dim, value_dim } = input.dims;
-    let tokens = input.q.len() / (heads * key_dim);
+    let Dims { heads, kv_heads, value_dim, .. } = input.dims;
+    let tokens = total_tokens(input.cu_seqlens);
     let same = |name, got: usize, like: usize| check_len(name, got, &[('n', like)]);
     check_len("d_out", d_out.len(), &[('T', tokens), ('H', heads), ('V', value_dim)])?;
     same("d_q", grads.q.len(), input.q.len())?;
@@ -331,7 +331,7 @@ pub(super) fn branch_backward<E: Element>(
                 let row = heads * spec.select_count;
                 let indices = &saved.indices[sequence.start * row..sequence.end * row];
                 let count = spec.selection_blocks(sequence.len());
-                inverse = Inverse::new(indices, heads, spec.select_count, count);
+                inverse = Inverse::new(indices, heads, spec, count)?;
                 (sequence.clone(), Chosen::Blocks(spec.select_block, &inverse))
             }
             Branch::Win => {

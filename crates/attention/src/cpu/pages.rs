@@ -46,7 +46,7 @@ impl Pages {
 
     /// Keeps only the pages that the last `window` tokens of any token of the newest page touch.
     pub fn ring(mut self, window: usize) -> Self {
-        self.ring = Some(window.div_ceil(self.tokens) + 1);
+        self.ring = Some(window.div_ceil(self.tokens).saturating_add(1));
         self
     }
 

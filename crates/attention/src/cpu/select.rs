@@ -1,6 +1,6 @@
 //! Which blocks a query reads: forced ones first, then the best by importance (Eq. 9–11).
 
-use crate::NsaSpec;
+use crate::{Error, NsaSpec, Result};
 
 /// Chooses blocks for one (token, KV head): `importance` holds the compressed blocks' probability
 /// summed over the group, visible ones only; `out` `[S]` gets block indices ascending, −1 padded.
@@ -79,9 +79,25 @@ pub(super) struct Inverse {
 }
 
 impl Inverse {
-    /// From `indices` `[t, K, S]` of one sequence of t tokens.
-    pub fn new(indices: &[i32], kv_heads: usize, select_count: usize, blocks: usize) -> Self {
-        let chosen = || indices.chunks_exact(select_count).enumerate();
+    /// From `indices` `[t, K, S]` of one sequence of t tokens and `blocks` blocks. Lists that
+    /// [`select`] cannot have made are refused.
+    pub fn new(indices: &[i32], kv_heads: usize, spec: &NsaSpec, blocks: usize) -> Result<Self> {
+        let chosen = || indices.chunks_exact(spec.select_count).enumerate();
+        for (row, list) in chosen() {
+            let current = row / kv_heads / spec.select_block;
+            let (blocks, padding) = list.split_at(spec.select_count.min(current + 1));
+            let ascending = blocks.windows(2).all(|pair| pair[0] < pair[1]);
+            let inside = blocks.iter().all(|&block| (0..=current as i32).contains(&block));
+            if !ascending || !inside || padding.iter().any(|&block| block != -1) {
+                return Err(Error::Indices(format!(
+                    "token {} of its sequence, KV head {}: {list:?} is not {} ascending blocks \
+                     of 0..={current} and then -1",
+                    row / kv_heads,
+                    row % kv_heads,
+                    blocks.len(),
+                )));
+            }
+        }
         let mut starts = vec![0usize; kv_heads * (blocks + 1)];
         for (row, list) in chosen() {
             for &block in list.iter().filter(|&&block| block >= 0) {
@@ -101,7 +117,7 @@ impl Inverse {
                 *slot += 1;
             }
         }
-        Self { blocks, starts, queries }
+        Ok(Self { blocks, starts, queries })
     }
 
     /// The queries of one head that chose a block.
@@ -182,11 +198,13 @@ mod tests {
 
     #[test]
     fn the_inverse_lists_every_choice_once_in_order() {
-        let indices = [0, -1, 1, 2, 0, 1, 0, 2];
-        let inverse = Inverse::new(&indices, 2, 2, 3);
+        let spec = NsaSpec { select_block: 1, select_count: 2, ..NsaSpec::default() };
+        let indices = [0, -1, 0, -1, 0, 1, 0, 1, 1, 2, 0, 2];
+        let inverse = Inverse::new(&indices, 2, &spec, 3).unwrap();
         assert_eq!(inverse.queries(0, 0), [0, 1]);
-        assert_eq!(inverse.queries(0, 1), [1]);
-        assert_eq!(inverse.queries(1, 2), [0, 1]);
-        assert_eq!(inverse.queries(1, 0), [1]);
+        assert_eq!(inverse.queries(0, 1), [1, 2]);
+        assert_eq!(inverse.queries(0, 2), [2]);
+        assert_eq!(inverse.queries(1, 0), [0, 1, 2]);
+        assert_eq!(inverse.queries(1, 1), [1]);
     }
 }

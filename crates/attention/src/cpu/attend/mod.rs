@@ -11,8 +11,8 @@ mod tile;
 use super::disjoint::Disjoint;
 use super::pages::Pages;
 use super::simd::Scale;
-use crate::shape::{check_len, check_scale, sequences};
-use crate::{Dims, Element, NsaSpec, Result};
+use crate::shape::{check_len, check_scale, sequences, total_tokens};
+use crate::{Dims, Element, Error, NsaSpec, Result};
 use rayon::prelude::*;
 
 pub(super) use backward::{Chosen, Upstream, backward_branch};
@@ -83,12 +83,23 @@ pub struct AttendGrads<'a, E> {
     pub v: &'a mut [E],
 }
 
+impl Mask {
+    /// Refuses a window in which a query does not even see itself.
+    pub(super) fn check(self) -> Result<()> {
+        match self {
+            Mask::Window(0) => Err(Error::Dims("a window of 0 keys, expected at least 1".into())),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl<E: Element> AttendInput<'_, E> {
+    /// Checks everything but `cu_seqlens` itself; returns T.
     fn check(&self) -> Result<usize> {
         self.dims.validate()?;
         check_scale(self.scale)?;
         let Dims { heads, kv_heads, key_dim, value_dim } = self.dims;
-        let tokens = self.q.len() / (heads * key_dim);
+        let tokens = total_tokens(self.cu_seqlens);
         check_len("q", self.q.len(), &[('T', tokens), ('H', heads), ('D', key_dim)])?;
         check_len("k", self.k.len(), &[('T', tokens), ('K', kv_heads), ('D', key_dim)])?;
         check_len("v", self.v.len(), &[('T', tokens), ('K', kv_heads), ('V', value_dim)])?;
@@ -118,6 +129,7 @@ pub(super) fn attend_branch<E: Element, O: Element>(
     out: &mut [O],
     lse: &mut [f64],
 ) -> Result<()> {
+    mask.check()?;
     let &AttendInput { dims, scale, q, k, v, .. } = input;
     let Dims { kv_heads, key_dim, value_dim, .. } = dims;
     let (out, lse) = (Disjoint::new(out), Disjoint::new(lse));
@@ -158,6 +170,7 @@ pub fn attend_backward<E: Element>(
     check_len("d_q", grads.q.len(), &[('T', tokens), ('H', heads), ('D', key_dim)])?;
     check_len("d_k", grads.k.len(), &[('T', tokens), ('K', kv_heads), ('D', key_dim)])?;
     check_len("d_v", grads.v.len(), &[('T', tokens), ('K', kv_heads), ('V', value_dim)])?;
+    mask.check()?;
     let sequences = sequences(input.cu_seqlens, tokens)?;
 
     let mut delta = vec![0.0; tokens * heads];
