@@ -141,17 +141,16 @@ unsafe fn micro<L: Lanes, const M: usize, const N: usize>(raw: &Raw, i: usize, v
             for r in 0..M {
                 let y = L::splat(*a[r]);
                 a[r] = a[r].wrapping_add(g.a_step);
-                for j in 0..N {
-                    acc[r][j] = L::fma(y, x[j], acc[r][j]);
+                for (acc, x) in acc[r].iter_mut().zip(x) {
+                    *acc = L::fma(y, x, *acc);
                 }
             }
             b = b.wrapping_add(g.b_row);
         }
         for r in 0..M {
-            for j in 0..N {
+            for (j, &acc) in acc[r].iter().enumerate() {
                 let c = c[r].add(j * L::LANES);
-                let sum = if g.accumulate { L::add(L::load(c), acc[r][j]) } else { acc[r][j] };
-                L::store(c, sum);
+                L::store(c, if g.accumulate { L::add(L::load(c), acc) } else { acc });
             }
         }
     }
