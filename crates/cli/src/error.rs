@@ -1,8 +1,8 @@
 //! Exit codes: 0 fine, 2 what the user gave us, 1 ours.
 //!
-//! One rule: an error is the user's when its chain holds a type that only speaks of what was
-//! given to us: an argument, a file, a configuration, a disk. Everything else, panics included,
-//! is ours.
+//! One rule: the outermost error of the chain that has an owner decides. The library crates say
+//! whose their errors are (`is_users()`); errors about arguments, files and disks that the user can
+//! put right are the user's. Everything else, panics included, is ours.
 
 use std::io;
 
@@ -19,16 +19,26 @@ pub fn user(text: impl Into<String>) -> anyhow::Error {
 
 /// The exit code of a failed verb.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    if error.chain().any(is_users) { 2 } else { 1 }
+    let owner = error.chain().find_map(is_users);
+    if owner == Some(true) { 2 } else { 1 }
 }
 
-fn is_users(cause: &(dyn std::error::Error + 'static)) -> bool {
-    cause.is::<UserError>()
+/// Whose a cause is: the user's, ours, or not known.
+fn is_users(cause: &(dyn std::error::Error + 'static)) -> Option<bool> {
+    if let Some(error) = cause.downcast_ref::<tercet_train::Error>() {
+        return Some(error.is_users());
+    }
+    if let Some(error) = cause.downcast_ref::<tercet_model::Error>() {
+        return Some(error.is_users());
+    }
+    if let Some(error) = cause.downcast_ref::<io::Error>() {
+        return Some(is_users_io(error));
+    }
+    let users = cause.is::<UserError>()
         || cause.is::<tercet_attention::Error>()
         || cause.is::<tercet_attention::SpecError>()
-        || cause.is::<serde_json::Error>()
-        || cause.is::<toml::de::Error>()
-        || cause.downcast_ref::<io::Error>().is_some_and(is_users_io)
+        || cause.is::<serde_json::Error>();
+    users.then_some(true)
 }
 
 /// A path that is missing, forbidden or of the wrong kind, a full or read-only disk: the user can

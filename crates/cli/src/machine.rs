@@ -89,11 +89,6 @@ pub fn peak_memory() -> Option<u64> {
     status_field("VmHWM:")
 }
 
-/// Resident memory now (VmRSS), in bytes; only on Linux.
-pub fn resident_memory() -> Option<u64> {
-    status_field("VmRSS:")
-}
-
 fn status_field(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix(name))?;

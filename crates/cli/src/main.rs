@@ -1,14 +1,22 @@
 //! The `tercet` command. Every verb is one file (or folder) with an `Args` and a `run`.
 
+mod attend;
 mod bench;
+mod convert;
 mod doctor;
 mod error;
 mod files;
+mod generate;
 mod human;
 mod interrupt;
 mod lock;
 mod machine;
+mod plan;
+mod pretrain;
+mod progress;
+mod quickstart;
 mod svg;
+mod tokenizer;
 mod yardstick;
 
 use std::num::NonZeroUsize;
@@ -41,8 +49,15 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    Attend(attend::Args),
     Bench(bench::Args),
+    Convert(convert::Args),
     Doctor(doctor::Args),
+    Generate(generate::Args),
+    Plan(plan::Args),
+    Pretrain(pretrain::Args),
+    Quickstart(quickstart::Args),
+    Tokenizer(tokenizer::Args),
 }
 
 fn main() -> ExitCode {
@@ -73,15 +88,22 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         interrupt::end_on_closed_pipe()?;
     }
     match &cli.verb {
+        Verb::Attend(args) => attend::run(args),
         Verb::Bench(args) => bench::run(args),
+        Verb::Convert(args) => convert::run(args),
         Verb::Doctor(args) => doctor::run(args),
+        Verb::Generate(args) => generate::run(args),
+        Verb::Plan(args) => plan::run(args),
+        Verb::Pretrain(args) => pretrain::run(args),
+        Verb::Quickstart(args) => quickstart::run(args),
+        Verb::Tokenizer(args) => tokenizer::run(args),
     }
 }
 
 impl Verb {
     /// Whether a closed output pipe must not end the verb.
     fn has_something_to_save(&self) -> bool {
-        false
+        matches!(self, Self::Pretrain(_) | Self::Quickstart(_) | Self::Generate(_))
     }
 }
 

@@ -5,6 +5,7 @@ mod flops;
 mod operands;
 mod operator;
 pub mod report;
+pub mod step;
 pub mod timing;
 
 use std::path::Path;
@@ -21,12 +22,14 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum What {
     Attention(attention::Args),
+    Step(step::Args),
 }
 
 /// Runs the chosen benchmark.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     match &args.what {
         What::Attention(args) => attention::run(args),
+        What::Step(args) => step::run(args),
     }
 }
 

@@ -1,0 +1,147 @@
+//! `tercet pretrain`: a language model from text.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tercet_train::{Control, DryRun, Report, RunConfig};
+
+use crate::progress::Watcher;
+use crate::{human, interrupt, yardstick};
+
+/// Train a language model from text, as a TOML file says.
+///
+/// The output folder receives checkpoints (Hugging Face folders that `tercet generate` and others
+/// read), metrics.jsonl, TensorBoard events and the loss curve. Ctrl-C and SIGTERM save and leave;
+/// --resume goes on from the newest complete checkpoint with exactly the bits of a run that was
+/// never interrupted.
+#[derive(clap::Args)]
+#[command(after_help = "Example: tercet pretrain configs/quickstart.toml output=my-run \
+    'data.paths=[\"my/text/**/*.md\"]' train.steps=2000")]
+pub struct Args {
+    /// The run: [model], [data], [train] and [checkpoint]; see configs/
+    config: PathBuf,
+    /// Replace keys of the file, such as train.lr=3e-4
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Go on from the newest complete checkpoint of the output folder
+    #[arg(long)]
+    resume: bool,
+    /// Check everything and say what would happen, without training
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Trains, and shows how it goes.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let config = RunConfig::load(&args.config, &args.overrides)?;
+    let stop = interrupt::stop_flag()?;
+    if args.dry_run {
+        print!("{}", rehearsal(&tercet_train::dry_run(&config, args.resume, &stop)?));
+        return Ok(());
+    }
+    let control = Control {
+        stop: &stop,
+        resume: args.resume,
+        gemm_flops: Some(1e9 * yardstick::gemm_gflops(5)),
+    };
+    let mut watcher = Watcher::new(Duration::ZERO);
+    let report = tercet_train::pretrain(&config, &control, &mut |event| watcher.show(&event));
+    watcher.finish();
+    let text = closing(&report?, args, &config);
+    let _ = write!(std::io::stdout(), "{text}");
+    Ok(())
+}
+
+/// What a run would do.
+fn rehearsal(dry: &DryRun) -> String {
+    let mut out = format!(
+        "text        {} files, {} documents, {}\n",
+        human::grouped(dry.files as u64),
+        human::grouped(dry.documents),
+        human::bytes(dry.bytes)
+    );
+    let mut line = |name: &str, text: String| out.push_str(&format!("{name:<12}{text}\n"));
+    let skipped = dry.skipped.to_string();
+    if !skipped.is_empty() {
+        line("passed over", skipped);
+    }
+    for damaged in &dry.damaged {
+        line("DAMAGED", damaged.clone());
+    }
+    let counts = dry.model.parameter_counts();
+    line(
+        "model",
+        format!(
+            "{} parameters, {} tokens of vocabulary",
+            human::count(counts.total as f64),
+            human::grouped(dry.vocab_size as u64)
+        ),
+    );
+    line("memory", human::bytes(dry.model.training_memory(&dry.workload).total()));
+    line(
+        "training",
+        format!("{} steps, {} tokens", human::grouped(dry.steps), human::grouped(dry.tokens)),
+    );
+    match &dry.resume_from {
+        Some(path) => line("goes on", format!("from {}", path.display())),
+        None => line("begins", "afresh".into()),
+    }
+    line("", "everything checked; nothing was written. `tercet plan` says more of the cost".into());
+    out
+}
+
+fn closing(report: &Report, args: &Args, config: &RunConfig) -> String {
+    let mut out = summary(report);
+    if !report.finished {
+        let rest: Vec<String> = args.overrides.iter().map(|o| format!(" '{o}'")).collect();
+        out.push_str(&format!(
+            "\nstopped as asked after step {} of {}; go on with: tercet pretrain {}{} --resume\n",
+            report.steps,
+            config.steps(),
+            args.config.display(),
+            rest.concat()
+        ));
+    }
+    if let Some(folder) = &report.checkpoint {
+        out.push_str(&format!(
+            "model  {}\ncurve  {}\nwrite  tercet generate {} -p \"…\"\n",
+            folder.display(),
+            report.curve.display(),
+            folder.display()
+        ));
+    }
+    out
+}
+
+/// Losses and pace of a run, in a few lines.
+pub fn summary(report: &Report) -> String {
+    let mut out = format!(
+        "{} steps, {} tokens, {} tok/s, {:.0} GFLOP/s",
+        human::grouped(report.steps),
+        human::grouped(report.tokens),
+        human::grouped(report.tokens_per_second.round() as u64),
+        report.flops_per_second / 1e9,
+    );
+    if let Some(share) = report.gemm_share {
+        out.push_str(&format!(", {:.0} % of gemm", 100.0 * share));
+    }
+    out.push('\n');
+    if let Some(loss) = report.train_loss {
+        out.push_str(&format!("training loss    {loss:.4} nats per token (last tenth)\n"));
+    }
+    if let Some(loss) = report.validation_loss {
+        out.push_str(&format!("validation loss  {loss:.4} nats per token\n"));
+        if let Some(entropy) = report.unigram_entropy {
+            out.push_str(&format!(
+                "unigram entropy  {entropy:.4} nats per token of the same text; the model is {:.4} \
+                 below\n",
+                entropy - loss
+            ));
+        }
+    }
+    if report.skipped > 0 {
+        out.push_str(&format!("{} steps were skipped: not finite\n", report.skipped));
+    }
+    out
+}
