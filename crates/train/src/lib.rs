@@ -1,7 +1,7 @@
 //! Training: from text on disk to a checkpoint that can be resumed bit for bit.
 //!
 //! [`RunConfig`] declares a run, [`pretrain()`] does it and tells an observer what happens,
-//! `dry_run` says what it would do. Data flow one way: [`data`] makes batches, the trainer turns
+//! [`dry_run()`] says what it would do. Data flow one way: [`data`] makes batches, the trainer turns
 //! them into updates that the [`guard`] has let through, [`checkpoint`] commits what came of it.
 //! The crate knows neither preference nor privacy objectives, and draws no progress bar.
 
@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod curve;
 pub mod data;
+mod dry_run;
 mod error;
 mod event;
 pub mod files;
@@ -25,6 +26,8 @@ pub mod tokenizer_train;
 mod trainer;
 
 pub use config::RunConfig;
+pub use dry_run::{DryRun, dry_run};
 pub use error::{Error, Result};
 pub use event::{Control, Event, Progress, Report, Summary};
 pub use pretrain::{newest_checkpoint, pretrain};
+pub use tokenizer::Vocabulary;

@@ -27,16 +27,7 @@ impl FolderLock {
             .map_err(Error::io("write", &path))?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                // Who it is only makes the message better.
-                let _ = file.read_to_string(&mut holder);
-                let holder = match holder.trim() {
-                    "" => String::new(),
-                    id => format!(" (process {id})"),
-                };
-                return Err(Error::Locked { path: folder.to_owned(), holder });
-            }
+            Err(TryLockError::WouldBlock) => return Err(held(folder, file)),
             Err(TryLockError::Error(error)) => return Err(Error::io("lock", &path)(error)),
         }
         let note = file
@@ -46,4 +37,25 @@ impl FolderLock {
         note.map_err(Error::io("write", &path))?;
         Ok(Self { _file: file })
     }
+    /// Says who holds a folder, if anybody does; changes nothing.
+    pub fn check(folder: &Path) -> Result<()> {
+        match File::open(folder.join(".lock")) {
+            Ok(file) => match file.try_lock_shared() {
+                Err(TryLockError::WouldBlock) => Err(held(folder, file)),
+                _ => Ok(()),
+            },
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+fn held(folder: &Path, mut file: File) -> Error {
+    let mut holder = String::new();
+    // Who it is only makes the message better.
+    let _ = file.read_to_string(&mut holder);
+    let holder = match holder.trim() {
+        "" => String::new(),
+        id => format!(" (process {id})"),
+    };
+    Error::Locked { path: folder.to_owned(), holder }
 }

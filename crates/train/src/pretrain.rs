@@ -4,15 +4,16 @@
 //! rate and samples depend on (seed, step) alone. A checkpoint holds that state, so a run that was
 //! interrupted, or killed, ends with the same bits as one that was not.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use tercet_model::{Generator, Model, Sampling};
+use tercet_model::{Generator, Model, ModelConfig, Sampling};
 use tercet_tensor::DType;
 
 use crate::checkpoint::{self, Restored, RunState, Snapshot};
 use crate::config::{ModelSource, Precision, RunConfig};
-use crate::data;
+use crate::data::{self, Stream};
 use crate::error::{Error, Result};
 use crate::event::{Control, Event, Report, Summary};
 use crate::files;
@@ -140,7 +141,7 @@ impl<'a> Run<'a> {
             tokens_cached: data.cached,
             steps: config.steps(),
             done: step,
-            flops_per_token: 6.0 * trainer.model.params().elements() as f64,
+            flops_per_token: flops_per_token(&data.model, &data.split.train, config.data.context),
         };
         observe(Event::Ready(&summary));
         Ok(Self {
@@ -370,6 +371,19 @@ fn resumed(config: &RunConfig, data: &Prepared, restored: Restored) -> Result<(T
     }
     let trainer = Trainer::new(model, Some(optimizer), run.guard, &config.train)?;
     Ok((trainer, run.step))
+}
+
+/// FLOP of the model per trained token: attention costs what the lengths of these sequences make
+/// it cost, which in a corpus of short documents is far less than at full context.
+fn flops_per_token(model: &ModelConfig, stream: &Stream, context: usize) -> f64 {
+    // A few hundred different lengths tell the mean as well as all.
+    let step = context.div_ceil(256);
+    let mut tokens: BTreeMap<usize, usize> = BTreeMap::new();
+    for len in stream.lengths() {
+        *tokens.entry(len.div_ceil(step) * step).or_default() += len;
+    }
+    let flops = tokens.iter().map(|(&len, &count)| count as f64 * model.flops(len).training());
+    flops.sum::<f64>() / stream.positions() as f64
 }
 
 /// The newest complete checkpoint of a run's output folder, every file of it verified.

@@ -129,3 +129,56 @@ impl Trainer {
         Ok(sum / targets as f64)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::RunConfig;
+    use crate::config::FromData;
+    use tercet_tensor::DType;
+
+    fn bits(trainer: &Trainer) -> Vec<Vec<u32>> {
+        let of = |t: &tercet_tensor::Tensor| -> Vec<u32> {
+            t.as_f32().unwrap().iter().map(|x| x.to_bits()).collect()
+        };
+        trainer.model.params().tensors().iter().map(of).collect()
+    }
+
+    #[test]
+    fn a_step_that_is_not_finite_changes_nothing_and_the_next_good_one_does() {
+        let text = "output = 'x'\n[model]\nhidden_size = 16\nnum_hidden_layers = 1\n\
+                    num_attention_heads = 2\n[data]\nvocab_size = 300\ncontext = 8\n\
+                    [train]\nsteps = 9\nbatch_tokens = 16\naccumulation = 2\n";
+        let config = RunConfig::parse(text, &[]).unwrap();
+        let data = FromData { vocab_size: 300, context: 8, bos: 0, eos: 0 };
+        let model = Model::new(config.model.config(&data).unwrap(), 1, DType::F32).unwrap();
+        let mut trainer = Trainer::new(model, None, Guard::default(), &config.train).unwrap();
+        let stop = AtomicBool::new(false);
+        let mut batch = |part: usize| Batch {
+            input_ids: (0..8).map(|i| i + part as i32).collect(),
+            targets: (1..9).map(|i| i + part as i32).collect(),
+            cu_seqlens: vec![0, 8],
+        };
+        let slot = trainer.model.params().slot("model.norm.weight").unwrap();
+        let mut poison = |trainer: &mut Trainer, value: f32| {
+            let tensors = trainer.model.params_mut().tensors_mut();
+            tensors[slot].as_f32_mut().unwrap()[0] = value;
+        };
+        poison(&mut trainer, f32::NAN);
+        let before = bits(&trainer);
+        let outcome = trainer.step(&mut batch, &config.train, 0.1, &stop).unwrap().unwrap();
+        assert_eq!(outcome.verdict, Verdict::Skip);
+        assert_eq!(outcome.place.as_deref(), Some("loss NaN in part 1 of the batch"));
+        assert!(bits(&trainer) == before && trainer.optimizer().step == 0);
+
+        poison(&mut trainer, 1.0);
+        let before = bits(&trainer);
+        stop.store(true, Ordering::Relaxed);
+        assert!(trainer.step(&mut batch, &config.train, 0.1, &stop).unwrap().is_none());
+        assert!(bits(&trainer) == before);
+        stop.store(false, Ordering::Relaxed);
+        let outcome = trainer.step(&mut batch, &config.train, 0.1, &stop).unwrap().unwrap();
+        assert_eq!((outcome.verdict, outcome.place), (Verdict::Fine, None));
+        assert!(bits(&trainer) != before && trainer.optimizer().step == 1);
+    }
+}

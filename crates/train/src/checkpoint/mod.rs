@@ -88,7 +88,10 @@ pub fn save(folder: &Path, keep: usize, snapshot: &Snapshot) -> Result<PathBuf> 
 fn write(beside: &Path, snapshot: &Snapshot) -> Result<Manifest> {
     let state = beside.join("state");
     files::create_folder(&state)?;
-    snapshot.model.save(beside)?;
+    snapshot.model.save(beside).map_err(|error| match error {
+        tercet_model::Error::Io { path, source } => Error::Io { action: "write", path, source },
+        other => other.into(),
+    })?;
     for (name, content) in snapshot.sidecars {
         let path = beside.join(name);
         fs::write(&path, content).map_err(Error::io("write", &path))?;

@@ -69,11 +69,14 @@ impl ModelSource {
         matches!(self, Self::Folder(_))
     }
 
-    /// Checks what can be checked before the data is read.
+    /// Checks what can be checked before the data is read: the size of a tokenizer that exists
+    /// already is not known here.
     pub(super) fn check(&self, vocab_size: Option<usize>, context: usize) -> Result<()> {
         let Self::New(table) = self else { return Ok(()) };
-        let vocab_size = vocab_size.unwrap_or(UNKNOWN_VOCAB);
-        new_config(table, &FromData { vocab_size, context, bos: 0, eos: 0 })?;
+        let named = table.get("vocab_size").and_then(Value::as_integer);
+        let named = named.and_then(|size| usize::try_from(size).ok());
+        let vocab_size = vocab_size.or(named).unwrap_or(UNKNOWN_VOCAB);
+        self.config(&FromData { vocab_size, context, bos: 0, eos: 0 })?;
         Ok(())
     }
 

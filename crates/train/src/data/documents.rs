@@ -78,15 +78,11 @@ impl<'a> Documents<'a> {
     /// Fills `pending` from the reader when asked to, then hands out its next section.
     fn next_section(&mut self, fill: bool) -> Result<Option<String>, Unusable> {
         if fill && !self.ended {
-            self.pending.drain(..self.at);
-            self.at = 0;
-            let missing = (self.limit + 1).saturating_sub(self.pending.len()) as u64;
-            let read = (&mut self.reader).take(missing).read_to_end(&mut self.pending);
-            let read = read.map_err(|e| self.fatal(e))?;
-            self.ended = (read as u64) < missing;
+            self.fill()?;
             if self.offset == 0 && self.pending.starts_with(b"\xEF\xBB\xBF") {
                 self.at = 3;
                 self.offset = 3;
+                self.fill()?;
             }
         }
         let left = &self.pending[self.at..];
@@ -103,6 +99,17 @@ impl<'a> Documents<'a> {
         self.at += text.len();
         self.offset += text.len() as u64;
         Ok(Some(text))
+    }
+
+    /// Reads until more than a section is pending, or the file ends.
+    fn fill(&mut self) -> Result<(), Unusable> {
+        self.pending.drain(..self.at);
+        self.at = 0;
+        let missing = (self.limit + 1).saturating_sub(self.pending.len()) as u64;
+        let read = (&mut self.reader).take(missing).read_to_end(&mut self.pending);
+        let read = read.map_err(|e| self.fatal(e))?;
+        self.ended = (read as u64) < missing;
+        Ok(())
     }
 
     fn next_in_line(&mut self) -> Result<Option<String>, Unusable> {

@@ -69,6 +69,11 @@ impl Stream {
         self.positions
     }
 
+    /// Positions of each piece: the lengths of the sequences, batch ends aside.
+    pub fn lengths(&self) -> impl Iterator<Item = usize> {
+        self.pieces.iter().map(|piece| piece.len as usize)
+    }
+
     /// The `len` positions from `start` on; a stream without positions gives an empty batch. A
     /// pure function of its arguments (what is kept between calls only saves time).
     pub fn batch(&mut self, shards: &Shards, start: u64, len: usize) -> Batch {

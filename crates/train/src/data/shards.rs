@@ -224,9 +224,9 @@ impl ShardWriter {
         let prints = prints.into_iter().collect::<Result<Vec<_>>>()?;
         let manifest = Manifest {
             format: FORMAT,
-            key: self.key,
+            key: self.key.clone(),
             width: self.width as u32,
-            documents: self.documents,
+            documents: self.documents.clone(),
             files: names.into_iter().zip(prints).collect(),
         };
         let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::Data(e.to_string()))?;
@@ -236,6 +236,13 @@ impl ShardWriter {
         }
         fs::rename(&self.beside, &self.target).map_err(Error::io("create", &self.target))?;
         files::sync_folder(self.target.parent().unwrap_or(Path::new(".")))
+    }
+}
+
+impl Drop for ShardWriter {
+    /// A writer that did not commit gives the disk its space back.
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.beside);
     }
 }
 
