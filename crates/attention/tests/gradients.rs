@@ -7,6 +7,7 @@ use common::{
 };
 use half::bf16;
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use tercet_attention::cpu::Mask;
 use tercet_attention::{Compressor, Dims, reference};
 
@@ -162,7 +163,7 @@ fn any_case() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, rng_seed: RngSeed::Fixed(2), ..ProptestConfig::default() })]
 
     #[test]
     fn any_spec_shape_and_lengths_in_f32(case in any_case()) {

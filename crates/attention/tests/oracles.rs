@@ -334,3 +334,37 @@ fn the_same_bits_for_any_number_of_threads() {
         }
     }
 }
+
+#[test]
+fn dense_and_window_attention_keep_to_their_past_and_their_sequence() {
+    let lengths = [0, 1, 90, 64, 0, 7];
+    let case = Case::random(&small(Compressor::Mean), dims(6, 2, 24, 12), &lengths, 14);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(5).build().unwrap();
+    for way in &WAYS {
+        for mask in [Mask::Causal, Mask::Window(20)] {
+            let what = format!("{} {mask:?}", way.name);
+            let together = (way.attend)(&case, "win", mask);
+            let again = pool.install(|| (way.attend)(&case, "win", mask));
+            assert_same_bits(&format!("{what}: five threads"), &together, &again);
+            let mut start = 0;
+            for (b, &n) in lengths.iter().enumerate() {
+                let alone = (way.attend)(&case.sequence(b), "win", mask);
+                let prefix = (way.attend)(&case.sequence(b).rows(0, n / 2), "win", mask);
+                for t in 0..n {
+                    for (name, x) in &alone.tensors {
+                        let width = x.len() / n;
+                        let x = &x[t * width..(t + 1) * width];
+                        let same = same_bits(x, together.row(name, start + t, case.tokens()));
+                        assert!(same, "{what}: {name} of token {t} of sequence {b}");
+                        // Later tokens do reach the gradients of earlier keys and values.
+                        if t < n / 2 && !matches!(&name[..], "d_k" | "d_v") {
+                            let same = same_bits(x, prefix.row(name, t, n / 2));
+                            assert!(same, "{what}: {name} of token {t} of half of sequence {b}");
+                        }
+                    }
+                }
+                start += n;
+            }
+        }
+    }
+}

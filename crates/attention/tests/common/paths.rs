@@ -7,7 +7,7 @@ use tercet_attention::{
     Compressor, Dims, Element, NsaSpec, cpu, cu_compressed, reference, sequences,
 };
 
-use super::case::{Case, HIDDEN};
+use super::case::{Case, HIDDEN, INPUTS};
 
 /// What computing a case gives, in the golden files' names; besides those, the branches' outputs
 /// `out_cmp, out_slc, out_win` and the compressed keys and values `compressed_k, compressed_v`.
@@ -83,13 +83,42 @@ fn widen<E: Element>(x: &[E]) -> Vec<f64> {
     x.iter().map(|x| f64::from(x.to_f32())).collect()
 }
 
-fn narrow<E: Element>(x: &[f32]) -> Vec<E> {
-    x.iter().map(|&x| E::from_f32(x)).collect()
+/// NaN on either side of every slice that the fast code sees: it must neither read nor write there.
+const MARGIN: usize = 40;
+
+/// A slice between two margins of NaN.
+pub struct Guarded<E> {
+    buffer: Vec<E>,
 }
 
-/// A buffer whose old contents must not matter.
-fn poison<E: Element>(len: usize) -> Vec<E> {
-    vec![E::from_f32(f32::NAN); len]
+impl<E: Element> Guarded<E> {
+    /// These values.
+    fn holding(values: impl Iterator<Item = E>) -> Self {
+        let nan = || std::iter::repeat_n(E::from_f32(f32::NAN), MARGIN);
+        Self { buffer: nan().chain(values).chain(nan()).collect() }
+    }
+
+    /// `len` elements whose old contents must not matter.
+    fn poison(len: usize) -> Self {
+        Self { buffer: vec![E::from_f32(f32::NAN); len + 2 * MARGIN] }
+    }
+
+    fn values(&self) -> &[E] {
+        &self.buffer[MARGIN..self.buffer.len() - MARGIN]
+    }
+
+    fn values_mut(&mut self) -> &mut [E] {
+        let end = self.buffer.len() - MARGIN;
+        &mut self.buffer[MARGIN..end]
+    }
+
+    /// The values in float64; the margins must be as they were.
+    fn widen(&self) -> Vec<f64> {
+        let (start, end) = (&self.buffer[..MARGIN], &self.buffer[self.buffer.len() - MARGIN..]);
+        let whole = start.iter().chain(end).all(|x| x.to_f32().is_nan());
+        assert!(whole, "something was written outside a slice");
+        widen(self.values())
+    }
 }
 
 /// A case's tensors in float64, from which the reference's inputs borrow.
@@ -254,22 +283,23 @@ pub fn choice(case: &Case, compressed_k: &[f64]) -> Vec<i32> {
 /// A case's tensors as `E`.
 pub struct Narrow<'a, E> {
     case: &'a Case,
-    tensors: BTreeMap<&'a str, Vec<E>>,
+    tensors: BTreeMap<&'a str, Guarded<E>>,
 }
 
 impl<'a, E: Element> Narrow<'a, E> {
     pub fn of(case: &'a Case) -> Self {
+        let narrow = |x: &[f32]| Guarded::holding(x.iter().map(|&x| E::from_f32(x)));
         let tensors = case.tensors.iter().map(|(name, x)| (name.as_str(), narrow(x))).collect();
         Self { case, tensors }
     }
 
     pub fn get(&self, name: &str) -> &[E] {
-        &self.tensors[name]
+        self.tensors[name].values()
     }
 
     /// φ of the keys (`"k"`) or the values (`"v"`).
     pub fn phi(&self, letter: &str) -> cpu::Phi<'_, E> {
-        let get = |name: &str| &self.tensors[format!("phi_{letter}_{name}").as_str()][..];
+        let get = |name: &str| self.get(&format!("phi_{letter}_{name}"));
         match self.case.spec.compressor {
             Compressor::Mean => cpu::Phi::Mean,
             Compressor::Linear => cpu::Phi::Linear { weight: get("weight"), pe: get("pe") },
@@ -292,7 +322,7 @@ impl<'a, E: Element> Narrow<'a, E> {
             cu_seqlens: &self.case.cu_seqlens,
             kv_heads,
             dim: if letter == "k" { key_dim } else { value_dim },
-            x: &self.tensors[format!("{letter}_cmp").as_str()],
+            x: self.get(&format!("{letter}_cmp")),
             phi: self.phi(letter),
         }
     }
@@ -339,47 +369,44 @@ pub fn fast<E: Element>(case: &Case) -> Outcome {
     let narrow = Narrow::<E>::of(case);
     let Dims { heads, kv_heads, key_dim, value_dim } = case.dims;
     let (tokens, rows) = (case.tokens(), compressed_rows(case));
-    let mut k_cmp = poison(rows * kv_heads * key_dim);
-    let mut v_cmp = poison(rows * kv_heads * value_dim);
-    cpu::compress_forward(&narrow.compress("k"), &mut k_cmp).unwrap();
-    cpu::compress_forward(&narrow.compress("v"), &mut v_cmp).unwrap();
-    let input = narrow.input(&k_cmp, &v_cmp);
-    let mut out = poison::<E>(tokens * heads * value_dim);
-    let saved = cpu::nsa_forward(&input, &mut out).unwrap();
+    let mut k_cmp = Guarded::poison(rows * kv_heads * key_dim);
+    let mut v_cmp = Guarded::poison(rows * kv_heads * value_dim);
+    cpu::compress_forward(&narrow.compress("k"), k_cmp.values_mut()).unwrap();
+    cpu::compress_forward(&narrow.compress("v"), v_cmp.values_mut()).unwrap();
+    let input = narrow.input(k_cmp.values(), v_cmp.values());
+    let mut out = Guarded::poison(tokens * heads * value_dim);
+    let saved = cpu::nsa_forward(&input, out.values_mut()).unwrap();
 
     let mut tensors = BTreeMap::new();
     let mut put = |name: &str, x: Vec<f64>| tensors.insert(name.to_string(), x);
     if case.tensors.contains_key("d_out") {
-        let like = |x: &[E]| poison::<E>(x.len());
-        let mut d = INPUT_GRADS.map(|name| match name {
-            "d_k_cmp" => like(&k_cmp),
-            "d_v_cmp" => like(&v_cmp),
-            name => like(narrow.get(&name[2..])),
+        let mut d = INPUTS.map(|name| match name {
+            "k_cmp" => Guarded::poison(input.k_cmp.len()),
+            "v_cmp" => Guarded::poison(input.v_cmp.len()),
+            name => Guarded::poison(case.get(name).len()),
         });
-        let [q, dk_cmp, dv_cmp, k_slc, v_slc, k_win, v_win, gate] = &mut d;
-        let grads =
-            cpu::NsaGrads { q, k_cmp: dk_cmp, v_cmp: dv_cmp, k_slc, v_slc, k_win, v_win, gate };
+        let [q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate] =
+            d.each_mut().map(Guarded::values_mut);
+        let grads = cpu::NsaGrads { q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate };
         cpu::nsa_backward(&input, &saved, narrow.get("d_out"), grads).unwrap();
-        for (name, x) in INPUT_GRADS.iter().zip(&d) {
-            put(name, widen(x));
+        for (name, x) in INPUTS.iter().zip(&d) {
+            put(&format!("d_{name}"), x.widen());
         }
         for (letter, d_out) in [("k", &d[1]), ("v", &d[2])] {
-            let (d_x, d_phi) = fast_compress_backward(&narrow, letter, d_out);
-            put(&format!("d_{letter}_cmp"), d_x);
-            for (name, x) in d_phi {
-                put(&name, widen(&x));
+            for (name, x) in fast_compress_backward(&narrow, letter, d_out.values()) {
+                put(&name, x);
             }
         }
     }
-    put("out", widen(&out));
+    put("out", out.widen());
     put("out_cmp", widen(&saved.out_cmp));
     put("out_slc", widen(&saved.out_slc));
     put("out_win", widen(&saved.out_win));
-    put("lse_cmp", saved.lse_cmp.clone());
-    put("lse_slc", saved.lse_slc.clone());
-    put("lse_win", saved.lse_win.clone());
-    put("compressed_k", widen(&k_cmp));
-    put("compressed_v", widen(&v_cmp));
+    put("lse_cmp", saved.lse_cmp);
+    put("lse_slc", saved.lse_slc);
+    put("lse_win", saved.lse_win);
+    put("compressed_k", k_cmp.widen());
+    put("compressed_v", v_cmp.widen());
     Outcome { indices: saved.indices, tensors }
 }
 
@@ -388,40 +415,38 @@ pub fn fast_attend<E: Element>(case: &Case, branch: &str, mask: cpu::Mask) -> Ou
     let narrow = Narrow::<E>::of(case);
     let input = narrow.attend(branch);
     let Dims { heads, value_dim, .. } = case.dims;
-    let mut out = poison::<E>(case.tokens() * heads * value_dim);
+    let mut out = Guarded::poison(case.tokens() * heads * value_dim);
     let mut lse = vec![f64::NAN; case.tokens() * heads];
-    cpu::attend_forward(&input, mask, &mut out, &mut lse).unwrap();
+    cpu::attend_forward(&input, mask, out.values_mut(), &mut lse).unwrap();
     let mut tensors = BTreeMap::new();
-    if let Some(d_out) = narrow.tensors.get("d_out") {
-        let [mut q, mut k, mut v] = [input.q, input.k, input.v].map(|x| poison::<E>(x.len()));
-        let grads = cpu::AttendGrads { q: &mut q, k: &mut k, v: &mut v };
-        cpu::attend_backward(&input, mask, &out, &lse, d_out, grads).unwrap();
-        tensors.extend([("d_q".into(), widen(&q)), ("d_k".into(), widen(&k))]);
-        tensors.insert("d_v".into(), widen(&v));
+    if case.tensors.contains_key("d_out") {
+        let mut d = [input.q, input.k, input.v].map(|x| Guarded::poison(x.len()));
+        let [q, k, v] = d.each_mut().map(Guarded::values_mut);
+        let grads = cpu::AttendGrads { q, k, v };
+        let d_out = narrow.get("d_out");
+        cpu::attend_backward(&input, mask, out.values(), &lse, d_out, grads).unwrap();
+        let names = ["d_q", "d_k", "d_v"].map(String::from);
+        tensors.extend(names.into_iter().zip(d.iter().map(Guarded::widen)));
     }
-    tensors.extend([("out".into(), widen(&out)), ("lse".into(), lse)]);
+    tensors.extend([("out".into(), out.widen()), ("lse".into(), lse)]);
     Outcome { indices: Vec::new(), tensors }
 }
 
-/// Names of the gradients in the order of `NsaGrads`.
-const INPUT_GRADS: [&str; 8] =
-    ["d_q", "d_k_cmp", "d_v_cmp", "d_k_slc", "d_v_slc", "d_k_win", "d_v_win", "d_gate"];
-
-/// Gradients of the raw rows and, by their golden names, of φ's parameters.
+/// Gradients of the raw rows and of φ's parameters, by their golden names.
 fn fast_compress_backward<E: Element>(
     narrow: &Narrow<E>,
     letter: &str,
     d_out: &[E],
-) -> (Vec<f64>, Vec<(String, Vec<f32>)>) {
+) -> Vec<(String, Vec<f64>)> {
     let input = narrow.compress(letter);
-    let mut d_x = poison::<E>(input.x.len());
-    let prefix = format!("phi_{letter}_");
-    let mut d_phi: BTreeMap<&str, Vec<f32>> = (narrow.tensors.iter())
-        .filter_map(|(name, x)| Some((name.strip_prefix(&prefix)?, poison::<f32>(x.len()))))
+    let mut d_x = Guarded::<E>::poison(input.x.len());
+    let mut parts: BTreeMap<String, Guarded<f32>> = (narrow.case.phi_names().into_iter())
+        .filter(|name| name.starts_with(&format!("phi_{letter}_")))
+        .map(|name| (format!("d_{name}"), Guarded::poison(narrow.case.get(&name).len())))
         .collect();
-    let mut parts = d_phi.values_mut().map(|x| &mut x[..]);
-    let mut next = || parts.next().unwrap();
+    let mut values = parts.values_mut().map(Guarded::values_mut);
     // The map yields its parts in alphabetical order.
+    let mut next = || values.next().unwrap();
     let grads = match narrow.case.spec.compressor {
         Compressor::Mean => cpu::PhiGrads::Mean,
         Compressor::Linear => cpu::PhiGrads::Linear { pe: next(), weight: next() },
@@ -433,9 +458,10 @@ fn fast_compress_backward<E: Element>(
             weight2: next(),
         },
     };
-    cpu::compress_backward(&input, d_out, &mut d_x, grads).unwrap();
-    let named = d_phi.into_iter().map(|(name, x)| (format!("d_{prefix}{name}"), x));
-    (widen(&d_x), named.collect())
+    cpu::compress_backward(&input, d_out, d_x.values_mut(), grads).unwrap();
+    let mut all: Vec<_> = parts.into_iter().map(|(name, x)| (name, x.widen())).collect();
+    all.push((format!("d_{letter}_cmp"), d_x.widen()));
+    all
 }
 
 /// Decodes a case of one sequence, `chunks` tokens at a time: outputs `[T, H, V]`, indices.
@@ -466,9 +492,9 @@ pub fn fast_decode<E: Element>(case: &Case, chunks: &[usize]) -> (Vec<f64>, Vec<
             v_win: rows("v_win", values),
             gate: rows("gate", heads * 3),
         };
-        let mut out = poison::<E>(c * heads * value_dim);
-        indices.extend(cache.extend(&step, &mut out).unwrap());
-        outs.extend(widen(&out));
+        let mut out = Guarded::poison(c * heads * value_dim);
+        indices.extend(cache.extend(&step, out.values_mut()).unwrap());
+        outs.extend(out.widen());
         at += c;
         assert_eq!(cache.len(), at);
         assert_eq!(tails[0].blocks(), spec.compressed_blocks(at));
