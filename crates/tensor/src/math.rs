@@ -12,7 +12,8 @@ const LANES: usize = 32;
 
 /// `eˣ` within 2 ulp; results below 2⁻¹²⁵ are 0, above the largest f32 ∞; NaN stays NaN.
 ///
-/// `x = n·ln 2 + r`, a polynomial of degree 7 for `eʳ` (Cephes `expf`), then `2ⁿ` by exponent.
+/// `x = n·ln 2 + r`, then `eʳ = 1 + r + r²·p(r)` and `2ⁿ` by exponent; p interpolates at the
+/// Chebyshev nodes of |r| ≤ ln 2 / 2.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4; // nine bits, so that n·LN2_HIGH is exact
@@ -21,8 +22,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+    let mut p = EXP_FIT[0];
+    for c in &EXP_FIT[1..] {
         p = p * r + c;
     }
     let p = (p * r * r + r) + 1.0;
@@ -33,6 +34,10 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -86.643_4 { 0.0 } else { y }
 }
 
+/// `(eʳ − 1 − r)/r²`, highest power first.
+const EXP_FIT: [f32; 6] =
+    [1.989_098_1e-4, 1.393_364_2e-3, 8.333_310_9e-3, 4.166_646_5e-2, 1.666_666_7e-1, 5.0e-1];
+
 /// `1 / (1 + e⁻ˣ)` within 4 ulp.
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
@@ -41,19 +46,19 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 
 /// Φ, the distribution function of the standard normal, within 1.5·10⁻⁷.
 ///
-/// With `t = |x|/√2`: below 0.9 the series of `erf t`, above it the Chebyshev fit of `erfc t` of
-/// Numerical Recipes §6.2, which is accurate relative to its small value.
+/// With `t = |x|/√2`: below 0.9 the series of `erf t`, above it a fit of the logarithm of
+/// `erfc t`, which is accurate relative to its small value.
 #[inline(always)]
 pub(crate) fn normal_cdf(x: f32) -> f32 {
     let t = x.abs() * FRAC_1_SQRT_2;
     let z = t * t;
-    let mut series = SERIES[0];
-    for c in &SERIES[1..] {
+    let mut series = ERF_SERIES[0];
+    for c in &ERF_SERIES[1..] {
         series = series * z + c;
     }
     let u = 1.0 / (1.0 + 0.5 * t);
-    let mut fit = CHEBYSHEV[0];
-    for c in &CHEBYSHEV[1..] {
+    let mut fit = ERFC_FIT[0];
+    for c in &ERFC_FIT[1..] {
         fit = fit * u + c;
     }
     let tail = if t < 0.9 { 0.5 - 0.5 * t * series } else { 0.5 * u * exp(fit - z) };
@@ -61,31 +66,30 @@ pub(crate) fn normal_cdf(x: f32) -> f32 {
 }
 
 /// `2/√π · (−1)ⁿ/(n!(2n + 1))`, n from 9 down to 0.
-const SERIES: [f32; 10] = [
-    -1.63658447e-07,
-    1.6462114e-06,
-    -1.492565e-05,
-    1.205533298e-04,
-    -8.548327e-04,
-    5.223978e-03,
-    -2.6866171e-02,
-    1.1283792e-01,
-    -3.7612639e-01,
-    1.1283792e+00,
+const ERF_SERIES: [f32; 10] = [
+    -1.636_584_4e-7,
+    1.646_211_4e-6,
+    -1.492_565e-5,
+    1.205_533_26e-4,
+    -8.548_327e-4,
+    5.223_978e-3,
+    -2.686_617_1e-2,
+    1.128_379_2e-1,
+    -3.761_263_9e-1,
+    std::f32::consts::FRAC_2_SQRT_PI,
 ];
 
-/// Highest power first.
-const CHEBYSHEV: [f32; 10] = [
-    1.7087277e-01,
-    -8.2215223e-01,
-    1.4885159e+00,
-    -1.135204e+00,
-    2.7886807e-01,
-    -1.8628806e-01,
-    9.678418e-02,
-    3.7409196e-01,
-    1.0000237e+00,
-    -1.2655122e+00,
+/// `ln(erfc t) + t² − ln u` as a polynomial in `u = 1/(1 + t/2)`, highest power first: its
+/// interpolation at the Chebyshev nodes of 0.9 ≤ t ≤ 9.5, within 5·10⁻⁸.
+const ERFC_FIT: [f32; 8] = [
+    -1.857_019_8e-1,
+    7.726_367e-1,
+    -1.067_426_9,
+    4.249_997e-1,
+    -8.182_587_5e-2,
+    4.064_254_4e-1,
+    9.967_424e-1,
+    -1.265_370_5,
 ];
 
 /// Adds up `LANES` partial sums in a fixed tree.
@@ -205,10 +209,12 @@ mod tests {
         let worst =
             sweep(20.0).map(|x| (f64::from(normal_cdf(x)) - exact(x)).abs()).fold(0.0, f64::max);
         assert!(worst <= 1.5e-7, "{worst}");
-        let relative = sweep(12.0)
-            .map(|x| (f64::from(normal_cdf(x)) - exact(x)).abs() / exact(x))
-            .fold(0.0, f64::max);
-        assert!(relative <= 1e-5, "{relative}");
+        // z = x²/2 carries four roundings, which the exponential turns into a relative error.
+        for x in sweep(12.0) {
+            let bound = 5e-7 + 4.0 * 0.5 * f64::from(x * x) * 2f64.powi(-24);
+            let relative = (f64::from(normal_cdf(x)) - exact(x)).abs() / exact(x);
+            assert!(relative <= bound, "{x}: {relative}");
+        }
         assert!(normal_cdf(f32::NAN).is_nan());
     }
 

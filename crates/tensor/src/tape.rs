@@ -59,11 +59,17 @@ impl Var {
 
 type BackwardFn<'a> = Box<dyn FnOnce(Vec<Option<Tensor>>, &mut Backward) -> Result<()> + 'a>;
 
-/// One recorded op: its outputs are the values `first .. first + count`.
+/// One recorded op: its outputs are the values from `first` on, one for each of `shapes`.
 struct Node<'a> {
     first: usize,
-    count: usize,
+    shapes: Vec<Vec<usize>>,
     backward: BackwardFn<'a>,
+}
+
+impl Node<'_> {
+    fn makes(&self, index: usize) -> bool {
+        (self.first..self.first + self.shapes.len()).contains(&index)
+    }
 }
 
 /// Records ops for [`Tape::backward`], or, as [`Tape::inference`], nothing at all. `'a` is the
@@ -163,9 +169,17 @@ impl<'a> Tape<'a> {
         if !self.keeps(inputs) {
             return Ok(outputs.into_iter().map(|value| self.leaf(value)).collect());
         }
-        let (first, count) = (self.values, outputs.len());
-        self.nodes.push(Node { first, count, backward: Box::new(backward) });
-        Ok(outputs.into_iter().map(|value| self.input(value)).collect())
+        Ok(self.push(outputs, backward))
+    }
+
+    fn push(
+        &mut self,
+        outputs: Vec<Tensor>,
+        backward: impl FnOnce(Vec<Option<Tensor>>, &mut Backward) -> Result<()> + 'a,
+    ) -> Vec<Var> {
+        let shapes = outputs.iter().map(|value| value.shape().to_vec()).collect();
+        self.nodes.push(Node { first: self.values, shapes, backward: Box::new(backward) });
+        outputs.into_iter().map(|value| self.input(value)).collect()
     }
 
     /// Adds the gradients of `loss` (one element) into `grads` and empties the tape; what each
@@ -186,9 +200,7 @@ impl<'a> Tape<'a> {
         let seed = Tensor::scalar(scale).to_dtype(loss.dtype())?;
         match loss.source {
             Source::Constant => return Ok(()),
-            Source::Value { index, .. }
-                if !self.nodes.iter().any(|n| (n.first..n.first + n.count).contains(&index)) =>
-            {
+            Source::Value { index, .. } if !self.nodes.iter().any(|node| node.makes(index)) => {
                 return Err(Error::Tape("backward was already run through this loss"));
             }
             _ => {}
@@ -200,9 +212,15 @@ impl<'a> Tape<'a> {
 
     fn walk_back(&mut self, walk: &mut Backward) -> Result<()> {
         while let Some(node) = self.nodes.pop() {
-            let grads: Vec<_> = (node.first..node.first + node.count)
-                .map(|index| walk.take(Source::Value { tape: self.id, index }))
-                .collect();
+            let mut grads = Vec::with_capacity(node.shapes.len());
+            for (i, shape) in node.shapes.iter().enumerate() {
+                let grad = walk.take(Source::Value { tape: self.id, index: node.first + i });
+                // A variable may have been used under another shape.
+                grads.push(match grad {
+                    Some(grad) if grad.shape() != shape => Some(grad.reshape(shape)?),
+                    grad => grad,
+                });
+            }
             if grads.iter().any(Option::is_some) {
                 (node.backward)(grads, walk)?;
             }
@@ -257,17 +275,7 @@ impl<'a> Tape<'a> {
             }
             Ok(())
         };
-        // Parameters made inside `f` want gradients even when no input does.
-        self.record_always(outputs, backward)
-    }
-
-    fn record_always(
-        &mut self,
-        outputs: Vec<Tensor>,
-        backward: impl FnOnce(Vec<Option<Tensor>>, &mut Backward) -> Result<()> + 'a,
-    ) -> Result<Vec<Var>> {
-        let (first, count) = (self.values, outputs.len());
-        self.nodes.push(Node { first, count, backward: Box::new(backward) });
-        Ok(outputs.into_iter().map(|value| self.input(value)).collect())
+        // Whatever the inputs are: parameters made inside `f` want gradients too.
+        Ok(self.push(outputs, backward))
     }
 }

@@ -28,6 +28,7 @@ pub fn attention_dense(
     check::same_dtype(OP, q, &[("k", k), ("v", v)])?;
     check::shape(OP, "k", k.value(), &[tokens, kv_heads, key_dim])?;
     check::shape(OP, "v", v.value(), &[tokens, kv_heads, value_dim])?;
+    check::offsets(OP, cu_seqlens, tokens)?;
     let call = Call {
         q: q.value().clone(),
         k: k.value().clone(),

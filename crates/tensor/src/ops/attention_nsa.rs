@@ -64,6 +64,7 @@ pub fn attention_nsa(
         let rows = if i == 1 || i == 2 { blocks } else { tokens };
         check::shape(OP, NAMES[i], var.value(), &[rows, a, b])?;
     }
+    check::offsets(OP, cu_seqlens, tokens)?;
     let call = Call {
         values: vars.map(|v| v.value().clone()),
         spec: spec.clone(),

@@ -55,3 +55,9 @@ pub(super) fn dims<const N: usize>(
 ) -> Result<[usize; N]> {
     tensor.shape().try_into().map_err(|_| Error::shape(op, what, layout, tensor.shape()))
 }
+
+/// Refuses offsets that do not start at 0, decrease, or end elsewhere than at `tokens`.
+pub(super) fn offsets(op: &'static str, cu_seqlens: &[i32], tokens: usize) -> Result<()> {
+    tercet_attention::sequences(cu_seqlens, tokens).map_err(Error::attention(op))?;
+    Ok(())
+}

@@ -41,6 +41,9 @@ pub enum Phi {
     },
 }
 
+/// A parameter: name, variable, and the shape that it must have.
+type Named<'a> = (&'static str, &'a Var, Vec<usize>);
+
 /// Compresses x `[T, K, C]` to `[N, K, C]`; `cu_seqlens` are the B+1 offsets of the sequences,
 /// whose blocks are concatenated; tails shorter than a block are dropped.
 pub fn compress(
@@ -56,7 +59,7 @@ pub fn compress(
     let blocks = cu_compressed(spec, &sequences).last().copied().unwrap_or(0);
 
     let l = spec.compress_block;
-    let (hidden, named): (usize, Vec<(&'static str, &Var, Vec<usize>)>) = match phi {
+    let (hidden, named): (usize, Vec<Named>) = match phi {
         Phi::Mean => (0, vec![]),
         Phi::Linear { weight, pe } => {
             let weight_shape = vec![kv_heads, l * dim, dim];

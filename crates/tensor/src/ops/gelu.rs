@@ -13,7 +13,7 @@ use crate::{Result, Tape, Tensor, Var, math, parallel};
 const OP: &str = "gelu";
 
 /// `2√(2/π)`.
-const TWO_SQRT_2_PI: f32 = 1.595_769_1;
+const TWO_SQRT_2_PI: f32 = 1.595_769;
 /// `1/√(2π)`.
 const DENSITY: f32 = 0.398_942_3;
 const CUBIC: f32 = 0.044_715;
