@@ -7,14 +7,18 @@
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Value};
-use minijinja::{Environment, ErrorKind, State, context};
+use minijinja::value::Value;
+use minijinja::{Environment, ErrorKind, context};
 
-use crate::{Error, Result, chat_time};
+use crate::{Error, Result, chat_json, chat_methods, chat_time};
 
 /// Instructions and 64-byte pieces of data a template may cost; a conversation of a thousand
 /// messages costs about 50,000.
 const FUEL: u64 = 500_000;
+
+/// Stack of a running template: 500,000 units of fuel build values about 100,000 deep, and
+/// printing one takes about a kilobyte a level. Only what is used is ever committed.
+const STACK: usize = 1 << 28;
 
 /// Longest template in bytes; the longest published ones have about 20,000.
 const LONGEST_TEMPLATE: usize = 1 << 20;
@@ -57,11 +61,13 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| Error::Chat(e.to_string()))?);
         environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(chat_methods::call);
+        // Printers for a template's author; on deeply nested values they take minutes.
+        environment.remove_filter("pprint");
+        environment.remove_global("debug");
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
-        environment.add_filter("tojson", tojson);
+        environment.add_filter("tojson", chat_json::tojson);
         environment
             .add_template_owned("chat", without_generation_tags(&source))
             .map_err(|e| Error::Chat(format!("cannot be parsed: {e}")))?;
@@ -86,8 +92,15 @@ impl ChatTemplate {
             documents => Value::from(()),
             ..Value::from_pairs(self.special.iter().map(|(k, v)| (k.as_str(), v.as_str())))
         };
-        let template = self.environment.get_template("chat").map_err(fail)?;
-        template.render(variables).map_err(fail)
+        let run = || {
+            self.environment.get_template("chat").and_then(|t| t.render(variables)).map_err(fail)
+        };
+        // A template can build a value as deep as its fuel lasts, and dropping it recurses.
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, run);
+            let thread = thread.map_err(|e| Error::Chat(format!("cannot be run: {e}")))?;
+            thread.join().unwrap_or_else(|_| Err(Error::Chat("made its engine fail".into())))
+        })
     }
 }
 
@@ -126,62 +139,4 @@ fn strftime_now(format: &str) -> std::result::Result<String, minijinja::Error> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     chat_time::strftime(format, now.map_or(0, |d| d.as_secs()))
         .map_err(|text| minijinja::Error::new(ErrorKind::InvalidOperation, text))
-}
-
-/// Python's `json.dumps(value, ensure_ascii=False, indent=…)`: no HTML escapes, and a space
-/// after each comma and colon when on one line.
-fn tojson(
-    state: &mut State,
-    value: &Value,
-    options: Kwargs,
-    _rest: Rest<Value>,
-) -> std::result::Result<Value, minijinja::Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    for ignored in ["ensure_ascii", "separators", "sort_keys"] {
-        let _: Option<Value> = options.get(ignored)?;
-    }
-    options.assert_all_used()?;
-    let fail =
-        |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
-    let value = serde_json::to_value(value).map_err(fail)?;
-    let mut out = String::new();
-    write_json(&mut out, &value, indent.map(|n| n.min(16)), 0);
-    // What the engine charges for data that it makes itself.
-    state.consume_fuel(out.len() as u64 / 64)?;
-    Ok(Value::from_safe_string(out))
-}
-
-fn write_json(out: &mut String, value: &serde_json::Value, indent: Option<usize>, depth: usize) {
-    let line = |out: &mut String, depth: usize| {
-        if let Some(indent) = indent {
-            out.push('\n');
-            out.extend(std::iter::repeat_n(' ', indent * depth));
-        }
-    };
-    let comma = if indent.is_some() { "," } else { ", " };
-    match value {
-        serde_json::Value::Array(items) if !items.is_empty() => {
-            out.push('[');
-            for (i, item) in items.iter().enumerate() {
-                out.push_str(if i == 0 { "" } else { comma });
-                line(out, depth + 1);
-                write_json(out, item, indent, depth + 1);
-            }
-            line(out, depth);
-            out.push(']');
-        }
-        serde_json::Value::Object(map) if !map.is_empty() => {
-            out.push('{');
-            for (i, (key, item)) in map.iter().enumerate() {
-                out.push_str(if i == 0 { "" } else { comma });
-                line(out, depth + 1);
-                out.push_str(&serde_json::Value::from(key.as_str()).to_string());
-                out.push_str(": ");
-                write_json(out, item, indent, depth + 1);
-            }
-            line(out, depth);
-            out.push('}');
-        }
-        plain => out.push_str(&plain.to_string()),
-    }
 }

@@ -8,6 +8,8 @@ mod attention;
 mod batch;
 mod cache;
 mod chat;
+mod chat_json;
+mod chat_methods;
 mod chat_time;
 mod config;
 mod config_rules;

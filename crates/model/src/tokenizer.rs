@@ -40,8 +40,11 @@ impl Tokenizer {
 
     /// Reads the content of a `tokenizer.json`.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|e| Error::Tokenizer(format!("is not a tokenizer.json: {e}")))?;
+        let wrong =
+            |e: &dyn std::fmt::Display| Error::Tokenizer(format!("is not a tokenizer.json: {e}"));
+        // The tokenizers library panics on some text that is not JSON, so that is found out first.
+        serde_json::from_slice::<Value>(bytes).map_err(|e| wrong(&e))?;
+        let inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(|e| wrong(&e))?;
         let size = check_ids(&inner)?;
         Ok(Self { inner, size, chat: None })
     }
@@ -66,17 +69,14 @@ impl Tokenizer {
 
     /// The ids of a text; `special` lets the tokenizer add its own marks, such as a first token.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, special)
+        let encoding = guarded(|| self.inner.encode_fast(text, special))
             .map_err(|e| Error::Tokenizer(format!("cannot encode the text: {e}")))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of ids, special tokens left out. Ids without a token add nothing.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner
-            .decode(ids, true)
+        guarded(|| self.inner.decode(ids, true))
             .map_err(|e| Error::Tokenizer(format!("cannot decode the tokens: {e}")))
     }
 
@@ -99,6 +99,13 @@ impl Tokenizer {
     pub fn chat(&self) -> Option<&ChatTemplate> {
         self.chat.as_ref()
     }
+}
+
+/// Runs a call of the tokenizers library. With a nonsensical `tokenizer.json` (an empty pattern to
+/// replace, say) it panics inside; its state is only read here, so going on is sound.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(call))
+        .unwrap_or_else(|_| Err("the rules in tokenizer.json contradict themselves".into()))
 }
 
 /// Copies the tokenizer and the files around it from one model folder to another.
