@@ -55,6 +55,7 @@ fn plot(
         .configure_mesh()
         .light_line_style(WHITE)
         .bold_line_style(RGBColor(230, 230, 230))
+        .x_label_formatter(&|step| format!("{step}"))
         .x_desc("step")
         .y_desc("loss (nats per token)")
         .label_style(("sans-serif", 14))

@@ -2,17 +2,17 @@
 //!
 //! [`RunConfig`] declares a run, [`pretrain()`] does it and tells an observer what happens,
 //! [`dry_run()`] says what it would do. Data flow one way: [`data`] makes batches, the trainer turns
-//! them into updates that the [`guard`] has let through, [`checkpoint`] commits what came of it.
+//! them into updates that the [`guard`] has let through, a checkpoint commits what came of it.
 //! The crate knows neither preference nor privacy objectives, and draws no progress bar.
 
-pub mod checkpoint;
+mod checkpoint;
 pub mod config;
-pub mod curve;
+mod curve;
 pub mod data;
 mod dry_run;
 mod error;
 mod event;
-pub mod files;
+mod files;
 pub mod guard;
 mod lock;
 pub mod metrics;

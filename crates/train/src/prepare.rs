@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::files;
 use crate::tokenizer::Vocabulary;
-use crate::tokenizer_train::{self, SAMPLE_BYTES};
+use crate::tokenizer_train;
 
 /// Text files of a model folder larger than this are not carried from checkpoint to checkpoint.
 const LARGEST_SIDECAR: u64 = 64 << 20;
@@ -98,14 +98,15 @@ fn vocabulary(
         return Vocabulary::load(folder, marks);
     }
     let special = &config.data.special_tokens;
+    let sample = tokenizer_train::sample_bytes(vocab_size);
     let mut hasher = Sha256::new();
     hasher.update(corpus.digest);
-    hasher.update(format!("{vocab_size} {special:?} {SAMPLE_BYTES}"));
+    hasher.update(format!("{vocab_size} {special:?} {sample}"));
     let name = format!("tokenizer-{}.json", files::hex(&hasher.finalize()[..16]));
     let path = config.cache().join(name);
     if !path.exists() {
         observe(Event::TrainingTokenizer { vocab_size });
-        let json = tokenizer_train::train(corpus, vocab_size, special, SAMPLE_BYTES)?;
+        let json = tokenizer_train::train(corpus, vocab_size, special, sample)?;
         files::create_folder(&config.cache())?;
         tokenizer_train::save(&json, &path)?;
     }

@@ -152,7 +152,7 @@ impl<'a> Run<'a> {
             trainer,
             schedule: Schedule::new(config),
             metrics: Metrics::open(&config.output.join(METRICS), step)?,
-            events: EventFile::create(&config.output.join("tensorboard"), step)?,
+            events: EventFile::create(&config.output.join("tensorboard"), step + 1)?,
             pace: Pace::new(config, control, summary.flops_per_token),
             step,
             saved,

@@ -19,9 +19,9 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// Begins a new file in `folder`. Points of earlier files with a step above `first_step` are
-    /// marked as superseded, which is how TensorBoard learns of a resumed run.
-    pub fn create(folder: &Path, first_step: u64) -> Result<Self> {
+    /// Begins a new file in `folder`, whose first point will be that of step `next`. Points that
+    /// earlier files hold from there on are superseded: TensorBoard drops them.
+    pub fn create(folder: &Path, next: u64) -> Result<Self> {
         crate::files::create_folder(folder)?;
         let now = wall_time();
         // The name must contain `tfevents`; TensorBoard reads files of a folder in name order.
@@ -36,10 +36,8 @@ impl EventFile {
         let file = file.map_err(Error::io("write", &path))?;
         let mut events = Self { file, path };
         events.write(&event(now, 0, &bytes_field(3, b"brain.Event:2")))?;
-        if first_step > 0 {
-            // SessionLog { status: START }.
-            events.write(&event(now, first_step, &bytes_field(7, &varint_field(1, 1))))?;
-        }
+        // SessionLog { status: START }.
+        events.write(&event(now, next, &bytes_field(7, &varint_field(1, 1))))?;
         Ok(events)
     }
 
@@ -117,7 +115,7 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
     for &byte in bytes {
         crc ^= u32::from(byte);
         for _ in 0..8 {
-            crc = crc >> 1 ^ (crc & 1) * 0x82F6_3B78;
+            crc = (crc >> 1) ^ ((crc & 1) * 0x82F6_3B78);
         }
     }
     !crc

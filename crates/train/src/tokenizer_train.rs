@@ -21,6 +21,12 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 /// Text looked at by default, in bytes: enough for any vocabulary up to about 64k tokens.
 pub const SAMPLE_BYTES: u64 = 32 << 20;
 
+/// Text that a run looks at for its own tokenizer, in bytes: 4 KiB a token, so that a small
+/// vocabulary is not waited for, from 8 MiB to [`SAMPLE_BYTES`].
+pub fn sample_bytes(vocab_size: usize) -> u64 {
+    (4096 * vocab_size as u64).clamp(8 << 20, SAMPLE_BYTES)
+}
+
 /// Trains a tokenizer with `vocab_size` tokens: `<|endoftext|>`, the further `special` ones, 256
 /// bytes, and merges. At most about `sample_bytes` of the corpus are looked at, spread evenly.
 /// Returns the text of a `tokenizer.json`.

@@ -160,7 +160,7 @@ mod tests {
             cu_seqlens: vec![0, 8],
         };
         let slot = trainer.model.params().slot("model.norm.weight").unwrap();
-        let mut poison = |trainer: &mut Trainer, value: f32| {
+        let poison = |trainer: &mut Trainer, value: f32| {
             let tensors = trainer.model.params_mut().tensors_mut();
             tensors[slot].as_f32_mut().unwrap()[0] = value;
         };
