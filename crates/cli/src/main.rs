@@ -11,6 +11,7 @@ mod human;
 mod interrupt;
 mod lock;
 mod machine;
+mod picture;
 mod plan;
 mod pretrain;
 mod progress;
@@ -54,6 +55,8 @@ enum Verb {
     Convert(convert::Args),
     Doctor(doctor::Args),
     Generate(generate::Args),
+    #[command(hide = true)]
+    Picture(picture::Args),
     Plan(plan::Args),
     Pretrain(pretrain::Args),
     Quickstart(quickstart::Args),
@@ -66,7 +69,7 @@ fn main() -> ExitCode {
     match std::panic::catch_unwind(|| run(&cli)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("tercet: {error:#}");
+            eprintln!("tercet: {}", error::message(&error));
             ExitCode::from(error::exit_code(&error))
         }
         // The hook has already said what happened.
@@ -93,6 +96,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Convert(args) => convert::run(args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Generate(args) => generate::run(args),
+        Verb::Picture(args) => picture::run(args),
         Verb::Plan(args) => plan::run(args),
         Verb::Pretrain(args) => pretrain::run(args),
         Verb::Quickstart(args) => quickstart::run(args),

@@ -17,8 +17,10 @@ use crate::{human, yardstick};
 /// here reach 35 to 50 %.
 const EXPECTED_SHARE: f64 = 0.4;
 
-/// Say what a run will cost: parameters, memory by part, FLOP per token (sparse and dense), time
-/// on this machine, disk. Starts nothing and reads no data.
+/// Say what a run will cost before it starts.
+///
+/// Parameters, memory by part, FLOP per token (sparse and dense), time on this machine, disk.
+/// Starts nothing and reads no data.
 #[derive(clap::Args)]
 #[command(after_help = "Example: tercet plan configs/nsa-27b-moe.toml --gflops 400000")]
 pub struct Args {

@@ -138,8 +138,17 @@ fn draw_panel(out: &mut String, axes: &Axes, panel: &Panel, left: f64) {
     }
     text(out, left + WIDTH / 2.0, TOP + HEIGHT + 38.0, "small", "middle", axes.x_title);
 
-    for line in &panel.lines {
+    let last = |line: &Line| line.points.last().map(|&(px, py)| at(px, py));
+    let ends: Vec<Option<(f64, f64)>> = panel.lines.iter().map(last).collect();
+    for (line, end) in panel.lines.iter().zip(&ends) {
         draw_line(out, line, at);
+        let Some((x, y)) = *end else { continue };
+        let class = if line.subject { "subject-text" } else { "other-text" };
+        // Labels of lines that end close together step aside.
+        let near = ends.iter().flatten().find(|(_, other)| *other != y && (other - y).abs() < 14.0);
+        let aside = near.map_or(0.0, |(_, other)| (14.0 - (other - y).abs()) / 2.0);
+        let aside = if near.is_some_and(|(_, other)| *other > y) { -aside } else { aside };
+        text(out, x + 9.0, y + 4.0 + aside, class, "start", line.name);
     }
 }
 
@@ -155,10 +164,6 @@ fn draw_line(out: &mut String, line: &Line, at: impl Fn(f64, f64) -> (f64, f64))
         let (x, y) = at(px, py);
         let _ =
             writeln!(out, "<circle class=\"{class}-dot\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\"/>");
-    }
-    if let Some(&(px, py)) = line.points.last() {
-        let (x, y) = at(px, py);
-        text(out, x + 9.0, y + 4.0, &format!("{class}-text"), "start", line.name);
     }
 }
 

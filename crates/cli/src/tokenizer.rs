@@ -8,7 +8,7 @@ use tercet_train::tokenizer_train;
 
 use crate::{human, interrupt};
 
-/// Make tokenizers.
+/// Train a tokenizer.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]

@@ -104,6 +104,27 @@ pub fn gather(folder: &Path) -> anyhow::Result<Corpus> {
     Ok(corpus)
 }
 
+/// A file of a gathered corpus long enough to fill the model's context; always the same one.
+pub fn one_file(folder: &Path) -> Option<String> {
+    const ENOUGH: usize = 16 << 10;
+    let mut paths: Vec<PathBuf> = fs::read_dir(folder).ok()?.flatten().map(|e| e.path()).collect();
+    paths.sort();
+    // Later crates first: the folders are searched depth first from the end of the stack.
+    while let Some(path) = paths.pop() {
+        if path.is_dir() {
+            let mut inner: Vec<PathBuf> =
+                fs::read_dir(&path).ok()?.flatten().map(|e| e.path()).collect();
+            inner.sort();
+            paths.extend(inner);
+        } else if let Ok(text) = fs::read_to_string(&path)
+            && text.len() >= ENOUGH
+        {
+            return Some(text);
+        }
+    }
+    None
+}
+
 /// Folders such as `~/.cargo/registry/src/index.crates.io-…`, in sorted order.
 fn registry_sources() -> Vec<PathBuf> {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| {

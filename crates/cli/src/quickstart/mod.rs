@@ -20,7 +20,7 @@ use crate::bench::timing::Effort;
 use crate::error::user;
 use crate::machine::Machine;
 use crate::progress::Watcher;
-use crate::{files, human, interrupt, pretrain, yardstick};
+use crate::{files, human, interrupt, picture, pretrain, yardstick};
 
 /// What is trained and how; steps, data and output are filled in.
 const CONFIG: &str = include_str!("../../../../configs/quickstart.toml");
@@ -31,7 +31,7 @@ const PROMPT: &str = "/// Returns the number of";
 /// Steps that are timed to find out how many fit.
 const TIMED_STEPS: usize = 5;
 
-/// Train a small model with native sparse attention from nothing, and see what it gives you.
+/// Train a small sparse language model from nothing, in minutes.
 ///
 /// No download, no account, no GPU. The text is Rust: the sources of the crates that cargo fetched
 /// to build this. Trains a tokenizer and a 3-million-parameter model at context 2048 for about four
@@ -200,7 +200,17 @@ fn write_sample(folder: &Path, out: &Path) -> anyhow::Result<()> {
         written.tokens.len(),
         written.decode_rate()
     ));
-    save(&out.join("sample.txt"), &format!("{PROMPT}{}\n", written.text))
+    save(&out.join("sample.txt"), &format!("{PROMPT}{}\n", written.text))?;
+    draw_query(&model, &tokenizer, out)
+}
+
+/// Draws what one query of the model reads in a file of the corpus.
+fn draw_query(model: &Model, tokenizer: &Tokenizer, out: &Path) -> anyhow::Result<()> {
+    let Some(text) = corpus::one_file(&out.join("corpus")) else { return Ok(()) };
+    let path = out.join("reads.svg");
+    save(&path, &picture::reads(model, tokenizer, &text)?)?;
+    say(&format!("what one of its queries reads, as a picture: {}", path.display()));
+    Ok(())
 }
 
 /// Measures both kinds of attention and writes table, JSON and chart.

@@ -27,8 +27,8 @@ pub struct Reading<'a> {
 }
 
 const WIDTH: f64 = 1000.0;
-const LEFT: f64 = 150.0;
-const RIGHT: f64 = 880.0;
+const LEFT: f64 = 196.0;
+const RIGHT: f64 = 896.0;
 const LANE: f64 = 92.0;
 const TOP: f64 = 108.0;
 const BAR: f64 = 46.0;
@@ -47,7 +47,7 @@ pub fn draw(reading: &Reading) -> String {
     let Reading { spec, position, .. } = *reading;
     let seen = position + 1;
     let quotes = reading.quotes.len() as f64;
-    let height = TOP + 3.0 * LANE + 70.0 + 22.0 * (quotes + 1.0);
+    let height = TOP + 3.0 * LANE + 34.0 + 22.0 * (quotes + 1.0);
     let title = "What one query reads";
     let mut out = svg::open(WIDTH, height, title);
     out.push_str(STYLE);
