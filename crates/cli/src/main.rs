@@ -24,7 +24,6 @@ use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 /// Language models whose attention is sparse from the first step.
 ///
@@ -36,8 +35,7 @@ use tracing_subscriber::EnvFilter;
     version,
     propagate_version = true,
     after_help = "Start here: tercet quickstart\n\
-                  Exit codes: 0 fine, 2 something in what you gave, 1 a fault of tercet.\n\
-                  TERCET_LOG=debug shows more of what is happening."
+                  Exit codes: 0 fine, 2 something in what you gave, 1 a fault of tercet."
 )]
 struct Cli {
     /// Worker threads; results do not depend on it [default: one per logical core]
@@ -78,12 +76,6 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_env("TERCET_LOG").unwrap_or_else(|_| "warn".into()))
-        .with_writer(std::io::stderr)
-        .without_time()
-        .with_target(false)
-        .init();
     if let Some(threads) = cli.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
     }

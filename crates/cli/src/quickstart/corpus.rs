@@ -14,7 +14,7 @@ use crate::lock::{self, Package};
 
 /// Crates that are written by hand, plainly, and needed on every platform. (Tables, generated
 /// bindings and platform crates would teach a small model long lists of numbers.)
-const CRATES: [&str; 34] = [
+const CRATES: [&str; 33] = [
     "aho-corasick",
     "anyhow",
     "bytemuck",
@@ -47,7 +47,6 @@ const CRATES: [&str; 34] = [
     "tempfile",
     "tokenizers",
     "toml",
-    "tracing-subscriber",
     "winnow",
 ];
 
