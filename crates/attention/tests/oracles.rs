@@ -191,6 +191,23 @@ fn equal_keys_choose_the_lower_blocks() {
 }
 
 #[test]
+fn a_better_block_that_comes_later_displaces_the_highest_of_equals() {
+    let mut case =
+        Case::random(&spec([4, 4, 16, 6, 12], Compressor::Mean), dims(2, 1, 8, 8), &[300], 15);
+    case = case.forward_only();
+    case.get_mut("q").fill(1.0);
+    case.get_mut("k_cmp").fill(0.25);
+    case.get_mut("k_cmp")[160 * 8..176 * 8].fill(0.5);
+    for way in &WAYS {
+        let got = (way.run)(&case);
+        for (t, row) in got.indices.chunks(6).enumerate().skip(12 * 16) {
+            let c = (t / 16) as i32;
+            assert_eq!(row, [0, 1, 2, 10, c - 1, c], "{} token {t}", way.name);
+        }
+    }
+}
+
+#[test]
 fn one_heavy_block_is_found() {
     // Tokens 83..=88 answer the query with a logit of about 30: their block must be chosen.
     let spec = spec([4, 4, 16, 4, 12], Compressor::Mean);
