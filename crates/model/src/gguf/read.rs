@@ -26,6 +26,13 @@ pub(super) enum Value {
     List(Vec<Value>),
 }
 
+fn as_text(value: &Value) -> Option<&str> {
+    match value {
+        Value::Text(text) => Some(text),
+        _ => None,
+    }
+}
+
 /// Where one tensor stands.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
@@ -158,16 +165,13 @@ impl Gguf {
     /// A list of texts.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
         let Some(value) = self.metadata.get(key) else { return Ok(None) };
-        let one = |v| match v {
-            &Value::Text(ref text) => Some(text.as_str()),
+        let texts: Option<Vec<&str>> = match value {
+            Value::List(list) => list.iter().map(as_text).collect(),
             _ => None,
         };
-        match value {
-            Value::List(list) => match list.iter().map(one).collect() {
-                Some(texts) => Ok(Some(texts)),
-                None => self.fail(format!("has a {key} that is not a list of texts")),
-            },
-            _ => self.fail(format!("has a {key} that is not a list of texts")),
+        match texts {
+            Some(texts) => Ok(Some(texts)),
+            None => self.fail(format!("has a {key} that is not a list of texts")),
         }
     }
 
