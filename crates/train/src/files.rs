@@ -1,8 +1,8 @@
 //! Files that are either whole or absent: written beside, forced to disk, renamed.
 
 use std::fs::{self, File};
-use std::io::{BufReader, Read, Write};
-use std::path::Path;
+use std::io::{BufReader, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
@@ -24,12 +24,14 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         return Err(Error::Io {
             action: "write",
             path: path.to_owned(),
-            source: std::io::ErrorKind::InvalidFilename.into(),
+            source: ErrorKind::InvalidFilename.into(),
         });
     };
-    let beside = parent.join(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
-    let written = File::create(&beside)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+    let (beside, mut file) =
+        create_beside(parent, &name.to_string_lossy()).map_err(Error::io("write", path))?;
+    let written = file
+        .write_all(bytes)
+        .and_then(|()| file.sync_all())
         .and_then(|()| fs::rename(&beside, path));
     if let Err(error) = written {
         // The original error matters, not whether the remains could be removed.
@@ -37,6 +39,33 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         return Err(Error::io("write", path)(error));
     }
     sync_folder(parent)
+}
+
+/// Ends the names of files that are being written.
+const TEMPORARY: &str = ".tmp";
+
+/// A new file beside `name` that no other writer has, in this process or another.
+fn create_beside(folder: &Path, name: &str) -> std::io::Result<(PathBuf, File)> {
+    let mut attempt = 0u32;
+    loop {
+        let path = folder.join(format!(".{name}.{}-{attempt}{TEMPORARY}", std::process::id()));
+        match File::create_new(&path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => attempt += 1,
+            Err(error) => return Err(error),
+            Ok(file) => return Ok((path, file)),
+        }
+    }
+}
+
+/// Removes files that killed writers left in a folder; nobody else may be writing there.
+pub fn remove_temporary(folder: &Path) -> Result<()> {
+    for path in read_folder(folder)? {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with('.') && name.ends_with(TEMPORARY) {
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Forces a folder's entries (names, not contents) to disk.
@@ -62,7 +91,7 @@ pub fn sync_tree(path: &Path) -> Result<()> {
 }
 
 /// The paths in a folder, sorted by name.
-pub fn read_folder(path: &Path) -> Result<Vec<std::path::PathBuf>> {
+pub fn read_folder(path: &Path) -> Result<Vec<PathBuf>> {
     let mut entries = fs::read_dir(path)
         .and_then(|entries| entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>())
         .map_err(Error::io("read", path))?;

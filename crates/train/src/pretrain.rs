@@ -39,8 +39,8 @@ pub fn pretrain(
     observe: &mut dyn FnMut(Event),
 ) -> Result<Report> {
     let _lock = FolderLock::take(&config.output)?;
-    let folder = config.output.join(CHECKPOINTS);
-    checkpoint::remove_stale(&folder)?;
+    files::remove_temporary(&config.output)?;
+    checkpoint::remove_stale(&config.output.join(CHECKPOINTS))?;
     let from = starting_point(config, control.resume, observe)?;
     files::write_atomic(&config.output.join("config.toml"), config.to_toml().as_bytes())?;
     let prepared = prepare(config, from.as_deref(), control.stop, observe)?;

@@ -1,10 +1,10 @@
 //! The loop as a whole: what it writes, what it says, and what it refuses.
 
 use std::fs;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::common::{run, tiny, write_corpus};
-use tercet_train::{Control, Event, RunConfig, dry_run, pretrain};
+use tercet_train::{Control, Error, Event, RunConfig, dry_run, pretrain};
 
 #[test]
 fn a_short_run_learns_and_tells_what_happens() {
@@ -172,4 +172,44 @@ fn a_run_continues_from_a_model_folder_with_its_tokenizer() {
     assert!((a - b).abs() < 1e-3, "{a} then {b}: the weights were not taken over");
     let tokenizer = |folder: &std::path::Path| fs::read(folder.join("tokenizer.json")).unwrap();
     assert_eq!(tokenizer(&second.checkpoint.unwrap()), tokenizer(&folder));
+}
+
+#[test]
+fn two_runs_may_share_their_tokens_even_at_the_same_time() {
+    let room = tempfile::tempdir().unwrap();
+    let corpus = room.path().join("corpus");
+    write_corpus(&corpus);
+    let cache = format!("data.cache='{}'", room.path().join("shared").display());
+    let reports: Vec<_> = std::thread::scope(|scope| {
+        let runs: Vec<_> = ["a", "b", "c"]
+            .map(|name| tiny(&corpus, &room.path().join(name), &["train.steps=2", &cache]))
+            .into_iter()
+            .map(|config| scope.spawn(move || run(&config, false).unwrap()))
+            .collect();
+        runs.into_iter().map(|run| run.join().unwrap()).collect()
+    });
+    assert_eq!(reports[0].validation_loss, reports[1].validation_loss);
+    assert_eq!(reports[0].validation_loss, reports[2].validation_loss);
+    let folders = fs::read_dir(room.path().join("shared")).unwrap();
+    let folders = folders.filter(|entry| entry.as_ref().unwrap().path().is_dir()).count();
+    assert_eq!(folders, 1, "one corpus, one folder of tokens");
+}
+
+#[test]
+fn a_stop_while_the_data_is_prepared_leaves_nothing_half_made() {
+    let room = tempfile::tempdir().unwrap();
+    let corpus = room.path().join("corpus");
+    write_corpus(&corpus);
+    let config = tiny(&corpus, &room.path().join("run"), &["train.steps=2"]);
+    let stop = AtomicBool::new(false);
+    let control = Control { stop: &stop, resume: false, gemm_flops: None };
+    let error = pretrain(&config, &control, &mut |event| {
+        if let Event::Corpus(_) = event {
+            stop.store(true, Ordering::Relaxed);
+        }
+    });
+    assert!(matches!(error, Err(Error::Interrupted)));
+    let names: Vec<_> = fs::read_dir(config.cache()).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(names.iter().all(|path| path.is_file()), "{names:?}");
+    assert!(run(&config, false).unwrap().finished);
 }
