@@ -95,7 +95,9 @@ fn warnings(machine: &Machine, threads: usize) -> Vec<String> {
         all.push("NO AVX2 AND FMA ON THIS CPU: the slow portable kernels will be used".into());
     }
     if machine.memory_available != 0 && machine.memory_available < 2 << 30 {
-        all.push("less than 2 GiB of memory is available; `tercet plan` says what a run needs".into());
+        all.push(
+            "less than 2 GiB of memory is available; `tercet plan` says what a run needs".into(),
+        );
     }
     all
 }

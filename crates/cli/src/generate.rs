@@ -147,9 +147,9 @@ fn fresh_seed() -> u64 {
 }
 
 fn template(tokenizer: &Tokenizer) -> anyhow::Result<&ChatTemplate> {
-    tokenizer.chat().ok_or_else(|| {
-        user("this model has no chat template: it continues text; leave out --chat")
-    })
+    tokenizer
+        .chat()
+        .ok_or_else(|| user("this model has no chat template: it continues text; leave out --chat"))
 }
 
 fn opening(args: &Args) -> Vec<Message> {

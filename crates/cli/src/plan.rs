@@ -105,9 +105,12 @@ fn text(config: &RunConfig, model: &ModelConfig, rate: &Rate, available: u64) ->
             human::bytes(memory.workspace)
         ),
     );
-    line("cache", format!("{} for one sequence of {context} tokens", {
-        human::bytes(model.cache_bytes(context, dtype))
-    }));
+    line(
+        "cache",
+        format!("{} for one sequence of {context} tokens", {
+            human::bytes(model.cache_bytes(context, dtype))
+        }),
+    );
 
     let flops = model.flops(context);
     let mut work = format!(

@@ -34,7 +34,8 @@ impl Watcher {
             }
             Event::Reading => self.line("reading the text"),
             Event::Corpus(corpus) => {
-                let (documents, bytes) = (human::grouped(corpus.documents), human::bytes(corpus.bytes));
+                let (documents, bytes) =
+                    (human::grouped(corpus.documents), human::bytes(corpus.bytes));
                 let skipped = corpus.skipped.to_string();
                 let skipped =
                     if skipped.is_empty() { skipped } else { format!("; passed over: {skipped}") };

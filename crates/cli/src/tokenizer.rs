@@ -62,6 +62,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let sample = train.sample.saturating_mul(1 << 20);
     let json = tokenizer_train::train(&corpus, train.vocab_size, &train.special, sample)?;
     tokenizer_train::save(&json, &train.output)?;
-    println!("wrote {}: {} tokens", train.output.display(), human::grouped(train.vocab_size as u64));
+    println!(
+        "wrote {}: {} tokens",
+        train.output.display(),
+        human::grouped(train.vocab_size as u64)
+    );
     Ok(())
 }

@@ -76,9 +76,8 @@ mod tests {
         let mut c = vec![f32::NAN; SIDE * SIDE];
         product(&mut c, &a, &b, 1);
         for (i, j) in [(0, 0), (1, 1023), (1023, 5), (511, 512)] {
-            let exact: f64 = (0..SIDE)
-                .map(|k| f64::from(a[i * SIDE + k]) * f64::from(b[k * SIDE + j]))
-                .sum();
+            let exact: f64 =
+                (0..SIDE).map(|k| f64::from(a[i * SIDE + k]) * f64::from(b[k * SIDE + j])).sum();
             // 1024 products of numbers below 1/2, each rounded: at most 1024² · ε/2 · 1/4.
             let bound = (SIDE * SIDE) as f64 * f64::from(f32::EPSILON) / 8.0;
             assert!((f64::from(c[i * SIDE + j]) - exact).abs() <= bound);

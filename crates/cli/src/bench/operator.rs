@@ -134,9 +134,7 @@ fn sparse<E: Element>(ops: &Operands<E>, plan: &mut Plan) -> Result<()> {
     let gate = (t * dims.heads * dims.value_dim * 6) as f64;
 
     let (mut k_cmp, mut v_cmp) = (zeros(&ops.k_cmp), zeros(&ops.v_cmp));
-    plan.row("forward/compress", t, ops.compress_flops(), || {
-        ops.compress(&mut k_cmp, &mut v_cmp)
-    })?;
+    plan.row("forward/compress", t, ops.compress_flops(), || ops.compress(&mut k_cmp, &mut v_cmp))?;
     plan.row("forward/cmp", t, flops::forward(dims, cmp), || {
         pieces::cmp_forward(&input).map(drop)
     })?;

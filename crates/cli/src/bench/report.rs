@@ -104,7 +104,8 @@ impl Setting {
             let points = some.map(|m| (m.tokens as f64, m.seconds)).collect();
             Line { name, subject, points }
         };
-        let phases = [("forward", "Forward"), ("backward", "Backward"), ("decode", "One decode step")];
+        let phases =
+            [("forward", "Forward"), ("backward", "Backward"), ("decode", "One decode step")];
         let panels: Vec<Panel> = phases
             .iter()
             .map(|(phase, title)| Panel {
@@ -151,7 +152,8 @@ pub fn speedups(rows: &[Measured]) -> String {
     let mut lengths: Vec<usize> = rows.iter().map(|m| m.tokens).collect();
     lengths.sort_unstable();
     lengths.dedup();
-    let time = |row: &str, t| rows.iter().find(|m| m.row == row && m.tokens == t).map(|m| m.seconds);
+    let time =
+        |row: &str, t| rows.iter().find(|m| m.row == row && m.tokens == t).map(|m| m.seconds);
     let mut out = format!("{:>8}", "tokens");
     let phases = ["forward", "backward", "decode"];
     for phase in phases {
@@ -184,7 +186,15 @@ mod tests {
     use super::*;
 
     fn row(row: &'static str, tokens: usize, seconds: f64) -> Measured {
-        Measured { row, tokens, seconds, runs: 3, flops: 1e9, of_branch: None, peak_bytes: Some(1 << 20) }
+        Measured {
+            row,
+            tokens,
+            seconds,
+            runs: 3,
+            flops: 1e9,
+            of_branch: None,
+            peak_bytes: Some(1 << 20),
+        }
     }
 
     fn setting() -> Setting {
@@ -220,7 +230,8 @@ mod tests {
     fn speedups_are_dense_over_sparse() {
         let rows = [row("forward/dense", 1024, 0.3), row("forward/nsa", 1024, 0.2)];
         assert!(speedups(&rows).contains("1.50×"));
-        let json: serde_json::Value = serde_json::from_str(&setting().json(&rows).unwrap()).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_str(&setting().json(&rows).unwrap()).unwrap();
         assert_eq!(json["rows"][0]["share_of_gemm"], 1.0 / 0.3 / 100.0);
         assert!(setting().svg(&rows).contains("NSA"));
     }

@@ -124,7 +124,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 pub fn architecture(config: &RunConfig) -> anyhow::Result<ModelConfig> {
     let vocab_size = config.data.vocab_size.unwrap_or(0);
     let from = FromData { vocab_size, context: config.data.context, bos: 0, eos: 0 };
-    config.model.config(&from).with_context(|| "the model cannot be built without its data".to_owned())
+    config
+        .model
+        .config(&from)
+        .with_context(|| "the model cannot be built without its data".to_owned())
 }
 
 /// Median time of a training step of `model` with the batch, precision and optimizer of `run`, on

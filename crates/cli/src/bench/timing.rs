@@ -14,7 +14,10 @@ const LONG: f64 = 8.0;
 
 /// The median time in seconds of `work`, and the number of runs it is taken from. The first run
 /// warms up and is not counted, unless it alone took very long.
-pub fn median<E>(effort: Effort, mut work: impl FnMut() -> Result<(), E>) -> Result<(f64, usize), E> {
+pub fn median<E>(
+    effort: Effort,
+    mut work: impl FnMut() -> Result<(), E>,
+) -> Result<(f64, usize), E> {
     let mut once = || -> Result<f64, E> {
         let start = Instant::now();
         work()?;

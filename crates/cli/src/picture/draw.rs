@@ -87,7 +87,14 @@ pub fn draw(reading: &Reading) -> String {
         TOP - 12.0
     );
     svg::text(&mut out, LEFT, foot + 14.0, "small", "start", "token 0");
-    svg::text(&mut out, RIGHT, foot + 14.0, "small", "end", &format!("the query, token {position}"));
+    svg::text(
+        &mut out,
+        RIGHT,
+        foot + 14.0,
+        "small",
+        "end",
+        &format!("the query, token {position}"),
+    );
 
     let mut y = foot + 50.0;
     svg::text(&mut out, 24.0, y, "small", "start", "the query follows");

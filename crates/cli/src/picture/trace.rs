@@ -149,10 +149,8 @@ impl<'a> Walk<'a> {
         let q = rope(&q, &self.positions)?;
         let k_slc = rope(&k_slc, &self.positions)?;
         let k_win = rope(&k_win, &self.positions)?;
-        let k_cmp =
-            ops::compress(tape, &k_raw, &ops::Phi::Mean, self.spec, &self.cu_seqlens)?;
-        let v_cmp =
-            ops::compress(tape, &v_raw, &ops::Phi::Mean, self.spec, &self.cu_seqlens)?;
+        let k_cmp = ops::compress(tape, &k_raw, &ops::Phi::Mean, self.spec, &self.cu_seqlens)?;
+        let v_cmp = ops::compress(tape, &v_raw, &ops::Phi::Mean, self.spec, &self.cu_seqlens)?;
         let k_cmp = ops::rope(tape, &k_cmp, &self.block_positions, &self.rope)?;
         Ok(ops::NsaVars { q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate })
     }
@@ -228,8 +226,6 @@ impl Trace {
         let heads = self.config.num_attention_heads;
         let size = self.config.dims().group();
         let rows = &self.layers[layer].gate[(position * heads + group * size) * 3..][..size * 3];
-        [0, 1, 2].map(|branch| {
-            rows.chunks(3).map(|gate| gate[branch]).sum::<f32>() / size as f32
-        })
+        [0, 1, 2].map(|branch| rows.chunks(3).map(|gate| gate[branch]).sum::<f32>() / size as f32)
     }
 }

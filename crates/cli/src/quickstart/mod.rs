@@ -195,11 +195,7 @@ fn write_sample(folder: &Path, out: &Path) -> anyhow::Result<()> {
         say_now(piece);
         ControlFlow::Continue(())
     })?;
-    say(&format!(
-        "\n\n({} tokens at {:.0} tok/s)",
-        written.tokens.len(),
-        written.decode_rate()
-    ));
+    say(&format!("\n\n({} tokens at {:.0} tok/s)", written.tokens.len(), written.decode_rate()));
     save(&out.join("sample.txt"), &format!("{PROMPT}{}\n", written.text))?;
     draw_query(&model, &tokenizer, out)
 }
