@@ -5,9 +5,10 @@ use std::sync::atomic::AtomicBool;
 
 use tercet_model::{Model, ModelConfig, Workload};
 
-use crate::config::{ModelSource, RunConfig};
+use crate::config::{FromData, ModelSource, RunConfig};
 use crate::data::{Corpus, Skipped};
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::lock::FolderLock;
 use crate::prepare::{check_prompt, marks, model_config, named_tokenizer};
 use crate::pretrain::{dtype, starting_point};
@@ -47,7 +48,7 @@ pub fn dry_run(config: &RunConfig, resume: bool, stop: &AtomicBool) -> Result<Dr
     check_writable(&config.output)?;
     let mut damaged = Vec::new();
     let resume_from = starting_point(config, resume, &mut |event| {
-        if let crate::Event::Damaged(text) = event {
+        if let Event::Damaged(text) = event {
             damaged.push(text.to_owned());
         }
     })?;
@@ -55,7 +56,7 @@ pub fn dry_run(config: &RunConfig, resume: bool, stop: &AtomicBool) -> Result<Dr
     let (vocab_size, model) = match config.data.vocab_size {
         Some(size) => (
             size,
-            config.model.config(&crate::config::FromData {
+            config.model.config(&FromData {
                 vocab_size: size,
                 context: config.data.context,
                 // The end-of-text token comes first in a tokenizer that is trained here.

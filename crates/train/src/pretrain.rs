@@ -170,8 +170,9 @@ impl<'a> Run<'a> {
                 return Ok(false);
             }
             let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
-            let sample = due(self.config.train.sample_every);
-            if due(self.config.checkpoint.every) && self.step < last {
+            let (save, sample) =
+                (due(self.config.checkpoint.every), due(self.config.train.sample_every));
+            if save {
                 self.save()?;
             }
             if sample {

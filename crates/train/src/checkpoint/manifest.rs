@@ -1,5 +1,6 @@
 //! `manifest.json`: what a checkpoint consists of, down to the byte.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -20,7 +21,7 @@ pub struct Manifest {
     format: u32,
     step: u64,
     /// Path below the checkpoint with `/`, and what must be there.
-    files: Vec<(String, Fingerprint)>,
+    files: BTreeMap<String, Fingerprint>,
 }
 
 impl Manifest {
