@@ -1,7 +1,6 @@
 //! Tiles of query rows, and the working memory of the thread that owns one.
 
 use std::cell::Cell;
-use std::f64::consts::LN_2;
 use std::ops::Range;
 
 use super::super::disjoint::Disjoint;
@@ -81,7 +80,7 @@ pub(in super::super) struct Scratch {
     pub d_s: Vec<f32>,
     /// Backward: dO times gate, `[rows, pad(V)]`.
     pub d_o: Vec<f32>,
-    /// Running maxima in base 2, `[rows]`.
+    /// Running maxima of raw scores, `[rows]`.
     pub max: Vec<f32>,
     /// Running sums, `[rows, PAD]`.
     pub sum: Vec<f32>,
@@ -143,7 +142,7 @@ impl Scratch {
             }
             lse[0] = match sum {
                 0.0 => f64::NEG_INFINITY,
-                _ => (f64::from(self.max[row]) + f64::from(sum).log2()) * LN_2,
+                _ => f64::from(rows.scale) * f64::from(self.max[row]) + f64::from(sum).ln(),
             };
         }
     }

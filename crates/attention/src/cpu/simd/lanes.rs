@@ -23,6 +23,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// The larger; which one a NaN gives is unspecified.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller of x and 0; NaN for NaN.
+    unsafe fn at_most_zero(x: Self::V) -> Self::V;
     /// 2^x for x ≤ 127: 0 far below, NaN for NaN.
     unsafe fn exp2(x: Self::V) -> Self::V;
 }
@@ -86,6 +88,10 @@ impl Lanes for Scalar {
     #[inline(always)]
     unsafe fn max(a: f32, b: f32) -> f32 {
         if a > b { a } else { b }
+    }
+    #[inline(always)]
+    unsafe fn at_most_zero(x: f32) -> f32 {
+        if x > 0.0 { 0.0 } else { x }
     }
     #[inline(always)]
     unsafe fn exp2(x: f32) -> f32 {
@@ -154,6 +160,11 @@ mod x86 {
             unsafe { _mm512_max_ps(a, b) }
         }
         #[inline(always)]
+        unsafe fn at_most_zero(x: __m512) -> __m512 {
+            // SAFETY: see the impl. min returns its second operand for NaN.
+            unsafe { _mm512_min_ps(_mm512_setzero_ps(), x) }
+        }
+        #[inline(always)]
         unsafe fn exp2(x: __m512) -> __m512 {
             // SAFETY: see the impl.
             unsafe {
@@ -216,6 +227,11 @@ mod x86 {
         unsafe fn max(a: __m256, b: __m256) -> __m256 {
             // SAFETY: see the impl.
             unsafe { _mm256_max_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn at_most_zero(x: __m256) -> __m256 {
+            // SAFETY: see the impl. min returns its second operand for NaN.
+            unsafe { _mm256_min_ps(_mm256_setzero_ps(), x) }
         }
         #[inline(always)]
         unsafe fn exp2(x: __m256) -> __m256 {
@@ -294,6 +310,11 @@ mod arm {
         unsafe fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t {
             // SAFETY: see the impl.
             unsafe { vmaxq_f32(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn at_most_zero(x: float32x4_t) -> float32x4_t {
+            // SAFETY: see the impl. vminq keeps NaN alive.
+            unsafe { vminq_f32(x, vdupq_n_f32(0.0)) }
         }
         #[inline(always)]
         unsafe fn exp2(x: float32x4_t) -> float32x4_t {

@@ -130,8 +130,8 @@ pub fn isa_name() -> &'static str {
     isa().name
 }
 
-/// Turns a row of scores into unnormalised probabilities 2^(scale·s − max) in place; returns
-/// (max, sum). The row may end with −∞ padding; its length is a multiple of [`PAD`].
+/// Turns a row of raw scores into unnormalised probabilities exp(scale·(s − max)) in place;
+/// returns (max, sum). The row may end with −∞ padding; its length is a multiple of [`PAD`].
 pub(super) fn softmax_row(s: &mut [f32], scale: Scale) -> (f32, f32) {
     assert!(s.len().is_multiple_of(PAD));
     // SAFETY: the length is whole vectors; the table fits the machine.

@@ -23,17 +23,20 @@ impl Scale {
         Self { hi, lo: (exact - f64::from(hi)) as f32 }
     }
 
-    /// Scale times a score, rounded.
-    fn times(self, s: f32) -> f32 {
-        s.mul_add(self.hi, s * self.lo)
+    /// 2^(scale·t), t ≤ 0.
+    fn exp2(self, t: f32) -> f32 {
+        t.mul_add(self.hi, t * self.lo).exp2()
     }
 }
 
-/// 2^(scale·s − shift), correct for scores near shift/scale, 0 for −∞.
+/// 2^(scale·(s − max)): exactly 1 at the maximum however large it is, 0 for −∞.
 #[inline(always)]
-unsafe fn exp2_scaled<L: Lanes>(s: L::V, hi: L::V, lo: L::V, minus_shift: L::V) -> L::V {
+unsafe fn exp2_below<L: Lanes>(s: L::V, max: L::V, hi: L::V, lo: L::V) -> L::V {
     // SAFETY: the caller upholds the contract of `Lanes`.
-    unsafe { L::exp2(L::fma(s, lo, L::fma(s, hi, minus_shift))) }
+    unsafe {
+        let t = L::sub(s, max);
+        L::exp2(L::fma(t, hi, L::mul(t, lo)))
+    }
 }
 
 /// One step of the online softmax (Milakov & Gimelshein 2018; FlashAttention) over a tile.
@@ -61,7 +64,7 @@ pub(super) struct RawOnline<'a> {
 
 impl Online<'_> {
     /// Scores `s` `[m, width]` become probabilities relative to the running maximum `max`
-    /// `[rows]`, scaled and in base 2; the running sums `sum` `[rows, PAD]` and outputs `out` `[rows, out_width]` are
+    /// `[rows]` of raw scores; the running sums `sum` `[rows, PAD]` and outputs `out` `[rows, out_width]` are
     /// rescaled where the maximum grew.
     pub fn run(&self, s: &mut [f32], max: &mut [f32], sum: &mut [f32], out: &mut [f32]) {
         let m = self.visible.len();
@@ -104,10 +107,10 @@ pub(super) unsafe fn online<L: Lanes>(raw: &RawOnline) {
             }
             let row = x.rows.map_or(i, |rows| *rows.get_unchecked(i) as usize);
             let old = *raw.max.add(row);
-            let new = x.scale.times(reduce_max::<L>(s, x.width)).max(old);
+            let new = reduce_max::<L>(s, x.width).max(old);
             let sum = raw.sum.add(row * PAD);
             if new > old {
-                let factor = if old == f32::NEG_INFINITY { 0.0 } else { (old - new).exp2() };
+                let factor = if old == f32::NEG_INFINITY { 0.0 } else { x.scale.exp2(old - new) };
                 *raw.max.add(row) = new;
                 scale::<L>(sum, factor, PAD);
                 scale::<L>(raw.out.add(row * x.out_width), factor, x.out_width);
@@ -163,18 +166,18 @@ unsafe fn reduce_max<L: Lanes>(s: *const f32, n: usize) -> f32 {
     lanes[0]
 }
 
-/// s ← 2^(scale·s − max); adds to the [`PAD`] partial sums.
+/// s ← 2^(scale·(s − max)); adds to the [`PAD`] partial sums.
 #[inline(always)]
 unsafe fn exp2_and_sum<L: Lanes>(s: *mut f32, n: usize, scale: Scale, max: f32, sum: *mut f32) {
     // A row whose scores are all −∞ has nothing to weigh; any finite maximum gives zeros.
     let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
     // SAFETY: n and PAD are whole vectors.
     unsafe {
-        let (hi, lo, m) = (L::splat(scale.hi), L::splat(scale.lo), L::splat(-max));
+        let (hi, lo, m) = (L::splat(scale.hi), L::splat(scale.lo), L::splat(max));
         for lane in (0..PAD).step_by(L::LANES) {
             let mut total = L::load(sum.add(lane));
             for j in (lane..n).step_by(PAD) {
-                let p = exp2_scaled::<L>(L::load(s.add(j)), hi, lo, m);
+                let p = exp2_below::<L>(L::load(s.add(j)), m, hi, lo);
                 L::store(s.add(j), p);
                 total = L::add(total, p);
             }
@@ -192,7 +195,7 @@ pub(super) unsafe fn row<L: Lanes>(s: *mut f32, n: usize, scale: Scale) -> (f32,
     let mut sum = [0.0; PAD];
     // SAFETY: n is whole vectors, by contract.
     unsafe {
-        let max = scale.times(reduce_max::<L>(s, n));
+        let max = reduce_max::<L>(s, n);
         exp2_and_sum::<L>(s, n, scale, max, sum.as_mut_ptr());
         (max, total(&sum))
     }
@@ -261,12 +264,14 @@ pub(super) unsafe fn backward<L: Lanes>(raw: &RawBackward) {
             if from < to {
                 let (hi, lo) = (L::splat(x.scale.hi), L::splat(x.scale.lo));
                 let lse = *x.lse.get_unchecked(i);
-                let low = L::splat(*x.lse.get_unchecked(x.visible.len() + i));
+                let minus_low = L::splat(-*x.lse.get_unchecked(x.visible.len() + i));
                 let (minus_lse, delta) = (L::splat(-lse), L::splat(*x.delta.get_unchecked(i)));
                 for j in (0..x.width).step_by(L::LANES) {
                     let score = L::load(s.add(j));
-                    let exponent = L::fma(score, lo, L::fma(score, hi, minus_lse));
-                    let p = L::exp2(L::sub(exponent, low));
+                    let small = L::fma(score, lo, minus_low);
+                    let exponent = L::add(L::fma(score, hi, minus_lse), small);
+                    // A probability: whatever rounding does to huge scores, at most 1.
+                    let p = L::exp2(L::at_most_zero(exponent));
                     L::store(s.add(j), p);
                     L::store(d.add(j), L::mul(p, L::sub(L::load(d.add(j)), delta)));
                 }
