@@ -102,7 +102,8 @@ pub(crate) fn project<E: Float>(
         return matmul(out, x, weight.t(), add);
     }
     for (row, x) in out.chunks_exact_mut(outer.max(1)).zip(x.chunks(inner.max(1))) {
-        let per = parallel::rows_per_chunk(inner);
+        // A piece takes a few microseconds, more than handing it to a thread does.
+        let per = 4 * parallel::rows_per_chunk(inner);
         row.par_chunks_mut(per).enumerate().for_each(|(i, piece)| {
             dots(piece, x, &weight[i * per * inner..][..piece.len() * inner], add);
         });

@@ -161,6 +161,118 @@ fn a_value_used_twice_gets_both_gradients() {
     assert_eq!(common::wide(grads.get(0).unwrap()), want);
 }
 
+type Op<'a> = &'a dyn Fn(&mut Tape, &[Var]) -> Result<Var>;
+
+/// Gradients of `op`, used once or twice on the same values and parameters.
+fn grads_of(op: Op, inputs: &[Tensor], uses: usize) -> Vec<Vec<f64>> {
+    let mut tape = Tape::recording();
+    // Every input is reached as a value, whose gradient ops add to in place, and, from its
+    // own slot, as a parameter.
+    let slots = 2 * inputs.len();
+    let mut vars = vec![];
+    for (slot, input) in inputs.iter().enumerate() {
+        let param = tape.param(input.clone(), slot);
+        vars.push(ops::scale(&mut tape, &param, 1.0).unwrap());
+    }
+    for (i, input) in inputs.iter().enumerate() {
+        vars.push(tape.param(input.clone(), inputs.len() + i));
+    }
+    let mut total: Option<Var> = None;
+    for _ in 0..uses {
+        for vars in vars.chunks(inputs.len()) {
+            let y = op(&mut tape, vars).unwrap();
+            total = Some(match total {
+                None => y,
+                Some(sum) => ops::add(&mut tape, &sum, &y).unwrap(),
+            });
+        }
+    }
+    let (loss, _) = common::weigh(&mut tape, &total.unwrap()).unwrap();
+    let mut grads = Grads::new(slots);
+    tape.backward(&loss, &mut grads).unwrap();
+    grads.iter().map(|g| g.map_or(vec![], common::wide)).collect()
+}
+
+#[test]
+fn every_op_adds_to_the_gradient_that_is_there() {
+    let ids = ints(&[1, 0, 1, 2]);
+    let table = RopeTable::plain(6, 100.0).unwrap();
+    let plan = {
+        let tape = &mut Tape::inference();
+        let logits = tape.leaf(tensor(&[4, 3], 3));
+        ops::moe_route(tape, &logits, 2, false).unwrap().plan
+    };
+    let spec = tercet_tensor::NsaSpec { window: 2, ..Default::default() };
+    let linear_phi = |x: &[Var]| ops::Phi::Linear { weight: x[1].clone(), pe: x[2].clone() };
+    let short = tercet_tensor::NsaSpec {
+        compress_block: 2,
+        compress_stride: 1,
+        select_block: 2,
+        select_count: 2,
+        select_initial: 1,
+        select_local: 1,
+        ..Default::default()
+    };
+    let nsa = |x: &[Var]| ops::NsaVars {
+        q: x[0].clone(),
+        k_cmp: x[1].clone(),
+        v_cmp: x[1].clone(),
+        k_slc: x[2].clone(),
+        v_slc: x[2].clone(),
+        k_win: x[2].clone(),
+        v_win: x[2].clone(),
+        gate: x[3].clone(),
+    };
+    let flat: &[usize] = &[4, 6];
+    let heads: &[usize] = &[4, 1, 6];
+    let cases: [(&str, &[&[usize]], Op); 17] = [
+        ("add", &[flat, flat], &|t, x| ops::add(t, &x[0], &x[1])),
+        ("scale", &[flat], &|t, x| ops::scale(t, &x[0], 0.3)),
+        ("sigmoid", &[flat], &|t, x| ops::sigmoid(t, &x[0])),
+        ("gelu", &[flat], &|t, x| ops::gelu(t, &x[0], ops::Gelu::Exact)),
+        ("swiglu", &[flat, flat], &|t, x| ops::swiglu(t, &x[0], &x[1])),
+        ("rms_norm", &[flat, &[6]], &|t, x| ops::rms_norm(t, &x[0], &x[1], 0.01)),
+        ("layer_norm", &[flat, &[6], &[6]], &|t, x| ops::layer_norm(t, &x[0], &x[1], &x[2], 0.01)),
+        ("linear", &[flat, &[5, 6], &[5]], &|t, x| ops::linear(t, &x[0], &x[1], Some(&x[2]))),
+        ("embedding", &[flat], &|t, x| ops::embedding(t, &x[0], &ids)),
+        ("loss", &[flat, &[3, 6]], &|t, x| ops::linear_cross_entropy(t, &x[0], &x[1], &ids)),
+        ("rope", &[heads], &|t, x| ops::rope(t, &x[0], &ids, &table)),
+        ("attention", &[heads, heads, heads], &|t, x| {
+            ops::attention_dense(t, &x[0], &x[1], &x[2], &[0, 4], Mask::Causal)
+        }),
+        ("nsa", &[heads, &[0, 1, 6], heads, &[4, 1, 3]], &|t, x| {
+            ops::attention_nsa(t, &nsa(x), &spec, &[0, 4])
+        }),
+        ("compress", &[heads, &[1, 12, 6], &[1, 2, 6]], &|t, x| {
+            ops::compress(t, &x[0], &linear_phi(x), &short, &[0, 4])
+        }),
+        ("route", &[&[4, 3]], &|t, x| Ok(ops::moe_route(t, &x[0], 2, true)?.weights)),
+        ("gather", &[flat], &|t, x| ops::gather_rows(t, &x[0], &plan)),
+        ("experts", &[&[8, 6], &[5, 6], &[4, 2]], &|t, x| {
+            let weights = [x[1].clone(), x[1].clone(), x[1].clone()];
+            let y = ops::expert_linear(t, &x[0], &weights, &plan)?;
+            ops::scatter_rows(t, &y, &x[2], &plan)
+        }),
+    ];
+    for (name, shapes, op) in cases {
+        let inputs: Vec<Tensor> =
+            shapes.iter().enumerate().map(|(i, s)| tensor(s, i as u64 + 1)).collect();
+        let once = grads_of(op, &inputs, 1);
+        let twice = grads_of(op, &inputs, 2);
+        let (values, params) = once.split_at(inputs.len());
+        for (slot, (value, param)) in values.iter().zip(params).enumerate() {
+            assert!(inputs[slot].is_empty() || value.iter().any(|&g| g != 0.0), "{name} {slot}");
+            // Sums of a few dozen terms below 8, added in another order.
+            let bound = 512.0 * common::ROUNDING;
+            common::close(&format!("{name} {slot}, parameter"), param, value, bound, 0.0);
+            let doubled: Vec<f64> = value.iter().map(|g| 2.0 * g).collect();
+            let what = format!("{name} {slot}, twice");
+            common::close(&what, &twice[slot], &doubled, bound, 0.0);
+            common::close(&what, &twice[inputs.len() + slot], &doubled, bound, 0.0);
+        }
+    }
+}
+
 #[test]
 fn constants_and_inference_record_nothing() {
     let mut tape = Tape::recording();
