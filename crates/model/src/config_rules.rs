@@ -15,6 +15,9 @@ const LARGEST: [(&str, usize); 6] = [
 
 const MOST_EXPERTS: usize = 1 << 12;
 
+/// Routed experts of all layers; each is three tensors with names of their own.
+const MOST_EXPERTS_IN_ALL: usize = 1 << 17;
+
 fn fail<T>(text: String) -> Result<T> {
     Err(Error::Config(text))
 }
@@ -186,6 +189,12 @@ fn experts(moe: &MoeConfig, layers: usize) -> Result<()> {
         return fail(format!(
             "moe.routed_experts = {routed_experts} must lie in 1..={MOST_EXPERTS} and \
              moe.shared_experts = {shared_experts} in 0..={MOST_EXPERTS}"
+        ));
+    }
+    if routed_experts * layers > MOST_EXPERTS_IN_ALL {
+        return fail(format!(
+            "moe.routed_experts = {routed_experts} in {layers} layers are more than \
+             {MOST_EXPERTS_IN_ALL} experts"
         ));
     }
     if top_k == 0 || top_k > routed_experts {

@@ -10,15 +10,23 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 use tercet_tensor::{DType, Tensor};
 
-use crate::Result;
 use crate::layout::{Init, ParamSpec};
+use crate::{Error, Result};
 
 /// Numbers drawn from one ChaCha stream; even, since normals come in pairs.
 const CHUNK: usize = 1 << 16;
 
 /// The fresh value of one parameter, f32 or rounded to bf16.
 pub(crate) fn fresh(spec: &ParamSpec, seed: u64, dtype: DType) -> Result<Tensor> {
-    let mut values = vec![0f32; spec.len()];
+    let mut values = Vec::new();
+    values.try_reserve_exact(spec.len()).map_err(|_| {
+        Error::Config(format!(
+            "this machine cannot hold the {} numbers of {}; choose smaller sizes",
+            spec.len(),
+            spec.name
+        ))
+    })?;
+    values.resize(spec.len(), 0f32);
     match spec.init {
         Init::Zeros => {}
         Init::Ones => values.fill(1.0),
@@ -103,6 +111,13 @@ mod tests {
         // Five standard errors of the mean (σ/√n) and of the variance (σ²·√(2/n)).
         assert!(mean.abs() < 5.0 * 0.02 / (n as f64).sqrt(), "{mean}");
         assert!((var / 4e-4 - 1.0).abs() < 5.0 * (2.0 / n as f64).sqrt(), "{var}");
+    }
+
+    #[test]
+    fn a_tensor_that_no_memory_holds_is_an_error() {
+        let huge = spec("w", &[1 << 30, 1 << 30], Init::Ones);
+        let text = fresh(&huge, 0, DType::F32).unwrap_err().to_string();
+        assert!(text.contains("cannot hold the 1152921504606846976 numbers of w"), "{text}");
     }
 
     #[test]

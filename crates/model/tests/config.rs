@@ -204,6 +204,11 @@ fn every_rule_names_its_field() {
         (json!({ "model_type": "qwen2", "mlp_bias": true }), "mlp_bias"),
         (json!({ "moe": { "routed_experts": 4, "top_k": 5, "expert_size": 8 } }), "moe.top_k = 5"),
         (json!({ "moe": { "routed_experts": 0, "top_k": 1, "expert_size": 8 } }), "routed_experts"),
+        (
+            json!({ "num_hidden_layers": 4096,
+                    "moe": { "routed_experts": 4096, "top_k": 1, "expert_size": 8 } }),
+            "moe.routed_experts = 4096 in 4096 layers",
+        ),
         (json!({ "moe": { "routed_experts": 4, "top_k": 1, "expert_size": 0 } }), "expert_size"),
         (
             json!({ "moe": { "routed_experts": 4, "top_k": 1, "expert_size": 8, "first_dense_layers": 3 } }),

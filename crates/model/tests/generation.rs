@@ -245,3 +245,32 @@ fn a_character_split_over_tokens_comes_out_whole_and_at_once() {
     assert_eq!(stream.push(ids[0]).unwrap(), "x");
     assert_eq!(stream.finish().unwrap(), "\u{fffd}", "an unfinished character is shown as such");
 }
+
+/// Llama 2's way: "▁" for spaces, the first one dropped, bytes as tokens of their own. There a
+/// run of bytes is broken as a whole until it is complete.
+#[test]
+fn sentence_piece_spaces_and_bytes_stream_as_they_decode() {
+    let tokens = ["<unk>", "▁Hi", "▁you", "<0xE6>", "<0x97>", "<0xA5>", "<0x0A>", "!"];
+    let vocab: serde_json::Map<_, _> =
+        tokens.iter().enumerate().map(|(id, t)| (t.to_string(), json!(id))).collect();
+    let json = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+        "decoder": { "type": "Sequence", "decoders": [
+            { "type": "Replace", "pattern": { "String": "▁" }, "content": " " },
+            { "type": "ByteFallback" },
+            { "type": "Fuse" },
+            { "type": "Strip", "content": " ", "start": 1, "stop": 0 },
+        ] },
+        "model": { "type": "BPE", "dropout": null, "unk_token": "<unk>",
+            "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": true,
+            "byte_fallback": true, "ignore_merges": false, "vocab": vocab, "merges": [] },
+    });
+    let tokenizer = Tokenizer::from_bytes(json.to_string().as_bytes()).unwrap();
+    let ids = [1, 2, 6, 3, 4, 5, 7, 2, 3, 7];
+    let mut stream = tokenizer.stream();
+    let mut pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    pieces.push(stream.finish().unwrap());
+    assert_eq!(pieces.concat(), tokenizer.decode(&ids).unwrap());
+    assert_eq!(pieces[..8], ["Hi", " you", "\n", "", "", "日", "!", " you"]);
+}

@@ -75,6 +75,9 @@ fn config(gguf: &Gguf, files: &TokenizerFiles) -> Result<ModelConfig> {
     if count("expert_count")?.unwrap_or(0) > 0 {
         return gguf.fail("is a mixture of experts, which is not converted");
     }
+    if count("attention.sliding_window")?.unwrap_or(0) > 0 {
+        return gguf.fail("has a sliding window, which is not converted");
+    }
     let hidden_size = need("embedding_length")?;
     let heads = need("attention.head_count")?;
     let head_dim = match count("attention.key_length")? {
@@ -143,8 +146,13 @@ fn rope_scaling(
         None | Some("none") => {}
         Some("yarn") => {
             let original = gguf.count(&key("original_context_length"))?.unwrap_or(context);
+            let factor = gguf.need(&key("factor"), factor)?;
+            // llama.cpp multiplies this onto what the factor gives by default.
+            if gguf.real(&key("attn_factor"))?.unwrap_or(1.0) != 1.0 {
+                return gguf.fail("has a YaRN attention factor, which is not converted");
+            }
             return Ok(Some(RopeScaling::Yarn {
-                factor: gguf.need(&key("factor"), factor)?,
+                factor,
                 original_max_position_embeddings: original,
                 beta_fast: 32.0,
                 beta_slow: 1.0,
