@@ -54,7 +54,7 @@ pub fn draw(reading: &Reading) -> String {
     svg::text(&mut out, 24.0, 36.0, "title", "start", title);
     let read = read_tokens(reading);
     let note = format!(
-        "{}. {} visible tokens: {} summaries, {} of them read in full ({:.0} %).",
+        "{}. It sees {} tokens as {} summaries, and reads {} of them in full ({:.0} %).",
         reading.caption,
         human::grouped(seen as u64),
         reading.compressed.len(),

@@ -103,25 +103,12 @@ pub fn gather(folder: &Path) -> anyhow::Result<Corpus> {
     Ok(corpus)
 }
 
-/// A file of a gathered corpus long enough to fill the model's context; always the same one.
+/// A file of a gathered corpus that is long enough to fill the model's context: the registry of
+/// rayon's threads. None when the corpus is another one.
 pub fn one_file(folder: &Path) -> Option<String> {
-    const ENOUGH: usize = 16 << 10;
-    let mut paths: Vec<PathBuf> = fs::read_dir(folder).ok()?.flatten().map(|e| e.path()).collect();
-    paths.sort();
-    // Later crates first: the folders are searched depth first from the end of the stack.
-    while let Some(path) = paths.pop() {
-        if path.is_dir() {
-            let mut inner: Vec<PathBuf> =
-                fs::read_dir(&path).ok()?.flatten().map(|e| e.path()).collect();
-            inner.sort();
-            paths.extend(inner);
-        } else if let Ok(text) = fs::read_to_string(&path)
-            && text.len() >= ENOUGH
-        {
-            return Some(text);
-        }
-    }
-    None
+    let entries = fs::read_dir(folder).ok()?.flatten();
+    let mut crates = entries.filter(|e| e.file_name().to_string_lossy().starts_with("rayon-core-"));
+    fs::read_to_string(crates.next()?.path().join("registry.rs")).ok()
 }
 
 /// Folders such as `~/.cargo/registry/src/index.crates.io-…`, in sorted order.
