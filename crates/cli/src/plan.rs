@@ -165,7 +165,7 @@ fn text(config: &RunConfig, model: &ModelConfig, rate: &Rate, available: u64) ->
 fn architecture(model: &ModelConfig, context: usize) -> String {
     let dims = model.dims();
     let mut text = format!(
-        "{} layers, width {}, {} heads in {} groups, dims {}/{}, vocabulary {}, ",
+        "{} layers, width {}, {} query heads on {} key/value, dims {}/{}, vocabulary {}, ",
         model.num_hidden_layers,
         model.hidden_size,
         dims.heads,

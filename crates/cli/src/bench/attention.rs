@@ -108,7 +108,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let effort = Effort { seconds: args.seconds };
     let each = |m: &Measured| println!("{}", setting.line(m));
     let rows = measure(&setting, &args.lengths, &wanted, effort, each)?;
-    println!("\n{}", report::speedups(&rows));
+    if let Some(table) = report::speedups(&rows) {
+        println!("\n{table}");
+    }
     if let Some(path) = &args.json {
         super::write(path, &setting.json(&rows)?)?;
     }

@@ -1,6 +1,8 @@
 //! The tensors a benchmark of the operator works on: random, from a seed.
 
-use tercet_attention::cpu::{AttendInput, CompressInput, NsaInput, Phi, compress_forward};
+use tercet_attention::cpu::{
+    AttendInput, CompressInput, NsaInput, Phi, PhiGrads, compress_backward, compress_forward,
+};
 use tercet_attention::{Compressor, Dims, Element, NsaSpec, Result};
 
 /// Inputs of one length. The three branches share one K and one V: what they cost does not
@@ -75,6 +77,24 @@ impl<E: Element> Operands<E> {
     pub fn compress(&self, k_cmp: &mut [E], v_cmp: &mut [E]) -> Result<()> {
         compress_forward(&self.keys(), k_cmp)?;
         compress_forward(&self.values(), v_cmp)
+    }
+
+    /// Backward of [`Operands::compress`]: gradients of keys and values `[T, K, _]` from those of
+    /// the compressed ones; the parameters' go into `phi`.
+    pub fn compress_backward(
+        &self,
+        (d_k_cmp, d_v_cmp): (&[E], &[E]),
+        (d_k, d_v): (&mut [E], &mut [E]),
+        phi: &mut [PhiGradients; 2],
+    ) -> Result<()> {
+        let [k_phi, v_phi] = phi;
+        compress_backward(&self.keys(), d_k_cmp, d_k, k_phi.borrow())?;
+        compress_backward(&self.values(), d_v_cmp, d_v, v_phi.borrow())
+    }
+
+    /// Room for the gradients of φ's parameters, of keys and of values.
+    pub fn phi_gradients(&self) -> [PhiGradients; 2] {
+        [PhiGradients::like(&self.k_phi), PhiGradients::like(&self.v_phi)]
     }
 
     /// Compression of the keys.
@@ -164,6 +184,39 @@ impl<E: Element> PhiTensors<E> {
             Compressor::Mean => Phi::Mean,
             Compressor::Linear => Phi::Linear { weight: weight1, pe },
             Compressor::Mlp => Phi::Mlp { weight1, bias1, weight2, bias2, pe, hidden: *hidden },
+        }
+    }
+}
+
+/// Gradients of φ's parameters.
+pub struct PhiGradients {
+    kind: Compressor,
+    weight1: Vec<f32>,
+    bias1: Vec<f32>,
+    weight2: Vec<f32>,
+    bias2: Vec<f32>,
+    pe: Vec<f32>,
+}
+
+impl PhiGradients {
+    fn like<E: Element>(phi: &PhiTensors<E>) -> Self {
+        let zeros = |x: &Vec<E>| vec![0.0; x.len()];
+        Self {
+            kind: phi.kind,
+            weight1: zeros(&phi.weight1),
+            bias1: zeros(&phi.bias1),
+            weight2: zeros(&phi.weight2),
+            bias2: zeros(&phi.bias2),
+            pe: zeros(&phi.pe),
+        }
+    }
+
+    fn borrow(&mut self) -> PhiGrads<'_> {
+        let Self { kind, weight1, bias1, weight2, bias2, pe } = self;
+        match kind {
+            Compressor::Mean => PhiGrads::Mean,
+            Compressor::Linear => PhiGrads::Linear { weight: weight1, pe },
+            Compressor::Mlp => PhiGrads::Mlp { weight1, bias1, weight2, bias2, pe },
         }
     }
 }

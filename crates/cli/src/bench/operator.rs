@@ -2,7 +2,7 @@
 
 use tercet_attention::cpu::{
     self, AttendGrads, CompressTail, DenseCache, Mask, NsaCache, NsaGrads, NsaInput, NsaStep,
-    PhiGrads, pieces,
+    pieces,
 };
 use tercet_attention::{Compressor, Element, Result};
 
@@ -163,12 +163,17 @@ fn sparse<E: Element>(ops: &Operands<E>, plan: &mut Plan) -> Result<()> {
     let (mut d_k_cmp, mut d_v_cmp) = (zeros(&ops.k_cmp), zeros(&ops.v_cmp));
     let (mut d_k_slc, mut d_v_slc) = (zeros(&ops.k), zeros(&ops.v));
     let (mut d_k_win, mut d_v_win) = (zeros(&ops.k), zeros(&ops.v));
-    let mean = spec.compressor == Compressor::Mean;
-    if mean {
-        plan.row("backward/compress", t, ops.compress_flops(), || {
-            compress_backward(ops, (&ops.k_cmp, &ops.v_cmp), (&mut d_k_slc, &mut d_v_slc))
-        })?;
-    }
+    let mut phi = ops.phi_gradients();
+    // Twice the forward's products, once for φ's parameters and once for its input; the mean has
+    // only its input.
+    let compress_flops = match spec.compressor {
+        Compressor::Mean => ops.compress_flops(),
+        _ => 2.0 * ops.compress_flops(),
+    };
+    plan.row("backward/compress", t, compress_flops, || {
+        let d_x = (&mut d_k_slc[..], &mut d_v_slc[..]);
+        ops.compress_backward((&ops.k_cmp, &ops.v_cmp), d_x, &mut phi)
+    })?;
     let delta = pieces::gate_backward_piece(&input, &saved, &d_out, &mut d_gate);
     plan.row("backward/cmp", t, flops::backward(dims, cmp), || {
         let grads = AttendGrads { q: &mut d_q, k: &mut d_k_cmp, v: &mut d_v_cmp };
@@ -187,7 +192,7 @@ fn sparse<E: Element>(ops: &Operands<E>, plan: &mut Plan) -> Result<()> {
         Ok(())
     })?;
     let (mut d_k, mut d_v) = (zeros(&ops.k), zeros(&ops.v));
-    let all = flops::backward(dims, cmp + slc + win) + gate + ops.compress_flops();
+    let all = flops::backward(dims, cmp + slc + win) + gate + compress_flops;
     plan.row("backward/nsa", t, all, || {
         let grads = NsaGrads {
             q: &mut d_q,
@@ -200,10 +205,7 @@ fn sparse<E: Element>(ops: &Operands<E>, plan: &mut Plan) -> Result<()> {
             gate: &mut d_gate,
         };
         cpu::nsa_backward(&input, &saved, &d_out, grads)?;
-        if mean {
-            compress_backward(ops, (&d_k_cmp, &d_v_cmp), (&mut d_k, &mut d_v))?;
-        }
-        Ok(())
+        ops.compress_backward((&d_k_cmp, &d_v_cmp), (&mut d_k, &mut d_v), &mut phi)
     })
 }
 
@@ -223,16 +225,6 @@ fn ranking<E: Element>(input: &NsaInput<E>, t: usize, plan: &mut Plan) -> Result
     let of_branch = Some(seconds / alone);
     (plan.each)(Measured { row: ROW, tokens: t, seconds, runs, flops: 0.0, of_branch, peak_bytes });
     Ok(())
-}
-
-/// Backward of mean compression, which has no parameters.
-fn compress_backward<E: Element>(
-    ops: &Operands<E>,
-    d_out: (&[E], &[E]),
-    d_x: (&mut [E], &mut [E]),
-) -> Result<()> {
-    cpu::compress_backward(&ops.keys(), d_out.0, d_x.0, PhiGrads::Mean)?;
-    cpu::compress_backward(&ops.values(), d_out.1, d_x.1, PhiGrads::Mean)
 }
 
 /// One token's slice of a `[T, …]` tensor.

@@ -146,14 +146,16 @@ pub fn heading() -> String {
     )
 }
 
-/// Dense over sparse time, per phase and length, as a small table.
-pub fn speedups(rows: &[Measured]) -> String {
+/// Dense over sparse time, per phase and length, as a small table; none when no row has its
+/// counterpart.
+pub fn speedups(rows: &[Measured]) -> Option<String> {
     use std::fmt::Write;
     let mut lengths: Vec<usize> = rows.iter().map(|m| m.tokens).collect();
     lengths.sort_unstable();
     lengths.dedup();
     let time =
         |row: &str, t| rows.iter().find(|m| m.row == row && m.tokens == t).map(|m| m.seconds);
+    let mut pairs = 0;
     let mut out = format!("{:>8}", "tokens");
     let phases = ["forward", "backward", "decode"];
     for phase in phases {
@@ -166,19 +168,17 @@ pub fn speedups(rows: &[Measured]) -> String {
             let dense = time(&format!("{phase}/dense"), t);
             let nsa = time(&format!("{phase}/nsa"), t);
             let _ = match (dense, nsa) {
-                (Some(d), Some(n)) => write!(
-                    out,
-                    "  |{:>9}{:>10}{:>9.2}×",
-                    human::seconds(d),
-                    human::seconds(n),
-                    d / n
-                ),
+                (Some(d), Some(n)) => {
+                    pairs += 1;
+                    let (dense, nsa) = (human::seconds(d), human::seconds(n));
+                    write!(out, "  |{dense:>9}{nsa:>10}{:>9.2}×", d / n)
+                }
                 _ => write!(out, "  |{:>9}{:>10}{:>10}", "-", "-", "-"),
             };
         }
         out.push('\n');
     }
-    out
+    (pairs > 0).then_some(out)
 }
 
 #[cfg(test)]
@@ -229,7 +229,8 @@ mod tests {
     #[test]
     fn speedups_are_dense_over_sparse() {
         let rows = [row("forward/dense", 1024, 0.3), row("forward/nsa", 1024, 0.2)];
-        assert!(speedups(&rows).contains("1.50×"));
+        assert!(speedups(&rows).unwrap().contains("1.50×"));
+        assert!(speedups(&rows[..1]).is_none());
         let json: serde_json::Value =
             serde_json::from_str(&setting().json(&rows).unwrap()).unwrap();
         assert_eq!(json["rows"][0]["share_of_gemm"], 1.0 / 0.3 / 100.0);

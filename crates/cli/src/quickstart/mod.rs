@@ -237,7 +237,7 @@ fn compare(out: &Path, seconds: f64, gemm: f64, stop: &AtomicBool) -> anyhow::Re
             100.0 * setting.share(m)
         ));
     })?;
-    let table = report::speedups(&rows);
+    let Some(table) = report::speedups(&rows) else { return Ok(()) };
     say(&format!("\n{table}"));
     save(&out.join("attention.txt"), &table)?;
     save(&out.join("attention.json"), &setting.json(&rows)?)?;
