@@ -103,7 +103,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         tokenizer.encode(&prompt, true)?
     };
     let written = generator.generate(&ids, &sampling, &mut show)?;
-    println!();
+    write_now("\n")?;
     eprintln!("{}", figures(&written, &generator));
     Ok(())
 }
@@ -187,7 +187,7 @@ fn interactive(
             None => tokenizer.encode(&line, true)?,
         };
         let written = generator.generate(&ids, sampling, &mut show)?;
-        println!();
+        write_now("\n")?;
         eprintln!("{}", figures(&written, generator));
         messages.push(Message::new("assistant", &written.text));
     }

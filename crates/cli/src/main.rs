@@ -20,7 +20,6 @@ mod svg;
 mod tokenizer;
 mod yardstick;
 
-use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -39,12 +38,16 @@ use clap::{Parser, Subcommand};
 )]
 struct Cli {
     /// Worker threads; results do not depend on it [default: one per logical core]
-    #[arg(long, global = true, value_name = "N", display_order = 900)]
-    threads: Option<NonZeroUsize>,
+    #[arg(long, global = true, value_name = "N", display_order = 900,
+          value_parser = clap::value_parser!(u16).range(1..=MOST_THREADS))]
+    threads: Option<u16>,
 
     #[command(subcommand)]
     verb: Verb,
 }
+
+/// More threads than any machine this runs on has; past it lies a typing error.
+const MOST_THREADS: i64 = 4096;
 
 #[derive(Subcommand)]
 enum Verb {
@@ -77,7 +80,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
     if let Some(threads) = cli.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
+        rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global()?;
     }
     if !cli.verb.has_something_to_save() {
         interrupt::end_on_closed_pipe()?;
@@ -99,7 +102,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 impl Verb {
     /// Whether a closed output pipe must not end the verb.
     fn has_something_to_save(&self) -> bool {
-        matches!(self, Self::Pretrain(_) | Self::Quickstart(_) | Self::Generate(_))
+        matches!(self, Self::Pretrain(_) | Self::Quickstart(_))
     }
 }
 

@@ -37,7 +37,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let stop = interrupt::stop_flag()?;
     if args.dry_run {
-        print!("{}", rehearsal(&tercet_train::dry_run(&config, args.resume, &stop)?));
+        let text = rehearsal(&tercet_train::dry_run(&config, args.resume, &stop)?);
+        let _ = write!(std::io::stdout(), "{text}");
         return Ok(());
     }
     let control = Control {

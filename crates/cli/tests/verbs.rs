@@ -178,3 +178,17 @@ fn the_doctor_says_what_will_be_used() {
         assert!(text.contains(part), "{part} is missing from\n{text}");
     }
 }
+
+#[test]
+#[cfg(unix)]
+fn a_reader_that_leaves_ends_a_verb_quietly() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = command(folder.path(), &["bench", "attention", "--lengths", "256,512"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
