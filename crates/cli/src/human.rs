@@ -27,6 +27,12 @@ pub fn length(n: usize) -> String {
     }
 }
 
+/// How this program was called, so that the commands it suggests work where they are read:
+/// `target/release/tercet` under cargo, `tercet` when installed.
+pub fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "tercet".into())
+}
+
 /// `1,234,567`.
 pub fn grouped(n: u64) -> String {
     let digits = n.to_string();

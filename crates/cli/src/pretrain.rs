@@ -97,18 +97,20 @@ fn closing(report: &Report, args: &Args, config: &RunConfig) -> String {
     if !report.finished {
         let rest: Vec<String> = args.overrides.iter().map(|o| format!(" '{o}'")).collect();
         out.push_str(&format!(
-            "\nstopped as asked after step {} of {}; go on with: tercet pretrain {}{} --resume\n",
+            "\nstopped as asked after step {} of {}; go on with: {} pretrain {}{} --resume\n",
             report.steps,
             config.steps(),
+            human::program(),
             args.config.display(),
             rest.concat()
         ));
     }
     if let Some(folder) = &report.checkpoint {
         out.push_str(&format!(
-            "model  {}\ncurve  {}\nwrite  tercet generate {} -p \"…\"\n",
+            "model  {}\ncurve  {}\nwrite  {} generate {} -p \"…\"\n",
             folder.display(),
             report.curve.display(),
+            human::program(),
             folder.display()
         ));
     }

@@ -101,11 +101,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
     say(&format!(
         "\nthe model     {model}  (curve: {curve})\n\
-         let it write  tercet generate {model} -p \"pub fn new(\"\n\
-         your own      tercet pretrain configs/quickstart.toml output=my-run \
+         let it write  {program} generate {model} -p \"pub fn new(\"\n\
+         your own      {program} pretrain configs/quickstart.toml output=my-run \
          'data.paths=[\"my/text\"]' train.steps=2000",
         model = model.display(),
         curve = report.curve.display(),
+        program = human::program(),
     ));
     Ok(())
 }
@@ -176,9 +177,10 @@ fn fitted(out: &Path, paths: &[String], seconds: f64, gemm: f64) -> anyhow::Resu
 
 fn stopped(config: &RunConfig, report: &Report) -> anyhow::Result<()> {
     say(&format!(
-        "\nstopped as asked after step {} of {}; go on with: tercet pretrain {} --resume",
+        "\nstopped as asked after step {} of {}; go on with: {} pretrain {} --resume",
         report.steps,
         config.steps(),
+        human::program(),
         config.output.join("config.toml").display()
     ));
     Ok(())
