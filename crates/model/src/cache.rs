@@ -55,16 +55,20 @@ impl Model {
         };
         // All or nothing: refuse before the first chunk is taken.
         Inputs::appended(self.config(), tokens, cache.len)?;
-        let mut hidden = None;
-        for chunk in tokens.chunks(PREFILL_CHUNK) {
-            hidden = Some(self.append(cache, chunk)?);
-        }
-        let hidden = hidden.ok_or_else(|| Error::Batch("no token to append".into()))?;
-        let width = self.config().hidden_size;
-        let row = last_row(&hidden, last.len() - 1, width)?;
-        let tape = &mut Tape::inference();
-        let row = tape.leaf(row);
-        Ok(self.head(tape, &row)?.to_vec_f32()?)
+        // One entry into the thread pool for the whole step: entering it for each of the hundred
+        // small operations of one token costs more than they do.
+        rayon::scope(|_| {
+            let mut hidden = None;
+            for chunk in tokens.chunks(PREFILL_CHUNK) {
+                hidden = Some(self.append(cache, chunk)?);
+            }
+            let hidden = hidden.ok_or_else(|| Error::Batch("no token to append".into()))?;
+            let width = self.config().hidden_size;
+            let row = last_row(&hidden, last.len() - 1, width)?;
+            let tape = &mut Tape::inference();
+            let row = tape.leaf(row);
+            Ok(self.head(tape, &row)?.to_vec_f32()?)
+        })
     }
 
     /// Appends tokens; returns the logits after each, f32 `[c, vocab]`.

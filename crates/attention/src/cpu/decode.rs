@@ -54,6 +54,9 @@ impl<E: Element> CompressTail<E> {
         self.raw.extend_from_slice(x);
         let held = self.raw.len() / token;
         let complete = self.spec.compressed_blocks(held);
+        if complete == 0 {
+            return Ok(Vec::new());
+        }
         let mut out = vec![E::default(); complete * token];
         let input = CompressInput {
             spec: &self.spec,
@@ -151,6 +154,16 @@ impl NsaCache {
     /// selected, `[c, K, S]`.
     pub fn extend<E: Element>(&mut self, step: &NsaStep<E>, out: &mut [E]) -> Result<Vec<i32>> {
         let count = self.check(step, out)?;
+        // One entry into the pool instead of one for each parallel part: a step is that short.
+        Ok(rayon::scope(|_| self.extend_checked(step, count, out)))
+    }
+
+    fn extend_checked<E: Element>(
+        &mut self,
+        step: &NsaStep<E>,
+        count: usize,
+        out: &mut [E],
+    ) -> Vec<i32> {
         let Dims { heads, kv_heads, key_dim, value_dim } = self.dims;
         let new_blocks = step.k_cmp.len() / (kv_heads * key_dim);
         self.cmp.append(step.k_cmp, step.v_cmp, new_blocks);
@@ -169,7 +182,7 @@ impl NsaCache {
         }
         let [cmp, slc, win] = &branches;
         blend(step.gate, [cmp, slc, win], value_dim, out);
-        Ok(indices)
+        indices
     }
 
     /// The three branches of some of a step's tokens, already in the caches.
