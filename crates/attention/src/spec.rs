@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 /// Largest block or count a spec may name; keeps every product of two of them far inside 64 bits.
 const LARGEST: usize = 1 << 24;
 
+/// Most blocks a query may select; the list of choices is this long for every token.
+const MOST_SELECTED: usize = 4096;
+
 /// How a block of `compress_block` tokens becomes one key (and one value): φ of Eq. 7.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -89,13 +92,16 @@ impl NsaSpec {
         for (field, value) in [
             ("compress_block", compress_block),
             ("select_block", select_block),
-            ("select_count", select_count),
             ("select_initial", self.select_initial),
             ("select_local", self.select_local),
         ] {
             if value > LARGEST {
                 return fail(field, value, format!("must be at most {LARGEST}"));
             }
+        }
+        if select_count > MOST_SELECTED {
+            let rule = format!("must be at most {MOST_SELECTED}");
+            return fail("select_count", select_count, rule);
         }
         if !compress_block.is_multiple_of(compress_stride) {
             let rule = format!("must divide compress_block = {compress_block}");
@@ -164,6 +170,7 @@ mod tests {
             "nsa spec: compress_stride = 7 must divide compress_block = 32"
         );
         assert_eq!(broken(|s| s.compress_block = 128).field, "compress_block");
+        assert_eq!(broken(|s| s.select_count = 1 << 20).field, "select_count");
         assert_eq!(broken(|s| s.select_count = 2).field, "select_count");
         assert_eq!(broken(|s| s.window = 0).field, "window");
         assert_eq!(broken(|s| s.select_local = usize::MAX).field, "select_local");
