@@ -15,6 +15,7 @@ pub mod cpu;
 mod element;
 mod error;
 pub mod reference;
+pub mod selftest;
 mod shape;
 mod spec;
 

@@ -2,27 +2,11 @@
 
 mod common;
 
-use common::{Case, Expected, UNIT32, distance, golden, largest, reference};
-
-/// The files hold float64 results rounded to f32: that rounding, and 1e-12 for another order of
-/// summation, relative to the largest value but at least to 1. (The inputs are of that size, and
-/// what is added up may cancel: shifting all keys alike moves no softmax, so that `d_phi_k_pe` of a
-/// linear φ is zero but for rounding.)
-fn assert_golden(case: &Case, expected: &Expected) {
-    let got = reference(case);
-    assert_eq!(got.indices, expected.indices, "indices");
-    for (name, x) in &expected.tensors {
-        let want: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
-        let size = largest(want.iter().filter(|x| x.is_finite()));
-        let tolerance = UNIT32 * size + 1e-12 * size.max(1.0);
-        let error = distance(got.get(name), &want);
-        assert!(error <= tolerance, "{name} is off by {error:e}, allowed {tolerance:e}");
-    }
-}
+use common::{golden, golden_reference, pass};
 
 fn check(name: &str) {
-    if let Some((case, expected)) = golden(name) {
-        assert_golden(&case, &expected);
+    if let Some(golden) = golden(name) {
+        pass(golden_reference(&golden));
     }
 }
 
@@ -43,6 +27,18 @@ fn one_group_of_sixteen_heads_and_other_value_dim() {
 
 #[test]
 fn many_sequences_of_odd_lengths() {
-    let (case, expected) = golden("varlen").expect("tests/data has this case");
-    assert_golden(&case, &expected);
+    pass(golden_reference(&golden("varlen").expect("tests/data has this case")));
+}
+
+#[test]
+fn a_golden_file_that_is_wrong_is_refused_or_fails() {
+    let mut golden = golden("varlen").expect("tests/data has this case");
+    golden.expected.get_mut("out").unwrap()[7] += 1e-4;
+    assert!(!golden_reference(&golden).pass);
+    golden.indices[3] += 1;
+    assert!(golden_reference(&golden).note.contains("indices"));
+    for bytes in [&b""[..], b"12345678", &[0xff; 64]] {
+        let error = common::Golden::read("x", bytes, bytes).unwrap_err();
+        assert!(error.0.contains("golden case x"), "{error}");
+    }
 }

@@ -1,8 +1,8 @@
 //! φ of the plain formula; see `plain`.
 
-use tercet_attention::{Compressor, Element, sequences};
+use crate::{Compressor, Element};
 
-use super::case::{Case, HIDDEN};
+use super::case::Case;
 use super::plain::round;
 
 /// A small matrix `[rows, columns]`.
@@ -16,7 +16,6 @@ struct Matrix {
 impl Matrix {
     /// A matrix of at least one column.
     fn new(columns: usize, x: Vec<f32>) -> Self {
-        assert!(x.len().is_multiple_of(columns));
         Self { rows: x.len() / columns, columns, x }
     }
 
@@ -58,7 +57,7 @@ fn blocks<E: Element>(case: &Case, letter: &str, h: usize) -> (Matrix, Vec<usize
     let raw = case.get(&format!("{letter}_cmp"));
     let pe = case.tensors.get(&format!("phi_{letter}_pe")).map(|pe| part(pe, h, kv_heads));
     let mut starts = Vec::new();
-    for s in sequences(&case.cu_seqlens, case.tokens()).unwrap() {
+    for s in case.sequences() {
         let count = case.spec.compressed_blocks(s.len());
         starts.extend((0..count).map(|i| s.start + i * case.spec.compress_stride));
     }
@@ -114,7 +113,7 @@ fn forward<E: Element>(case: &Case, letter: &str, h: usize, blocks: &Matrix) -> 
             (blocks.clone(), blocks.times::<E>(&weight, None))
         }
         Compressor::Mlp => {
-            let weight1 = Matrix::new(HIDDEN, get("weight1").to_vec());
+            let weight1 = Matrix::new(case.hidden(letter), get("weight1").to_vec());
             let weight2 = Matrix::new(dim, get("weight2").to_vec());
             let hidden = blocks.times::<E>(&weight1, Some(get("bias1")));
             let active = hidden.zip::<E>(&hidden, |z, _| gelu(z));
@@ -137,7 +136,9 @@ pub fn compress_backward<E: Element>(
         .collect();
     let mut put = |name: &str, x: Vec<f32>| {
         let name = format!("d_phi_{letter}_{name}");
-        grads.iter_mut().find(|grad| grad.0 == name).unwrap().1.extend(x);
+        if let Some(grad) = grads.iter_mut().find(|grad| grad.0 == name) {
+            grad.1.extend(x);
+        }
     };
     for h in 0..kv_heads {
         let (blocks, starts) = blocks::<E>(case, letter, h);
@@ -160,7 +161,7 @@ pub fn compress_backward<E: Element>(
                 d_blocks
             }
             Compressor::Mlp => {
-                let weight1 = Matrix::new(HIDDEN, get("weight1").to_vec());
+                let weight1 = Matrix::new(case.hidden(letter), get("weight1").to_vec());
                 let weight2 = Matrix::new(dim, get("weight2").to_vec());
                 let hidden = forward::<E>(case, letter, h, &blocks).0;
                 let active = hidden.zip::<E>(&hidden, |z, _| gelu(z));

@@ -1,7 +1,6 @@
 //! Which rows of the keys each token sees, by brute force from the definition.
 
-use tercet_attention::cpu::Mask;
-use tercet_attention::sequences;
+use crate::cpu::Mask;
 
 use super::case::Case;
 
@@ -12,7 +11,7 @@ pub type Rows = Vec<Vec<usize>>;
 fn places(case: &Case) -> Vec<(usize, usize, usize)> {
     let mut places = Vec::new();
     let mut first_block = 0;
-    for s in sequences(&case.cu_seqlens, case.tokens()).unwrap() {
+    for s in case.sequences() {
         places.extend(s.clone().map(|t| (t - s.start, s.start, first_block)));
         first_block += case.spec.compressed_blocks(s.len());
     }

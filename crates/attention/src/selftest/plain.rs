@@ -4,13 +4,13 @@
 
 use std::collections::BTreeMap;
 
-use tercet_attention::cpu::Mask;
-use tercet_attention::{Dims, Element};
+use crate::cpu::Mask;
+use crate::{Dims, Element};
 
 use super::case::Case;
-use super::paths::Outcome;
 use super::plain_compress::{compress, compress_backward};
 use super::visible::{Rows, visible, visible_to};
+use super::ways::Outcome;
 
 /// Rounds to `E`.
 pub fn round<E: Element>(x: f32) -> f32 {

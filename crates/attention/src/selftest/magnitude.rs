@@ -6,12 +6,13 @@
 
 use std::collections::BTreeMap;
 
-use tercet_attention::cpu::Mask;
-use tercet_attention::{Compressor, Dims, reference};
+use crate::cpu::Mask;
+use crate::{Compressor, Dims, reference};
 
-use super::case::{Case, HIDDEN};
-use super::paths::Outcome;
+use super::Check;
+use super::case::Case;
 use super::visible::{Rows, visible, visible_to};
+use super::ways::Outcome;
 
 /// Absolute values in float64.
 fn absolute(x: &[f32]) -> Vec<f64> {
@@ -85,7 +86,7 @@ fn branch(case: &Case, k: &[f64], v: &[f64], visible: &Rows, lse: &[f64], d_out:
 
 /// The largest magnitude in each tensor of a case's outcome, times 1 + the largest logit: an
 /// exponential is as wrong, relative, as its logit is wrong, absolute.
-pub fn magnitudes(case: &Case, exact: &Outcome) -> BTreeMap<String, f64> {
+pub fn magnitudes(case: &Case, exact: &Outcome) -> Check<BTreeMap<String, f64>> {
     let Dims { value_dim, .. } = case.dims;
     let signed = |name: &str| case.get(name).iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
     let d_out =
@@ -137,11 +138,11 @@ pub fn magnitudes(case: &Case, exact: &Outcome) -> BTreeMap<String, f64> {
         }
     }
     for (letter, d_rows) in [("k", &cmp.d_k), ("v", &cmp.d_v)] {
-        for (name, x) in compress_backward(case, letter, d_rows) {
+        for (name, x) in compress_backward(case, letter, d_rows)? {
             put(&name, &x);
         }
     }
-    largest
+    Ok(largest)
 }
 
 /// [`magnitudes`] of dense or window attention.
@@ -162,7 +163,7 @@ pub fn attend_magnitudes(
 }
 
 /// Magnitudes of the gradients of the raw rows and of φ's parameters.
-fn compress_backward(case: &Case, letter: &str, d_rows: &[f64]) -> Vec<(String, Vec<f64>)> {
+fn compress_backward(case: &Case, letter: &str, d_rows: &[f64]) -> Check<Vec<(String, Vec<f64>)>> {
     let get = |name: &str| absolute(case.get(&format!("phi_{letter}_{name}")));
     let dim = if letter == "k" { case.dims.key_dim } else { case.dims.value_dim };
     let run = |phi: reference::Phi, x: &[f64], d: &[f64]| {
@@ -174,21 +175,16 @@ fn compress_backward(case: &Case, letter: &str, d_rows: &[f64]) -> Vec<(String, 
             x,
             phi,
         };
-        reference::compress_backward(&input, d).unwrap()
+        reference::compress_backward(&input, d)
     };
     let x = absolute(case.get(&format!("{letter}_cmp")));
     let named = |name: &str, x: Vec<f64>| (format!("d_phi_{letter}_{name}"), x);
     let mut all = Vec::new();
-    let d_x = match case.spec.compressor {
-        Compressor::Mean => run(reference::Phi::Mean, &x, d_rows).0,
+    let (d_x, d_phi) = match case.spec.compressor {
+        Compressor::Mean => run(reference::Phi::Mean, &x, d_rows)?,
         Compressor::Linear => {
             let (weight, pe) = (get("weight"), get("pe"));
-            let phi = reference::Phi::Linear { weight: &weight, pe: &pe };
-            let (d_x, reference::PhiGrads::Linear { weight, pe }) = run(phi, &x, d_rows) else {
-                unreachable!()
-            };
-            all.extend([named("weight", weight), named("pe", pe)]);
-            d_x
+            run(reference::Phi::Linear { weight: &weight, pe: &pe }, &x, d_rows)?
         }
         Compressor::Mlp => {
             // |gelu(z)| ≤ |z| and gelu is near z for large z: adding a bias of 10 makes the
@@ -203,17 +199,19 @@ fn compress_backward(case: &Case, letter: &str, d_rows: &[f64]) -> Vec<(String, 
                 bias2: &bias2,
                 pe: &pe,
             };
-            let (d_x, reference::PhiGrads::Mlp { weight1, bias1, weight2, bias2, pe }) =
-                run(phi, &x, d_rows)
-            else {
-                unreachable!()
-            };
-            assert_eq!(bias1.len(), HIDDEN * case.dims.kv_heads);
-            all.extend([named("weight1", weight1), named("bias1", bias1)]);
-            all.extend([named("weight2", weight2), named("bias2", bias2), named("pe", pe)]);
-            d_x
+            run(phi, &x, d_rows)?
         }
     };
+    match d_phi {
+        reference::PhiGrads::Mean => {}
+        reference::PhiGrads::Linear { weight, pe } => {
+            all.extend([named("weight", weight), named("pe", pe)]);
+        }
+        reference::PhiGrads::Mlp { weight1, bias1, weight2, bias2, pe } => {
+            all.extend([named("weight1", weight1), named("bias1", bias1)]);
+            all.extend([named("weight2", weight2), named("bias2", bias2), named("pe", pe)]);
+        }
+    }
     all.push((format!("d_{letter}_cmp"), d_x));
-    all
+    Ok(all)
 }

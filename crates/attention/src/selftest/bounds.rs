@@ -1,16 +1,21 @@
 //! Measures of error, and the bounds they are held to.
 
 use super::case::Case;
-use super::paths::{Outcome, importance};
+use super::exact::importance;
+use super::ways::Outcome;
+use super::{Check, Fault, ensure};
 
 /// The largest |x|; of nothing, 0.
 pub fn largest<'a>(x: impl IntoIterator<Item = &'a f64>) -> f64 {
     x.into_iter().fold(0.0, |m, x| m.max(x.abs()))
 }
 
-/// The largest |a − b|. Equal infinities differ by 0; a NaN on one side only by infinity.
+/// The largest |a − b|. Equal infinities differ by 0; a NaN on one side only, or another number of
+/// elements, by infinity.
 pub fn distance(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
+    if a.len() != b.len() {
+        return f64::INFINITY;
+    }
     let one = |(&a, &b): (&f64, &f64)| match a - b {
         _ if a == b || (a.is_nan() && b.is_nan()) => 0.0,
         d if d.is_nan() => f64::INFINITY,
@@ -25,70 +30,63 @@ pub fn same_bits(a: &[f64], b: &[f64]) -> bool {
         && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()))
 }
 
-/// Asserts that two outcomes hold the same bits, tensor by tensor.
-pub fn assert_same_bits(what: &str, a: &Outcome, b: &Outcome) {
-    assert!(a.tensors.keys().eq(b.tensors.keys()), "{what}: other tensors");
+/// Refuses two outcomes that do not hold the same bits, tensor by tensor.
+pub fn check_same_bits(what: &str, a: &Outcome, b: &Outcome) -> Check<()> {
+    ensure(a.tensors.keys().eq(b.tensors.keys()), || format!("{what}: other tensors"))?;
     for (name, x) in &a.tensors {
-        let at = x.iter().zip(&b.tensors[name]).position(|(a, b)| !same_bits(&[*a], &[*b]));
+        let y = b.get(name);
+        ensure(x.len() == y.len(), || format!("{what}: {name} has {} and {}", x.len(), y.len()))?;
+        let at = x.iter().zip(y).position(|(a, b)| !same_bits(&[*a], &[*b]));
         if let Some(i) = at {
-            panic!("{what}: {name}[{i}] is {:e} and {:e}", x[i], b.tensors[name][i]);
+            return Err(Fault(format!("{what}: {name}[{i}] is {:e} and {:e}", x[i], y[i])));
         }
     }
-    assert_eq!(a.indices, b.indices, "{what}: indices");
+    ensure(a.indices == b.indices, || format!("{what}: other indices"))
 }
 
-/// The 2× rule: the fast code's largest error in a tensor is at most twice that of the plain
-/// formula in the same dtype, plus `floor`, which is for what the plain formula gets by luck.
-/// Returns a line that says how it is broken, if it is.
-pub fn over_twice(
-    name: &str,
-    fast: &[f64],
-    plain: &[f64],
-    exact: &[f64],
-    floor: f64,
-) -> Option<String> {
-    let (fast, plain) = (distance(fast, exact), distance(plain, exact));
-    (fast > 2.0 * plain + floor).then(|| {
-        let size = largest(exact.iter().filter(|x| x.is_finite()));
-        format!("{name} is off by {fast:.2e} > 2 × {plain:.2e} + {floor:.1e}; largest {size:.2e}")
-    })
-}
-
-/// Asserts that `fast` chose the blocks that the float64 scores rank first, up to swaps between
-/// blocks whose scores differ by less than `tolerance`, relative. `compressed_k` are the keys that
-/// the scores come from.
-pub fn assert_same_choice(
+/// Refuses blocks `fast` that the float64 scores do not rank first, up to swaps between blocks whose
+/// scores differ by less than `tolerance`, relative; returns the largest such difference.
+/// `compressed_k` are the keys that the scores come from.
+pub fn check_same_choice(
     what: &str,
     case: &Case,
     compressed_k: &[f64],
     exact: &[i32],
     fast: &[i32],
     tolerance: f64,
-) {
-    assert_eq!(exact.len(), fast.len(), "{what}: indices");
+) -> Check<f64> {
+    ensure(exact.len() == fast.len(), || format!("{what}: {} indices", fast.len()))?;
     if exact == fast {
-        return;
+        return Ok(0.0);
     }
     let count = case.spec.select_count;
-    let scores = importance(case, compressed_k);
-    let blocks = scores.len() / (exact.len() / count);
+    let scores = importance(case, compressed_k)?;
+    let blocks = scores.len() / (exact.len() / count).max(1);
+    let mut worst = 0.0f64;
     for (i, (exact, fast)) in exact.chunks(count).zip(fast.chunks(count)).enumerate() {
         let ascending = fast.windows(2).all(|w| w[0] < w[1] || w[1] == -1);
+        let inside = fast.iter().all(|&j| (-1..blocks as i32).contains(&j));
         let listed = |row: &[i32]| row.iter().filter(|&&j| j >= 0).count();
-        assert!(ascending && listed(exact) == listed(fast), "{what}: row {i}: {exact:?} {fast:?}");
+        let valid = ascending && inside && listed(exact) == listed(fast);
+        ensure(valid, || format!("{what}: row {i}: {exact:?} {fast:?}"))?;
         let score = |j: &i32| scores[i * blocks + *j as usize];
         let only = |a: &[i32], b: &[i32]| -> Vec<f64> {
-            let mut only: Vec<f64> = a.iter().filter(|j| !b.contains(j)).map(score).collect();
+            let mut only: Vec<f64> =
+                a.iter().filter(|&&j| j >= 0 && !b.contains(&j)).map(score).collect();
             only.sort_by(f64::total_cmp);
             only
         };
         for (better, worse) in only(exact, fast).into_iter().zip(only(fast, exact)) {
-            assert!(
-                better - worse <= tolerance * better,
-                "{what}: row {i}: chose {fast:?}, not {exact:?}; scores {worse:e} < {better:e}"
-            );
+            let near = better - worse <= tolerance * better;
+            ensure(near, || {
+                format!(
+                    "{what}: row {i}: chose {fast:?}, not {exact:?}; scores {worse:e} < {better:e}"
+                )
+            })?;
+            worst = worst.max((better - worse) / better.max(f64::MIN_POSITIVE));
         }
     }
+    Ok(worst)
 }
 
 /// The largest possible |logit| of the branches, from the norms of queries and keys.
