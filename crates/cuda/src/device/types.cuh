@@ -87,7 +87,7 @@ struct alignas(sizeof(T) * N) Vec {
     T at[N];
 };
 
-static constexpr float INF = __builtin_huge_valf();
+#define INF __int_as_float(0x7f800000)
 static constexpr u32 ALL_LANES = 0xffffffffu;
 
 DEVICE float exp2_approx(float x) {

@@ -1,0 +1,52 @@
+//! Time on the device.
+
+use cudarc::driver::sys;
+
+use crate::error::check;
+use crate::{Error, Gpu, Result};
+
+struct Event(sys::CUevent);
+
+impl Event {
+    fn record(gpu: &Gpu) -> Result<Event> {
+        let mut event = std::ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT as u32;
+        // SAFETY: the context is current and the stream alive; the handle is written before use.
+        unsafe {
+            check("cuEventCreate", sys::cuEventCreate(&mut event, flags))?;
+            let event = Event(event);
+            check("cuEventRecord", sys::cuEventRecord(event.0, gpu.0.stream))?;
+            Ok(event)
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `record` and destroyed once.
+        unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
+impl Gpu {
+    /// Milliseconds that the device spends on what `work` asks of it, between two events of the
+    /// stream; waits for the end.
+    pub fn time<E: From<Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<f32, E> {
+        self.bind()?;
+        let start = Event::record(self)?;
+        work()?;
+        self.bind()?;
+        let end = Event::record(self)?;
+        let mut milliseconds = 0.0;
+        // SAFETY: both events are alive and recorded.
+        unsafe {
+            check("cuEventSynchronize", sys::cuEventSynchronize(end.0))?;
+            let result = sys::cuEventElapsedTime_v2(&mut milliseconds, start.0, end.0);
+            check("cuEventElapsedTime", result)?;
+        }
+        Ok(milliseconds)
+    }
+}
