@@ -5,6 +5,17 @@ use cudarc::driver::sys;
 use crate::error::check;
 use crate::{Error, Gpu, Result};
 
+type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+
+/// The call that every driver has; the bindings only know the one of CUDA 12.8 and newer.
+fn elapsed() -> Result<Elapsed> {
+    // SAFETY: the driver is loaded, and the call has had this type since CUDA 2.
+    let found = unsafe { sys::culib().get::<Elapsed>(b"cuEventElapsedTime\0") };
+    found
+        .map(|call| *call)
+        .map_err(|e| Error::Call { call: "cuEventElapsedTime", reason: e.to_string() })
+}
+
 struct Event(sys::CUevent);
 
 impl Event {
@@ -44,7 +55,7 @@ impl Gpu {
         // SAFETY: both events are alive and recorded.
         unsafe {
             check("cuEventSynchronize", sys::cuEventSynchronize(end.0))?;
-            let result = sys::cuEventElapsedTime_v2(&mut milliseconds, start.0, end.0);
+            let result = elapsed()?(&mut milliseconds, start.0, end.0);
             check("cuEventElapsedTime", result)?;
         }
         Ok(milliseconds)
