@@ -3,6 +3,7 @@
 mod attend;
 mod bench;
 mod convert;
+mod device;
 mod doctor;
 mod error;
 mod files;
@@ -16,6 +17,7 @@ mod plan;
 mod pretrain;
 mod progress;
 mod quickstart;
+mod selftest;
 mod svg;
 mod tokenizer;
 mod yardstick;
@@ -61,6 +63,7 @@ enum Verb {
     Plan(plan::Args),
     Pretrain(pretrain::Args),
     Quickstart(quickstart::Args),
+    Selftest(selftest::Args),
     Tokenizer(tokenizer::Args),
 }
 
@@ -95,6 +98,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Plan(args) => plan::run(args),
         Verb::Pretrain(args) => pretrain::run(args),
         Verb::Quickstart(args) => quickstart::run(args),
+        Verb::Selftest(args) => selftest::run(args),
         Verb::Tokenizer(args) => tokenizer::run(args),
     }
 }

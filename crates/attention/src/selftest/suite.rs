@@ -27,12 +27,17 @@ pub fn run(ways: &[Way], golden: &[Golden], long: bool, each: &mut dyn FnMut(Row
                 two_times_rule(tally, way, &case, Floor::Magnitude, 2e-6)
             }));
         }
-        for oracle in ORACLES {
-            let name = oracle.name.replace('_', " ");
-            each(Row::of(oracle.suite, format!("{name} · {}", way.name), |tally| {
-                (oracle.check)(way, tally)
-            }));
-        }
+        facts(way, each);
+    }
+}
+
+/// All facts, asked of one way.
+pub fn facts(way: &Way, each: &mut dyn FnMut(Row)) {
+    for oracle in ORACLES {
+        let name = oracle.name.replace('_', " ");
+        each(Row::of(oracle.suite, format!("{name} · {}", way.name), |tally| {
+            (oracle.check)(way, tally)
+        }));
     }
 }
 
