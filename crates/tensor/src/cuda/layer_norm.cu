@@ -1,0 +1,95 @@
+// LayerNorm: y = x̂·w + b, x̂ = (x − mean)·r, r = 1/√(var + eps). As rms_norm.cu.
+#include "rows.cuh"
+
+// x, y [rows, WIDTH]; w, b [WIDTH]; moments [rows, 2] takes mean and r. Grid: rows / GROUPS.
+KERNEL layer_norm_forward(const Real* x, const Real* w, const Real* b, Real* y, float* moments,
+                          i64 rows, float eps) {
+    i64 row = (i64)blockIdx.x * GROUPS + group();
+    bool live = row < rows;
+    Piece xs[CHUNKS];
+    load_row(xs, x + row * WIDTH, live);
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) sum += widen(xs[c].at[i]);
+    float mean = group_sum(sum) / WIDTH;
+    float squares = 0.0f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        if (!inside(c)) continue;
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            float v = widen(xs[c].at[i]) - mean;
+            squares += v * v;
+        }
+    }
+    float r = 1.0f / sqrtf(group_sum(squares) / WIDTH + eps);
+    if (!live) return;
+    if (lane() == 0) {
+        moments[2 * row] = mean;
+        moments[2 * row + 1] = r;
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+        if (!inside(c)) continue;
+        Piece ws = load(w + column(c)), bs = load(b + column(c)), out;
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            float normed = (widen(xs[c].at[i]) - mean) * r;
+            out.at[i] = narrow<Real>(normed * widen(ws.at[i]) + widen(bs.at[i]));
+        }
+        store(y + row * WIDTH + column(c), out);
+    }
+}
+
+// With g = dy·w: dx = r·(g − mean(g) − x̂·mean(g·x̂)), on top of what dx holds when `add`. Block p
+// sums dy·x̂ and dy over rows p·per .. (p + 1)·per into dw_parts[p, WIDTH] and db_parts[p, WIDTH].
+KERNEL __launch_bounds__(THREADS, RESIDENT)
+layer_norm_backward(const Real* x, const Real* dy, const Real* w, const float* moments,
+                           Real* dx, float* dw_parts, float* db_parts, i64 rows, i64 per,
+                           int add) {
+    i64 first = blockIdx.x * per, last = first + per < rows ? first + per : rows;
+    Piece ws[CHUNKS];
+    load_row(ws, w, true);
+    float dw[CHUNKS][VEC] = {}, db[CHUNKS][VEC] = {};
+    for (i64 base = first; base < last; base += GROUPS) {
+        i64 row = base + group();
+        bool live = row < last;
+        Piece xs[CHUNKS], dys[CHUNKS], old[CHUNKS];
+        load_row(xs, x + row * WIDTH, live);
+        load_row(dys, dy + row * WIDTH, live);
+        load_row(old, dx + row * WIDTH, live && add);
+        float mean = live ? moments[2 * row] : 0.0f, r = live ? moments[2 * row + 1] : 0.0f;
+        float total = 0.0f, along = 0.0f;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) {
+                // Beyond the row's end dy and w are zeros.
+                float d = widen(dys[c].at[i]), normed = (widen(xs[c].at[i]) - mean) * r;
+                float g = d * widen(ws[c].at[i]);
+                total += g;
+                along += g * normed;
+                dw[c][i] += d * normed;
+                db[c][i] += d;
+            }
+        total = group_sum(total) / WIDTH;
+        along = group_sum(along) / WIDTH;
+        if (!live) continue;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+            if (!inside(c)) continue;
+            Piece out;
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) {
+                float g = widen(dys[c].at[i]) * widen(ws[c].at[i]);
+                float normed = (widen(xs[c].at[i]) - mean) * r;
+                out.at[i] = narrow<Real>(widen(old[c].at[i]) + r * (g - total - normed * along));
+            }
+            store(dx + row * WIDTH + column(c), out);
+        }
+    }
+    store_columns(dw_parts + (i64)blockIdx.x * WIDTH, dw);
+    store_columns(db_parts + (i64)blockIdx.x * WIDTH, db);
+}
