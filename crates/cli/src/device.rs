@@ -1,7 +1,11 @@
 //! `--device`: where to compute, and why not elsewhere.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::OnceLock;
+
+use tercet_cuda::{Gpu, Library, look_for};
 
 use crate::error::user;
 
@@ -34,11 +38,16 @@ impl FromStr for Wanted {
     }
 }
 
-/// The flag, for every verb that computes.
+/// The flag of every verb that computes.
 #[derive(Clone, Debug, clap::Args)]
 pub struct DeviceArg {
     /// Where to compute: auto takes CUDA when driver, cuBLASLt and NVRTC are there, else the CPU
-    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "auto|cpu|cuda[:N]",
+        hide_default_value = true
+    )]
     device: Wanted,
 }
 
@@ -47,15 +56,89 @@ pub struct DeviceArg {
 pub enum Choice {
     /// On the CPU.
     Cpu,
+    /// On a GPU.
+    Cuda(Gpu),
 }
 
 impl DeviceArg {
     /// Decides, and says on standard error when a GPU that is here is not used.
     pub fn choose(&self) -> anyhow::Result<Choice> {
         match self.device {
-            Wanted::Auto | Wanted::Cpu => Ok(Choice::Cpu),
-            Wanted::Cuda(_) => Err(user("this build has no CUDA")),
+            Wanted::Cpu => Ok(Choice::Cpu),
+            Wanted::Cuda(ordinal) => {
+                let gpu = open(ordinal).map_err(|e| {
+                    anyhow::Error::new(e).context(format!("--device cuda:{ordinal} cannot be used"))
+                })?;
+                Ok(Choice::Cuda(gpu))
+            }
+            // Without a driver there is no GPU to miss.
+            Wanted::Auto if look_for(Library::Cuda).is_err() => Ok(Choice::Cpu),
+            Wanted::Auto => match open(0) {
+                Ok(gpu) => Ok(Choice::Cuda(gpu)),
+                Err(reason) => {
+                    eprintln!(
+                        "tercet: THE CPU IS USED, NOT THE GPU: {reason} (--device cpu takes the \
+                         CPU without this line)"
+                    );
+                    Ok(Choice::Cpu)
+                }
+            },
         }
+    }
+
+    /// As [`DeviceArg::choose`] for a verb that a device cannot do; `what` says which.
+    pub fn cpu_only(&self, what: &str) -> anyhow::Result<()> {
+        match self.device {
+            Wanted::Cuda(_) => Err(user(format!("{what} is computed on the CPU only"))),
+            Wanted::Auto | Wanted::Cpu => Ok(()),
+        }
+    }
+}
+
+impl Choice {
+    /// The GPU, if that is where to compute.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => Some(gpu),
+        }
+    }
+}
+
+/// The device that was opened, for [`farewell`].
+static OPENED: OnceLock<Gpu> = OnceLock::new();
+
+/// Opens a device once everything it needs is known to be there.
+fn open(ordinal: usize) -> tercet_cuda::Result<Gpu> {
+    for library in Library::ALL {
+        look_for(library)?;
+    }
+    let gpu = Gpu::open(ordinal)?;
+    gpu.use_cache(cache_folder());
+    Ok(OPENED.get_or_init(|| gpu).clone())
+}
+
+/// Where compiled kernels are kept: `TERCET_CACHE`, else the user's cache folder.
+pub fn cache_folder() -> Option<PathBuf> {
+    let folder =
+        |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(chosen) = folder("TERCET_CACHE") {
+        return Some(chosen);
+    }
+    let caches = if cfg!(windows) {
+        folder("LOCALAPPDATA")
+    } else if cfg!(target_os = "macos") {
+        folder("HOME").map(|home| home.join("Library/Caches"))
+    } else {
+        folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")))
+    };
+    caches.map(|caches| caches.join("tercet"))
+}
+
+/// What is worth saying when a verb has ended: that kernels could not be kept, for one.
+pub fn farewell() {
+    if let Some(warning) = OPENED.get().and_then(Gpu::cache_warning) {
+        eprintln!("tercet: {warning}");
     }
 }
 
@@ -66,6 +149,10 @@ impl fmt::Display for Choice {
                 let threads = rayon::current_num_threads();
                 let kernels = tercet_attention::cpu::isa_name();
                 write!(f, "the CPU, {threads} threads, {kernels} kernels")
+            }
+            Self::Cuda(gpu) => {
+                let info = gpu.info();
+                write!(f, "cuda:{} ({})", info.ordinal, info.name)
             }
         }
     }
@@ -88,5 +175,18 @@ mod tests {
         for bad in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "cuda:99999999"] {
             assert!(bad.parse::<Wanted>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn without_a_driver_auto_is_the_cpu_and_cuda_says_what_is_missing() {
+        if look_for(Library::Cuda).is_ok() {
+            println!("skipped: there is a driver here");
+            return;
+        }
+        assert!(matches!(DeviceArg { device: Wanted::Auto }.choose(), Ok(Choice::Cpu)));
+        let error = DeviceArg { device: Wanted::Cuda(0) }.choose().unwrap_err();
+        let text = crate::error::message(&error);
+        assert!(text.contains("libcuda") && text.contains("looked for"), "{text}");
+        assert_eq!(crate::error::exit_code(&error), 2);
     }
 }

@@ -1,7 +1,5 @@
 //! What this machine is: CPU, threads, memory, devices. Only looks; starts and changes nothing.
 
-use std::path::PathBuf;
-
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
 /// The processor and memory.
@@ -52,30 +50,6 @@ pub fn simd_features() -> Vec<(&'static str, bool)> {
     return vec![("NEON", std::arch::is_aarch64_feature_detected!("neon"))];
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     return Vec::new();
-}
-
-/// Where the CUDA driver library lies, if it can be found. The file is only looked for, not
-/// loaded: a broken driver must not take `doctor` with it.
-pub fn cuda_driver() -> Option<PathBuf> {
-    let (name, mut folders): (_, Vec<PathBuf>) = if cfg!(windows) {
-        let root = std::env::var_os("SystemRoot").map(PathBuf::from);
-        ("nvcuda.dll", root.into_iter().map(|r| r.join("System32")).collect())
-    } else {
-        let usual = [
-            "/usr/lib/x86_64-linux-gnu",
-            "/usr/lib/aarch64-linux-gnu",
-            "/usr/lib64",
-            "/usr/lib",
-            "/usr/lib/wsl/lib",
-            "/usr/local/nvidia/lib64",
-            "/usr/local/cuda/compat",
-        ];
-        ("libcuda.so.1", usual.iter().map(PathBuf::from).collect())
-    };
-    if let Some(path) = std::env::var_os("LD_LIBRARY_PATH") {
-        folders.extend(std::env::split_paths(&path));
-    }
-    folders.into_iter().map(|f| f.join(name)).find(|f| f.exists())
 }
 
 /// Forgets the process's peak of resident memory, so that [`peak_memory`] speaks of what comes

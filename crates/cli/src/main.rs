@@ -70,7 +70,9 @@ enum Verb {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     std::panic::set_hook(Box::new(report_panic));
-    match std::panic::catch_unwind(|| run(&cli)) {
+    let ended = std::panic::catch_unwind(|| run(&cli));
+    device::farewell();
+    match ended {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             eprintln!("tercet: {}", error::message(&error));
