@@ -4,7 +4,8 @@ use crate::dtype::Float;
 use crate::parallel;
 use crate::pool::Buffer;
 use crate::tape::Source;
-use crate::{DType, Error, Grads, Result, Tensor, Var};
+use crate::{DType, Device, Error, Grads, Result, Tensor, Var, cuda};
+use tercet_cuda::Gpu;
 
 /// Holds the gradients that wait for the op that made their value. A gradient has its value's
 /// storage type; the gradients of parameters are f32.
@@ -83,6 +84,74 @@ impl<'g> Backward<'g> {
         }
     }
 
+    /// As [`Backward::accumulate`] on a device: `f(sum, add)` is given the address of numbers
+    /// stored as `dtype`.
+    pub(crate) fn accumulate_cuda(
+        &mut self,
+        gpu: &Gpu,
+        to: Source,
+        dtype: DType,
+        shape: &[usize],
+        f: impl FnOnce(u64, bool) -> Result<()>,
+    ) -> Result<()> {
+        match to {
+            Source::Constant => Ok(()),
+            Source::Param(_) => {
+                let gradient = cuda::stale(gpu, dtype, shape)?;
+                f(cuda::at(&gradient)?, false)?;
+                self.give(to, gradient)
+            }
+            Source::Value { tape, index } => {
+                let slot = self.pending(tape, index)?;
+                let (mut sum, filled) = match slot.take() {
+                    Some(sum) => (sum, true),
+                    None => (cuda::stale(gpu, dtype, shape)?, false),
+                };
+                f(cuda::at_mut(&mut sum)?, filled)?;
+                *slot = Some(sum);
+                Ok(())
+            }
+        }
+    }
+
+    /// As [`Backward::accumulate_cuda`], but `f` runs for constants too, into scratch.
+    pub(crate) fn accumulate_always_cuda(
+        &mut self,
+        gpu: &Gpu,
+        to: Source,
+        dtype: DType,
+        shape: &[usize],
+        f: impl FnOnce(u64, bool) -> Result<()>,
+    ) -> Result<()> {
+        if to == Source::Constant {
+            return f(cuda::at(&cuda::stale(gpu, dtype, shape)?)?, false);
+        }
+        self.accumulate_cuda(gpu, to, dtype, shape, f)
+    }
+
+    /// As [`Backward::accumulate_f32`] on a device: `f(sum, add)` is given the address of f32
+    /// numbers.
+    pub(crate) fn accumulate_f32_cuda(
+        &mut self,
+        gpu: &Gpu,
+        to: &Weight,
+        f: impl FnOnce(u64, bool) -> Result<()>,
+    ) -> Result<()> {
+        match to.source {
+            Source::Constant => Ok(()),
+            Source::Param(slot) => {
+                let device = Device::Cuda(gpu.clone());
+                let (sum, filled) = self.grads.accumulate_on(&device, slot, &to.shape)?;
+                f(cuda::at_mut(sum)?, filled)
+            }
+            Source::Value { .. } => {
+                let gradient = cuda::stale(gpu, DType::F32, &to.shape)?;
+                f(cuda::at(&gradient)?, false)?;
+                self.give_f32(to, gradient)
+            }
+        }
+    }
+
     /// As [`Backward::accumulate`], but `f` runs for constants too, into scratch: for ops that
     /// make other gradients in the same loop.
     pub(crate) fn accumulate_always<E: Float>(
@@ -144,7 +213,7 @@ impl Weight {
     }
 }
 
-/// `a + b`, written over whichever of the two nobody else holds.
+/// `a + b`, both on one device, written over whichever of the two nobody else holds.
 fn add(mut a: Tensor, mut b: Tensor) -> Result<Tensor> {
     fn run<E: Float>(a: &mut Tensor, b: &Tensor) -> Result<()> {
         let b = b.view::<E>("backward", "the gradient")?;
@@ -158,7 +227,10 @@ fn add(mut a: Tensor, mut b: Tensor) -> Result<Tensor> {
     if !a.is_unique() && b.is_unique() {
         std::mem::swap(&mut a, &mut b);
     }
-    crate::dtype::float_dispatch!("backward", a.dtype(), run(&mut a, &b))?;
+    match a.device() {
+        Device::Cpu => crate::dtype::float_dispatch!("backward", a.dtype(), run(&mut a, &b))?,
+        Device::Cuda(gpu) => cuda::add::in_place(&gpu, &mut a, &b)?,
+    }
     Ok(a)
 }
 

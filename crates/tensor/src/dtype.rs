@@ -1,4 +1,4 @@
-//! Storage types and where storage lives.
+//! Storage types.
 
 use std::fmt;
 
@@ -30,22 +30,21 @@ impl DType {
     }
 }
 
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
+impl DType {
+    /// Its name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
             DType::F32 => "f32",
             DType::BF16 => "bf16",
             DType::I32 => "i32",
-        })
+        }
     }
 }
 
-/// Where a tensor's storage lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Device {
-    /// Main memory.
-    Cpu,
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Element types that carry gradients: f32 and bf16.

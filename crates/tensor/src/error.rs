@@ -1,8 +1,8 @@
 //! What can be wrong with a call.
 
-use crate::DType;
+use crate::{DType, Device};
 
-/// Errors of tensors, ops and the tape. All are the caller's.
+/// Errors of tensors, ops and the tape. All are the caller's but some of [`Error::Cuda`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// A tensor whose shape an op cannot take.
@@ -45,6 +45,21 @@ pub enum Error {
         /// Its reason.
         source: tercet_attention::Error,
     },
+    /// A tensor that lives elsewhere than it must.
+    #[error("{op}: {what} is on {got}, expected {expected}; `to_device` moves a tensor")]
+    Device {
+        /// The op.
+        op: &'static str,
+        /// Which argument.
+        what: &'static str,
+        /// Where it must be.
+        expected: String,
+        /// Where it is.
+        got: String,
+    },
+    /// A device could not do what it was asked.
+    #[error(transparent)]
+    Cuda(#[from] tercet_cuda::Error),
     /// A variable used where it does not belong.
     #[error("tape: {0}")]
     Tape(&'static str),
@@ -62,6 +77,15 @@ impl Error {
 
     pub(crate) fn value(op: &'static str, text: impl Into<String>) -> Self {
         Error::Value { op, text: text.into() }
+    }
+
+    pub(crate) fn device(
+        op: &'static str,
+        what: &'static str,
+        expected: &Device,
+        got: &Device,
+    ) -> Self {
+        Error::Device { op, what, expected: expected.to_string(), got: got.to_string() }
     }
 
     pub(crate) fn attention(op: &'static str) -> impl FnOnce(tercet_attention::Error) -> Self {

@@ -1,6 +1,6 @@
 //! Where the gradients of parameters land.
 
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor, cuda};
 
 /// Gradients of the parameters by slot, f32 whatever the parameters' storage. Buffers are made
 /// when first needed and kept by [`Grads::zero`].
@@ -52,7 +52,10 @@ impl Grads {
     pub fn scale(&mut self, factor: f32) -> Result<()> {
         for slot in self.slots.iter_mut().filter(|s| s.filled) {
             if let Some(sum) = &mut slot.sum {
-                crate::ops::scale_in_place(sum.as_f32_mut()?, factor);
+                match sum.device() {
+                    Device::Cpu => crate::ops::scale_in_place(sum.as_f32_mut()?, factor),
+                    Device::Cuda(gpu) => cuda::scale::in_place(&gpu, sum, factor)?,
+                }
             }
         }
         Ok(())
@@ -60,7 +63,10 @@ impl Grads {
 
     /// Puts a gradient, such as one from a checkpoint or another machine.
     pub fn set(&mut self, slot: usize, gradient: Tensor) -> Result<()> {
-        gradient.as_f32()?;
+        if gradient.dtype() != DType::F32 {
+            let (expected, got) = ("f32", gradient.dtype());
+            return Err(Error::DType { op: "grads", what: "the gradient", expected, got });
+        }
         let slot = self.slot(slot)?;
         *slot = Slot { sum: Some(gradient), filled: true };
         Ok(())
@@ -80,10 +86,24 @@ impl Grads {
         slot: usize,
         shape: &[usize],
     ) -> Result<(&mut [f32], bool)> {
+        let (sum, filled) = self.accumulate_on(&Device::Cpu, slot, shape)?;
+        Ok((sum.as_f32_mut()?, filled))
+    }
+
+    /// As [`Grads::accumulate`], on any device; the gradients of a slot stay on one.
+    pub(crate) fn accumulate_on(
+        &mut self,
+        device: &Device,
+        slot: usize,
+        shape: &[usize],
+    ) -> Result<(&mut Tensor, bool)> {
         let slot = self.slot(slot)?;
         let filled = std::mem::replace(&mut slot.filled, true);
         match &slot.sum {
-            Some(sum) if sum.shape() == shape => {}
+            Some(sum) if filled && sum.device() != *device => {
+                return Err(Error::device("grads", "the gradient", device, &sum.device()));
+            }
+            Some(sum) if sum.shape() == shape && sum.device() == *device => {}
             Some(sum) if filled => {
                 return Err(Error::shape(
                     "grads",
@@ -94,8 +114,11 @@ impl Grads {
             }
             _ => slot.sum = None,
         }
-        let sum = slot.sum.get_or_insert_with(|| Tensor::stale(DType::F32, shape));
-        Ok((sum.as_f32_mut()?, filled))
+        let sum = match slot.sum.take() {
+            Some(sum) => sum,
+            None => Tensor::stale_on(device, DType::F32, shape)?,
+        };
+        Ok((slot.sum.insert(sum), filled))
     }
 
     /// Adds a whole tensor; the first one is moved in.
@@ -105,9 +128,18 @@ impl Grads {
             *held = Slot { sum: Some(gradient), filled: true };
             return Ok(());
         }
-        let shape = gradient.shape().to_vec();
-        let (sum, _) = self.accumulate(slot, &shape)?;
-        crate::parallel::map(sum, gradient.as_f32()?, crate::parallel::add_into);
-        Ok(())
+        let device = gradient.device();
+        let (sum, _) = self.accumulate_on(&device, slot, gradient.shape())?;
+        match &device {
+            Device::Cpu => {
+                crate::parallel::map(
+                    sum.as_f32_mut()?,
+                    gradient.as_f32()?,
+                    crate::parallel::add_into,
+                );
+                Ok(())
+            }
+            Device::Cuda(gpu) => cuda::add::in_place(gpu, sum, &gradient),
+        }
     }
 }

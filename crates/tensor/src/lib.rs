@@ -12,6 +12,8 @@
 mod adamw;
 mod backward;
 pub mod clip;
+mod cuda;
+mod device;
 mod dtype;
 mod error;
 mod grads;
@@ -26,7 +28,8 @@ mod tape;
 mod tensor;
 
 pub use adamw::{AdamW, AdamWConfig, AdamWState, SlotState};
-pub use dtype::{DType, Device};
+pub use device::Device;
+pub use dtype::DType;
 pub use error::Error;
 pub use grads::Grads;
 pub use rope_table::{Llama3Scaling, RopeTable, YarnScaling};

@@ -197,7 +197,7 @@ impl<'a> Tape<'a> {
             return Err(Error::Tape("backward on a tape that does not record"));
         }
         self.check(&[loss])?;
-        let seed = Tensor::scalar(scale).to_dtype(loss.dtype())?;
+        let seed = Tensor::scalar_on(&loss.value.device(), scale)?.to_dtype(loss.dtype())?;
         match loss.source {
             Source::Constant => return Ok(()),
             Source::Value { index, .. } if !self.nodes.iter().any(|node| node.makes(index)) => {

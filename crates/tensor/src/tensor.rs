@@ -6,16 +6,29 @@ use std::sync::Arc;
 use half::bf16;
 use tercet_attention::Element;
 
+use crate::cuda::OnCuda;
 use crate::dtype::Float;
 use crate::pool::Buffer;
 use crate::{DType, Device, Error, Result, parallel};
 
-/// The numbers of a tensor. A device other than the CPU would be further variants here.
-#[derive(Clone)]
+/// The numbers of a tensor.
 pub(crate) enum Storage {
     F32(Buffer<f32>),
     BF16(Buffer<bf16>),
     I32(Buffer<i32>),
+    Cuda(OnCuda),
+}
+
+impl Storage {
+    /// A copy in the same memory.
+    fn copy(&self) -> Result<Storage> {
+        Ok(match self {
+            Storage::F32(x) => Storage::F32(x.clone()),
+            Storage::BF16(x) => Storage::BF16(x.clone()),
+            Storage::I32(x) => Storage::I32(x.clone()),
+            Storage::Cuda(x) => Storage::Cuda(x.copy()?),
+        })
+    }
 }
 
 /// A contiguous, row-major tensor. Clones share storage; storage that is shared is never
@@ -72,6 +85,22 @@ impl Tensor {
         Self::from_buffer(Buffer::adopt(vec![value]), &[])
     }
 
+    pub(crate) fn from_storage(storage: Storage, shape: &[usize]) -> Tensor {
+        Tensor { storage: Arc::new(storage), shape: shape.to_vec() }
+    }
+
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// The storage, to be changed; copies first when it is shared.
+    pub(crate) fn storage_mut(&mut self) -> Result<&mut Storage> {
+        if Arc::get_mut(&mut self.storage).is_none() {
+            self.storage = Arc::new(self.storage.copy()?);
+        }
+        Arc::get_mut(&mut self.storage).ok_or(Error::Tape("storage is still shared"))
+    }
+
     fn sized(storage: Storage, len: usize, shape: &[usize]) -> Result<Tensor> {
         if shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)) != Some(len) {
             return Err(Error::shape("tensor", "the new tensor", format!("{len} elements"), shape));
@@ -91,6 +120,7 @@ impl Tensor {
             Storage::F32(_) => DType::F32,
             Storage::BF16(_) => DType::BF16,
             Storage::I32(_) => DType::I32,
+            Storage::Cuda(x) => x.dtype(),
         }
     }
 
@@ -111,7 +141,10 @@ impl Tensor {
 
     /// Where the storage lives.
     pub fn device(&self) -> Device {
-        Device::Cpu
+        match &*self.storage {
+            Storage::Cuda(x) => Device::Cuda(x.gpu().clone()),
+            _ => Device::Cpu,
+        }
     }
 
     /// The same storage under another shape of as many elements.
@@ -134,6 +167,9 @@ impl Tensor {
                 Ok(Self::from_buffer(convert::<_, f32>(x), &self.shape))
             }
             _ if self.dtype() == dtype => Ok(self.clone()),
+            (Storage::Cuda(x), DType::F32 | DType::BF16) if x.dtype() != DType::I32 => {
+                crate::cuda::convert(self, dtype)
+            }
             _ => {
                 let (expected, got) = ("f32 or bf16 on both sides", self.dtype());
                 Err(Error::DType { op: "to_dtype", what: "the tensor", expected, got })
@@ -166,7 +202,7 @@ impl Tensor {
         self.view_mut("as_bf16_mut", "the tensor")
     }
 
-    /// A copy as f32 of an f32 or bf16 tensor.
+    /// A copy as f32 of an f32 or bf16 tensor, wherever it lives.
     pub fn to_vec_f32(&self) -> Result<Vec<f32>> {
         match &*self.storage {
             Storage::F32(x) => Ok(x.to_vec()),
@@ -175,23 +211,24 @@ impl Tensor {
                 let (expected, got) = ("f32 or bf16", DType::I32);
                 Err(Error::DType { op: "to_vec_f32", what: "the tensor", expected, got })
             }
+            Storage::Cuda(_) => self.to_device(&Device::Cpu)?.to_vec_f32(),
         }
     }
 
-    /// The value of a tensor with one element.
+    /// The value of a tensor with one element, wherever it lives.
     pub fn item(&self) -> Result<f32> {
         match (&*self.storage, self.len()) {
             (Storage::F32(x), 1) => Ok(x[0]),
             (Storage::BF16(x), 1) => Ok(Element::to_f32(x[0])),
             (Storage::I32(x), 1) => Ok(x[0] as f32),
+            (Storage::Cuda(_), 1) => self.to_device(&Device::Cpu)?.item(),
             _ => Err(Error::shape("item", "the tensor", "one element", &self.shape)),
         }
     }
 
     /// The numbers as `E`, or an error in the name of `op`.
     pub(crate) fn view<E: Float>(&self, op: &'static str, what: &'static str) -> Result<&[E]> {
-        let expected = dtype_name(E::DTYPE);
-        E::of(&self.storage).ok_or(Error::DType { op, what, expected, got: self.dtype() })
+        E::of(&self.storage).ok_or_else(|| self.refused(op, what, E::DTYPE))
     }
 
     /// See [`Tensor::view`]; copies first when the storage is shared.
@@ -200,29 +237,34 @@ impl Tensor {
         op: &'static str,
         what: &'static str,
     ) -> Result<&mut [E]> {
-        let (expected, got) = (dtype_name(E::DTYPE), self.dtype());
-        E::of_mut(Arc::make_mut(&mut self.storage)).ok_or(Error::DType { op, what, expected, got })
+        if E::of(&self.storage).is_none() {
+            return Err(self.refused(op, what, E::DTYPE));
+        }
+        let (expected, got) = (E::DTYPE.name(), self.dtype());
+        E::of_mut(self.storage_mut()?).ok_or(Error::DType { op, what, expected, got })
     }
 
-    /// See [`Tensor::view`].
+    /// See [`Tensor::view`]. Integers that were moved to a device left their numbers here, too.
     pub(crate) fn view_i32(&self, op: &'static str, what: &'static str) -> Result<&[i32]> {
         match &*self.storage {
             Storage::I32(x) => Ok(x),
-            _ => Err(Error::DType { op, what, expected: "i32", got: self.dtype() }),
+            Storage::Cuda(x) => x.host_i32().ok_or_else(|| self.refused(op, what, DType::I32)),
+            _ => Err(self.refused(op, what, DType::I32)),
         }
+    }
+
+    /// Why the numbers cannot be seen as `expected` by the CPU.
+    fn refused(&self, op: &'static str, what: &'static str, expected: DType) -> Error {
+        let got = self.dtype();
+        if got == expected {
+            return Error::device(op, what, &Device::Cpu, &self.device());
+        }
+        Error::DType { op, what, expected: expected.name(), got }
     }
 
     /// Whether nobody else shares the storage: writing then costs no copy.
     pub(crate) fn is_unique(&self) -> bool {
         Arc::strong_count(&self.storage) == 1
-    }
-}
-
-fn dtype_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F32 => "f32",
-        DType::BF16 => "bf16",
-        DType::I32 => "i32",
     }
 }
 

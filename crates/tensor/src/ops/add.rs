@@ -6,7 +6,7 @@ use super::check;
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
-use crate::{Result, Tape, Tensor, Var, parallel};
+use crate::{Device, Result, Tape, Tensor, Var, cuda, parallel};
 
 const OP: &str = "add";
 
@@ -14,7 +14,10 @@ const OP: &str = "add";
 pub fn add(tape: &mut Tape, a: &Var, b: &Var) -> Result<Var> {
     check::same_dtype(OP, a, &[("b", b)])?;
     check::shape(OP, "b", b.value(), a.shape())?;
-    let value = float_dispatch!(OP, a.dtype(), forward(a.value(), b.value()))?;
+    let value = match check::device(OP, &[("a", a.value()), ("b", b.value())])? {
+        Device::Cpu => float_dispatch!(OP, a.dtype(), forward(a.value(), b.value()))?,
+        Device::Cuda(gpu) => cuda::add::forward(&gpu, a.value(), b.value())?,
+    };
     let (to_a, to_b) = (a.source(), b.source());
     tape.record(value, &[a, b], move |grad, walk| {
         walk.give(to_a, grad.clone())?;

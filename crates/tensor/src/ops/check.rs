@@ -1,6 +1,6 @@
 //! Checks that several ops make.
 
-use crate::{Error, Result, Tensor, Var};
+use crate::{Device, Error, Result, Tensor, Var};
 
 /// Refuses an input whose storage type differs from the first one's.
 pub(super) fn same_dtype(
@@ -19,6 +19,19 @@ pub(super) fn same_dtype(
         }
     }
     Ok(())
+}
+
+/// Where all of these live; refuses one that lives elsewhere than the first.
+pub(super) fn device(op: &'static str, tensors: &[(&'static str, &Tensor)]) -> Result<Device> {
+    let Some(((_, first), others)) = tensors.split_first() else { return Ok(Device::Cpu) };
+    let device = first.device();
+    for (what, tensor) in others {
+        let got = tensor.device();
+        if got != device {
+            return Err(Error::device(op, what, &device, &got));
+        }
+    }
+    Ok(device)
 }
 
 /// Refuses an input of another shape.

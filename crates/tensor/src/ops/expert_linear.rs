@@ -65,7 +65,7 @@ fn forward<E: Float>(call: &Call) -> Result<Tensor> {
     let [outer, inner] = call.sizes;
     let x = E::widen(call.x.view(OP, "x")?);
     let mut out = Buffer::<E>::stale(call.plan.rows() * outer);
-    let mut result = Ok(());
+    let mut result: Result<()> = Ok(());
     E::write(&mut out, false, |out| {
         result = call.segments(false).try_for_each(|(e, from, to)| {
             let weight: &[E] = call.weights[e].view(OP, "a weight")?;
@@ -91,7 +91,7 @@ fn backward<E: Float>(call: &Call, grad: &Tensor, walk: &mut Backward) -> Result
         })?;
     }
     walk.accumulate::<E>(call.to_x, call.x.shape(), |sum, add| {
-        let mut result = Ok(());
+        let mut result: Result<()> = Ok(());
         E::write(sum, add, |sum| {
             result = call.segments(false).try_for_each(|(e, from, to)| {
                 let weight = E::widen(call.weights[e].view(OP, "a weight")?);

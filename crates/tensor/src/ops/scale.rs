@@ -5,16 +5,22 @@
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
-use crate::{Result, Tape, Tensor, Var, parallel};
+use crate::{Device, Result, Tape, Tensor, Var, cuda, parallel};
 
 const OP: &str = "scale";
 
 /// Multiplies every element by `factor`.
 pub fn scale(tape: &mut Tape, x: &Var, factor: f32) -> Result<Var> {
-    let value = float_dispatch!(OP, x.dtype(), forward(x.value(), factor))?;
+    let value = match x.value().device() {
+        Device::Cpu => float_dispatch!(OP, x.dtype(), forward(x.value(), factor))?,
+        Device::Cuda(gpu) => cuda::scale::forward(&gpu, x.value(), factor)?,
+    };
     let (to_x, dtype) = (x.source(), x.dtype());
     tape.record(value, &[x], move |mut grad, walk| {
-        float_dispatch!(OP, dtype, backward(&mut grad, factor))?;
+        match grad.device() {
+            Device::Cpu => float_dispatch!(OP, dtype, backward(&mut grad, factor))?,
+            Device::Cuda(gpu) => cuda::scale::in_place(&gpu, &mut grad, factor)?,
+        }
         walk.give(to_x, grad)
     })
 }
