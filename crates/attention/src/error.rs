@@ -2,7 +2,7 @@
 
 use crate::SpecError;
 
-/// Errors of the operator. All are the caller's: the arithmetic itself cannot fail.
+/// Errors of the operator. On the CPU all are the caller's: the arithmetic itself cannot fail.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The specification breaks a rule.
@@ -32,4 +32,7 @@ pub enum Error {
     /// A list of selected blocks that no selection could have made.
     #[error("selected blocks: {0}")]
     Indices(String),
+    /// A device that is missing, out of memory, or failed.
+    #[error(transparent)]
+    Device(#[from] tercet_cuda::Error),
 }
