@@ -1,0 +1,334 @@
+// dK and dV of one branch: a block owns some keys of a key-value head and walks all queries that see
+// them, the heads of the group one after another, from the last query to the first. Sums stay in
+// registers, so there are no atomics and the same bits every time.
+//
+// Scores are computed with keys as rows (Sᵀ = K·Qᵀ, dPᵀ = V·dOutᵀ), so that g·P and dS leave the
+// registers of one product for the next (dV += (gP)ᵀ·dOut, dK += dSᵀ·Q) without shared memory.
+//  * D, V ≤ 128: 128 keys, each of two warpgroups 64 of them with dK and dV.
+//  * larger:     64 keys; warpgroup 0 keeps Sᵀ and dV, warpgroup 1 dPᵀ and dK, and g·P goes from a
+//                thread of the first to the same thread of the second through shared memory.
+//
+// Where keys are few (compressed), `head_parts` and `range_parts` split a tile's work over blocks;
+// each then writes its own f32 sums and `attend_backward_sum` adds them in order.
+//
+// Constants: see backward.cuh, and STAGES. Grid: parts · tiles · K blocks. Block: 384 threads.
+#include "backward.cuh"
+
+static constexpr bool SHARED_KEYS = D > 128 || V > 128;
+static constexpr int KEYS = SHARED_KEYS ? 64 : 128, QUERIES = 64, CONSUMERS = 2;
+static constexpr int K_BYTES = KEYS * DP * 2, V_BYTES = KEYS * VP * 2;
+static constexpr int Q_BYTES = QUERIES * DP * 2, O_BYTES = QUERIES * VP * 2, ROW_BYTES = 3 * QUERIES * 4;
+
+// Keys `index..index+rows` of a sequence, in rows `key..` of k and v; its `length` tokens begin at `token`.
+struct KeyTile {
+    int key, rows, index, token, length;
+};
+
+struct Params {
+    const KeyTile* tiles;  // longest first
+    int tile_count, group, kv_heads;
+    int head_parts, range_parts;
+    float scale_log2, scale;
+    Visible visible;
+    Real *dk, *dv;               // [N, K, D], [N, K, V]; written if there is one part
+    float *dk_parts, *dv_parts;  // [parts, N, K, D], [parts, N, K, V]; written if there are more
+    i64 keys;                    // N
+};
+
+struct Shared {
+    u8 k[K_BYTES];
+    u8 v[V_BYTES];
+    u8 q[STAGES][Q_BYTES];
+    u8 o[STAGES][O_BYTES];                              // dOut
+    float rows[STAGES][3][QUERIES];                     // log-sum-exp (base 2), gate, δ
+    Vec<u32, 4> p[SHARED_KEYS ? 2 : 1][SHARED_KEYS ? 4 : 1][SHARED_KEYS ? 128 : 1];  // g·P
+    u64 keys_full, full[STAGES], empty[STAGES], p_full[2], p_empty[2];
+};
+
+// A block's share: query tiles [first, last) of the sequence, heads [head, head + heads).
+struct Work {
+    KeyTile tile;
+    int kv_head, head, heads, first, last, part;
+};
+
+DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const TensorMap* q, const TensorMap* o,
+                    const TensorMap* rows, const Work& w) {
+    barrier_expect(&s.keys_full, K_BYTES + V_BYTES);
+#pragma unroll
+    for (int c = 0; c < DP / PANEL; c++)
+        tma_load(s.k + c * KEYS * 128, k, &s.keys_full, c * PANEL, w.kv_head, w.tile.key);
+#pragma unroll
+    for (int c = 0; c < VP / PANEL; c++)
+        tma_load(s.v + c * KEYS * 128, v, &s.keys_full, c * PANEL, w.kv_head, w.tile.key);
+    int stage = 0;
+    u32 parity = 1;
+    for (int head = w.head; head < w.head + w.heads; head++) {
+        for (int t = w.last - 1; t >= w.first; t--) {
+            int token = w.tile.token + t * QUERIES;
+            barrier_wait(&s.empty[stage], parity);
+            barrier_expect(&s.full[stage], Q_BYTES + O_BYTES + ROW_BYTES);
+#pragma unroll
+            for (int c = 0; c < DP / PANEL; c++)
+                tma_load(s.q[stage] + c * QUERIES * 128, q, &s.full[stage], c * PANEL, head, token);
+#pragma unroll
+            for (int c = 0; c < VP / PANEL; c++)
+                tma_load(s.o[stage] + c * QUERIES * 128, o, &s.full[stage], c * PANEL, head, token);
+            tma_load(s.rows[stage], rows, &s.full[stage], token, 0, head);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+    }
+}
+
+// The two rows (keys) of a thread, from key `index` of the sequence: which queries see them.
+struct Edge {
+    int first[2], last[2];     // of the thread's rows
+    int whole_from, whole_to;  // queries that see all 64 keys of the warpgroup
+
+    DEVICE Edge(const Params& a, const KeyTile& tile, int index, int row) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            first[r] = first_query(a.visible, index + row + 8 * r);
+            last[r] = last_query(a.visible, index + row + 8 * r, tile.length);
+        }
+        whole_from = first_query(a.visible, index + 63);
+        whole_to = last_query(a.visible, index, tile.length);
+    }
+    // Hides what queries position..position+64 do not see.
+    DEVICE void trim(float (&scores)[QUERIES / 2], int position) const {
+        if (position >= whole_from && position + QUERIES <= whole_to) return;
+        int column = position + 2 * (threadIdx.x & 3);
+        int from[2] = {first[0] - column, first[1] - column}, to[2] = {last[0] - column, last[1] - column};
+        hide<QUERIES>(scores, from, to);
+    }
+};
+
+// Scores become g·P.
+DEVICE void exponentials(float (&scores)[QUERIES / 2], const float (&rows)[3][QUERIES], float scale_log2) {
+    int column = 2 * (threadIdx.x & 3);
+#pragma unroll
+    for (int j = 0; j < QUERIES / 8; j++) {
+        float2 lse = *(const float2*)&rows[0][8 * j + column], gate = *(const float2*)&rows[1][8 * j + column];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float* x = scores + 4 * j + 2 * r;
+            x[0] = exp2_approx(fmaf(x[0], scale_log2, -lse.x)) * gate.x;
+            x[1] = exp2_approx(fmaf(x[1], scale_log2, -lse.y)) * gate.y;
+        }
+    }
+}
+
+DEVICE void pack_all(u32 (&p)[QUERIES / 4], const float (&x)[QUERIES / 2]) {
+#pragma unroll
+    for (int i = 0; i < QUERIES / 4; i++) p[i] = pack<Real>(x[2 * i], x[2 * i + 1]);
+}
+
+// A thread's two rows of dK or dV go out.
+template <int N>
+DEVICE void store(const float (&d)[N / 2], const Params& a, const Work& w, int row, float factor, Real* out,
+                  float* parts) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int at = row + 8 * r;
+        bool inside = at < w.tile.rows;
+        i64 place = ((w.tile.key + at) * (i64)a.kv_heads + w.kv_head) * N;
+        if (a.head_parts * a.range_parts == 1) {
+            store_row<N>(d, r, factor, out + place, inside, false);
+        } else if (inside) {
+            float* to = parts + w.part * a.keys * a.kv_heads * N + place + 2 * (threadIdx.x & 3);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+                *(float2*)(to + 8 * j) = make_float2(d[4 * j + 2 * r] * factor, d[4 * j + 2 * r + 1] * factor);
+        }
+    }
+}
+
+// 128 keys: each warpgroup does everything for 64 of them.
+DEVICE void consume_own(Shared& s, const Params& a, const Work& w) {
+    int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    int row = warp * 16 + lane / 4;
+    bool leader = lane == 0;
+    Edge edge(a, w.tile, w.tile.index + warpgroup * 64, row);
+
+    float dk[D / 2], dv[V / 2], scores[QUERIES / 2], dp[QUERIES / 2];
+    u32 p[QUERIES / 4], ds[QUERIES / 4];
+    clear(dk);
+    clear(dv);
+    int per_head = w.last - w.first, count = per_head * w.heads, t = w.last;
+    int stage = 0;
+    u32 parity = 0;
+    u64 keys = descriptor_rows(s.k + warpgroup * 64 * 128), values = descriptor_rows(s.v + warpgroup * 64 * 128);
+    barrier_wait(&s.keys_full, 0);
+    for (int i = 0; i < count; i++) {
+        if (--t < w.first) t = w.last - 1;
+        barrier_wait(&s.full[stage], parity);
+        multiply_rows<QUERIES, D, KEYS * 128, QUERIES * 128>(scores, keys, descriptor_rows(s.q[stage]));
+        multiply_rows<QUERIES, V, KEYS * 128, QUERIES * 128>(dp, values, descriptor_rows(s.o[stage]));
+        wgmma_wait<1>();  // scores are there, and the last tile's dK and dV
+        wgmma_hold(scores);
+        if (leader && i > 0) barrier_arrive(&s.empty[stage == 0 ? STAGES - 1 : stage - 1]);
+        edge.trim(scores, t * QUERIES);
+        exponentials(scores, s.rows[stage], a.scale_log2);
+        pack_all(p, scores);
+        add_product<V, QUERIES>(dv, p, descriptor_columns(s.o[stage], QUERIES * 128));
+        wgmma_wait<1>();
+        wgmma_hold(dp);
+#pragma unroll
+        for (int j = 0; j < QUERIES / 8; j++) {
+            float2 delta = *(const float2*)&s.rows[stage][2][8 * j + 2 * (lane & 3)];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                int x = 4 * j + 2 * r;
+                ds[x / 2] = pack<Real>(scores[x] * (dp[x] - delta.x), scores[x + 1] * (dp[x + 1] - delta.y));
+            }
+        }
+        add_product<D, QUERIES>(dk, ds, descriptor_columns(s.q[stage], QUERIES * 128));
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    wgmma_wait<0>();
+    wgmma_hold(dk);
+    wgmma_hold(dv);
+    store<D>(dk, a, w, warpgroup * 64 + row, a.scale, a.dk, a.dk_parts);
+    store<V>(dv, a, w, warpgroup * 64 + row, 1.0f, a.dv, a.dv_parts);
+}
+
+// 64 keys, warpgroup 0: scores, g·P, dV.
+DEVICE void consume_values(Shared& s, const Params& a, const Work& w) {
+    int thread = threadIdx.x % 128, lane = threadIdx.x % 32, row = thread / 32 * 16 + lane / 4;
+    bool leader = lane == 0;
+    Edge edge(a, w.tile, w.tile.index, row);
+    float dv[V / 2], scores[QUERIES / 2];
+    u32 p[QUERIES / 4];
+    clear(dv);
+    int count = (w.last - w.first) * w.heads, t = w.last, stage = 0;
+    u32 parity = 0;
+    u64 keys = descriptor_rows(s.k);
+    barrier_wait(&s.keys_full, 0);
+    for (int i = 0; i < count; i++) {
+        if (--t < w.first) t = w.last - 1;
+        barrier_wait(&s.full[stage], parity);
+        multiply_rows<QUERIES, D, KEYS * 128, QUERIES * 128>(scores, keys, descriptor_rows(s.q[stage]));
+        wgmma_wait<0>();
+        wgmma_hold(scores);
+        if (leader && i > 0) barrier_arrive(&s.empty[stage == 0 ? STAGES - 1 : stage - 1]);
+        edge.trim(scores, t * QUERIES);
+        exponentials(scores, s.rows[stage], a.scale_log2);
+        pack_all(p, scores);
+        int side = i & 1;
+        barrier_wait(&s.p_empty[side], (i / 2 & 1) ^ 1);
+#pragma unroll
+        for (int c = 0; c < 4; c++) s.p[side][c][thread] = Vec<u32, 4>{{p[4 * c], p[4 * c + 1], p[4 * c + 2], p[4 * c + 3]}};
+        __syncwarp();
+        if (leader) barrier_arrive(&s.p_full[side]);
+        add_product<V, QUERIES>(dv, p, descriptor_columns(s.o[stage], QUERIES * 128));
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    wgmma_wait<0>();
+    wgmma_hold(dv);
+    store<V>(dv, a, w, row, 1.0f, a.dv, a.dv_parts);
+}
+
+// 64 keys, warpgroup 1: dP, dS, dK.
+DEVICE void consume_keys(Shared& s, const Params& a, const Work& w) {
+    int thread = threadIdx.x % 128, lane = threadIdx.x % 32, row = thread / 32 * 16 + lane / 4;
+    bool leader = lane == 0;
+    float dk[D / 2], dp[QUERIES / 2];
+    u32 ds[QUERIES / 4];
+    clear(dk);
+    int count = (w.last - w.first) * w.heads, stage = 0;
+    u32 parity = 0;
+    u64 values = descriptor_rows(s.v);
+    barrier_wait(&s.keys_full, 0);
+    for (int i = 0; i < count; i++) {
+        barrier_wait(&s.full[stage], parity);
+        multiply_rows<QUERIES, V, KEYS * 128, QUERIES * 128>(dp, values, descriptor_rows(s.o[stage]));
+        wgmma_wait<0>();
+        wgmma_hold(dp);
+        if (leader && i > 0) barrier_arrive(&s.empty[stage == 0 ? STAGES - 1 : stage - 1]);
+        int side = i & 1;
+        barrier_wait(&s.p_full[side], i / 2 & 1);
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            Vec<u32, 4> p = s.p[side][c][thread];
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds[4 * c + i] = p.at[i];
+        }
+        __syncwarp();
+        if (leader) barrier_arrive(&s.p_empty[side]);
+#pragma unroll
+        for (int j = 0; j < QUERIES / 8; j++) {
+            float2 delta = *(const float2*)&s.rows[stage][2][8 * j + 2 * (lane & 3)];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                int x = 4 * j + 2 * r;
+                float2 p = unpack<Real>(ds[x / 2]);
+                ds[x / 2] = pack<Real>(p.x * (dp[x] - delta.x), p.y * (dp[x + 1] - delta.y));
+            }
+        }
+        add_product<D, QUERIES>(dk, ds, descriptor_columns(s.q[stage], QUERIES * 128));
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    wgmma_wait<0>();
+    wgmma_hold(dk);
+    store<D>(dk, a, w, row, a.scale, a.dk, a.dk_parts);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    attend_backward_keys(const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
+                         const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap o,
+                         const __grid_constant__ TensorMap rows, const __grid_constant__ Params a) {
+    extern __shared__ __align__(1024) u8 raw[];
+    Shared& s = *(Shared*)raw;
+    int block = blockIdx.x;
+    Work w;
+    w.tile = a.tiles[block % a.tile_count];
+    block /= a.tile_count;
+    w.part = block % (a.head_parts * a.range_parts);
+    w.kv_head = block / (a.head_parts * a.range_parts);
+    w.heads = a.group / a.head_parts;
+    w.head = w.kv_head * a.group + w.part / a.range_parts * w.heads;
+    int range = w.part % a.range_parts;
+    int first = first_query(a.visible, w.tile.index) / QUERIES;
+    int last = (last_query(a.visible, w.tile.index + w.tile.rows - 1, w.tile.length) + QUERIES - 1) / QUERIES;
+    int tiles = max(0, last - first);
+    w.first = first + (int)((i64)tiles * range / a.range_parts);
+    w.last = first + (int)((i64)tiles * (range + 1) / a.range_parts);
+
+    if (threadIdx.x == 0) {
+        barrier_init(&s.keys_full, 1);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&s.full[i], 1);
+            barrier_init(&s.empty[i], CONSUMERS * 4);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&s.p_full[i], 4);
+            barrier_init(&s.p_empty[i], 4);
+        }
+        barrier_fence_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_shrink<24>();
+        if (threadIdx.x == 0) produce(s, &k, &v, &q, &o, &rows, w);
+    } else {
+        registers_grow<240>();
+        if constexpr (!SHARED_KEYS) consume_own(s, a, w);
+        else if (threadIdx.x < 256) consume_values(s, a, w);
+        else consume_keys(s, a, w);
+    }
+}
+
+// out[i] = Σ parts[·][i], in order; four numbers a thread.
+KERNEL attend_backward_sum(const float* parts, Real* out, i64 size, int count) {
+    i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (at >= size) return;
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int part = 0; part < count; part++) {
+        auto x = *(const Vec<float, 4>*)(parts + part * size + at);
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[i] += x.at[i];
+    }
+    Vec<Real, 4> y;
+#pragma unroll
+    for (int i = 0; i < 4; i++) y.at[i] = narrow<Real>(sum[i]);
+    *(Vec<Real, 4>*)(out + at) = y;
+}

@@ -1,0 +1,122 @@
+// What the backward kernels of `attend` share: the masks, products on tiles, the way out.
+//
+// Constants: D, V (head dims, multiples of 32, at most 256), MASK (0 causal, 1 compressed, 2 window).
+//
+// With P the probabilities, g the branch's gate and δ = dOut·O_b of a query (O_b the branch's output
+// before its gate), the branch's gradients are
+//   dV = (g·P)ᵀ·dOut     dS = g·P·(dOut·Vᵀ − δ)     dQ = scale·dS·K     dK = scale·dSᵀ·Q
+// so no gated dOut is ever written. The gate's own gradient is δ.
+#pragma once
+#include "hopper.cuh"
+
+static constexpr int PANEL = 64;
+static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
+static constexpr int COMPRESSED = 1, WINDOW = 2;  // 0 is causal
+static_assert(D % 32 == 0 && V % 32 == 0, "head dims come in multiples of 32");
+
+struct Visible {
+    int window;         // w
+    int block, stride;  // l, d
+};
+
+// Keys [first_key, last_key) are visible to position p.
+DEVICE int last_key(const Visible& a, int p) {
+    if (MASK == COMPRESSED) return p + 1 < a.block ? 0 : (p + 1 - a.block) / a.stride + 1;
+    return p + 1;
+}
+DEVICE int first_key(const Visible& a, int p) { return MASK == WINDOW ? max(0, p - a.window + 1) : 0; }
+
+// Positions [first_query, last_query) of a sequence of `length` tokens see key j.
+DEVICE int first_query(const Visible& a, int j) { return MASK == COMPRESSED ? j * a.stride + a.block - 1 : j; }
+DEVICE int last_query(const Visible& a, int j, int length) {
+    return MASK == WINDOW ? min(length, j + a.window) : length;
+}
+
+// One thread's two rows see the columns [first, last) only: 64×N scores outside become −∞.
+// `first` and `last` count from the thread's own first column.
+template <int N>
+DEVICE void hide(float (&scores)[N / 2], const int (&first)[2], const int (&last)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                int at = 8 * j + c;
+                if (at < first[r] || at >= last[r]) scores[4 * j + 2 * r + c] = -INF;
+            }
+        }
+    }
+}
+
+// d = a·bᵀ over INNER columns: 64 rows of `a`, N rows of `b`; panels of 64 columns lie A_PANEL and
+// B_PANEL bytes apart.
+template <int N, int INNER, int A_PANEL, int B_PANEL>
+DEVICE void multiply_rows(float (&d)[N / 2], u64 a, u64 b) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < INNER / 16; i++) {
+        int panel = i / 4, inner = i % 4;
+        Wgmma<N>::template ss<0, 0>(d, descriptor_step(a, panel * A_PANEL + inner * 32),
+                                    descriptor_step(b, panel * B_PANEL + inner * 32), i > 0);
+    }
+    wgmma_commit();
+}
+
+// d += p·b: `p` 64×ROWS in registers, `b` ROWS×N in shared memory.
+template <int N, int ROWS>
+DEVICE void add_product(float (&d)[N / 2], const u32 (&p)[ROWS / 4], u64 b) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < ROWS / 16; i++) Wgmma<N>::template rs<1>(d, p + 4 * i, descriptor_step(b, i * 2048), 1);
+    wgmma_commit();
+}
+
+template <int N>
+DEVICE void clear(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) d[i] = 0.0f;
+}
+
+// Among four neighbouring lanes: word i of lane l becomes word l of lane i.
+DEVICE void transpose_quad(u32 (&w)[4]) {
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 given = __shfl_xor_sync(ALL_LANES, odd ? w[i] : w[i + 1], 1);
+        if (odd) w[i] = given;
+        else w[i + 1] = given;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 given = __shfl_xor_sync(ALL_LANES, high ? w[i] : w[i + 2], 2);
+        if (high) w[i] = given;
+        else w[i + 2] = given;
+    }
+}
+
+// One of a thread's two rows of a 64×N accumulator, times `factor`, to `row` (N numbers) in 16-byte
+// pieces, added to what is there if `add`. All lanes of a warp take part; `inside` says which store.
+template <int N>
+DEVICE void store_row(const float (&d)[N / 2], int r, float factor, Real* row, bool inside, bool add) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j += 4) {
+        u32 words[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* pair = d + 4 * (j + i) + 2 * r;
+            words[i] = pack<Real>(pair[0] * factor, pair[1] * factor);
+        }
+        transpose_quad(words);
+        if (!inside) continue;
+        auto* place = (Vec<u32, 4>*)(row + 8 * (j + (threadIdx.x & 3)));
+        Vec<u32, 4> sum;
+        if (add) sum = *place;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 x = unpack<Real>(words[i]), y = unpack<Real>(sum.at[i]);
+            sum.at[i] = add ? pack<Real>(x.x + y.x, x.y + y.y) : words[i];
+        }
+        *place = sum;
+    }
+}
