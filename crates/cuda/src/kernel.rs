@@ -89,6 +89,12 @@ impl Args {
         self
     }
 
+    /// A `double`.
+    pub fn f64(mut self, value: f64) -> Self {
+        self.0.push(Arg::Long(value.to_bits()));
+        self
+    }
+
     /// A TMA descriptor (`const __grid_constant__`).
     pub fn map(mut self, map: TensorMap) -> Self {
         self.0.push(Arg::Map(Box::new(map)));

@@ -3,11 +3,19 @@
 use rayon::prelude::*;
 
 use crate::simd::multiversion;
-use crate::{Grads, Result, parallel};
+use crate::{Device, Error, Grads, Result, Tensor, cuda, parallel};
 
 /// `√Σ g²` over all gradients, summed in f64 in a fixed order.
 pub fn global_norm(grads: &Grads) -> Result<f64> {
     let mut total = 0.0;
+    if let Some(Device::Cuda(gpu)) = grads.iter().flatten().next().map(Tensor::device) {
+        let all: Vec<&Tensor> = grads.iter().flatten().collect();
+        let device = Device::Cuda(gpu.clone());
+        if let Some(other) = all.iter().find(|g| g.device() != device) {
+            return Err(Error::device("clip", "a gradient", &device, &other.device()));
+        }
+        return Ok(cuda::norm::squared(&gpu, &all)?.sqrt());
+    }
     for gradient in grads.iter().flatten() {
         let pieces = gradient.as_f32()?.par_chunks(parallel::CHUNK).map(sum_of_squares);
         total += pieces.collect::<Vec<f64>>().into_iter().sum::<f64>();

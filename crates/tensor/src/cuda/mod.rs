@@ -13,7 +13,7 @@
 //! 3. Gradients go through `walk.accumulate_cuda(gpu, to_x, dtype, shape, |sum, add| …)` (the
 //!    value's type, `sum` an address) and `walk.accumulate_f32_cuda(gpu, &to_weight, |sum, add|
 //!    …)`; whole tensors through `walk.give` and `walk.give_f32`, as on the CPU.
-//! 4. Sums have one order: no float atomics; partial sums go to scratch and [`sums`] adds them.
+//! 4. Sums have one order: no float atomics; partial sums go to scratch and `sum_parts` adds them.
 //!    i32 tensors (ids, positions, targets) keep their host numbers: `view_i32` works on both
 //!    sides, so checks stay on the host; the device reads its copy at `at(ids)?`.
 //! 5. `selftest.rs` gets a case.
@@ -23,16 +23,27 @@ use tercet_cuda::{Gpu, Kernel, Source};
 use crate::tensor::Storage;
 use crate::{DType, Error, Result, Tensor};
 
+pub(crate) mod adamw;
 pub(crate) mod add;
 mod convert;
+pub(crate) mod cross_entropy;
+pub(crate) mod linear;
+pub(crate) mod norm;
 pub(crate) mod scale;
 mod storage;
+mod sum_parts;
 
 pub(crate) use convert::convert;
 pub(crate) use storage::{OnCuda, number};
 
 /// Header of elementwise loops.
 pub(crate) const PIECES: (&str, &str) = ("pieces.cuh", include_str!("pieces.cuh"));
+
+/// Header of launches over many tensors.
+const SLOTS: (&str, &str) = ("slots.cuh", include_str!("slots.cuh"));
+
+/// Numbers that a block of such a launch takes; SPAN in `slots.cuh`.
+const SPAN: usize = 256 * 4 * 4;
 
 /// Threads of a block in elementwise loops.
 const THREADS: u32 = 256;

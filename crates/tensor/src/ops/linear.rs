@@ -9,7 +9,7 @@ use crate::dtype::{Float, float_dispatch};
 use crate::matmul::{Mat, matmul, project};
 use crate::pool::Buffer;
 use crate::tape::Source;
-use crate::{Error, Result, Tape, Tensor, Var, parallel};
+use crate::{Device, Error, Result, Tape, Tensor, Var, cuda, parallel};
 
 const OP: &str = "linear";
 
@@ -29,13 +29,37 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Res
     let sizes = [rows, outer, inner];
     let (x_value, w_value) = (x.value().clone(), weight.value().clone());
     let bias_value = bias.map(Var::value);
-    let value = float_dispatch!(OP, x.dtype(), forward(&x_value, &w_value, bias_value, sizes))?;
+    let mut places = vec![("x", &x_value), ("the weight", &w_value)];
+    places.extend(bias_value.map(|b| ("the bias", b)));
+    let mut shape = x.shape().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = outer;
+    }
+    let value = match check::device(OP, &places)? {
+        Device::Cpu => {
+            float_dispatch!(OP, x.dtype(), forward(&x_value, &w_value, bias_value, sizes, &shape))?
+        }
+        Device::Cuda(gpu) => {
+            cuda::linear::forward(&gpu, &x_value, &w_value, bias_value, sizes, &shape)?
+        }
+    };
 
     let mut inputs = vec![x, weight];
     inputs.extend(bias);
     let (to_x, to_weight, to_bias) = (x.source(), Weight::of(weight), bias.map(Weight::of));
     tape.record(value, &inputs, move |grad, walk| {
         let dtype = grad.dtype();
+        if let Device::Cuda(gpu) = grad.device() {
+            let call = cuda::linear::Call {
+                x: &x_value,
+                weight: &w_value,
+                to_x,
+                to_weight: &to_weight,
+                to_bias: to_bias.as_ref(),
+                sizes,
+            };
+            return cuda::linear::backward(&gpu, &call, &grad, walk);
+        }
         let call = Call { x: x_value, weight: w_value, to_x, to_weight, to_bias, sizes };
         float_dispatch!(OP, dtype, backward(call, &grad, walk))
     })
@@ -46,6 +70,7 @@ fn forward<E: Float>(
     weight: &Tensor,
     bias: Option<&Tensor>,
     sizes: [usize; 3],
+    shape: &[usize],
 ) -> Result<Tensor> {
     let [rows, outer, _] = sizes;
     let wide = E::widen(x.view(OP, "x")?);
@@ -61,11 +86,7 @@ fn forward<E: Float>(
         }
         project(out, &wide, weight, sizes, bias.is_some());
     });
-    let mut shape = x.shape().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = outer;
-    }
-    Ok(Tensor::from_buffer(out, &shape))
+    Ok(Tensor::from_buffer(out, shape))
 }
 
 /// What the backward pass needs of one call.

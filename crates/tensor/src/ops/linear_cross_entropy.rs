@@ -11,7 +11,7 @@ use crate::dtype::{Float, float_dispatch};
 use crate::matmul::{Mat, matmul, project};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
-use crate::{DType, Error, Result, Tape, Tensor, Var, math, parallel};
+use crate::{DType, Device, Error, Result, Tape, Tensor, Var, cuda, math, parallel};
 use rayon::prelude::*;
 
 const OP: &str = "linear_cross_entropy";
@@ -52,8 +52,22 @@ pub fn linear_cross_entropy(
     }
     let inputs = [x, weight];
     let keeps = tape.keeps(&inputs);
-    let outcome = float_dispatch!(OP, x.dtype(), run(x.value(), weight.value(), list, keeps))?;
+    let places = [("x", x.value()), ("the weight", weight.value()), ("targets", targets)];
     let (to_x, to_weight) = (x.source(), Weight::of(weight));
+    if let Device::Cuda(gpu) = check::device(OP, &places)? {
+        let (loss, grads) =
+            cuda::cross_entropy::run(&gpu, x.value(), weight.value(), targets, list, keeps)?;
+        return tape.record(loss, &inputs, move |seed, walk| {
+            if let Some((mut d_x, mut d_weight)) = grads {
+                cuda::scale::in_place_by(&gpu, &mut d_x, &seed)?;
+                cuda::scale::in_place_by(&gpu, &mut d_weight, &seed)?;
+                walk.give_f32(&to_weight, d_weight)?;
+                walk.give(to_x, d_x)?;
+            }
+            Ok(())
+        });
+    }
+    let outcome = float_dispatch!(OP, x.dtype(), run(x.value(), weight.value(), list, keeps))?;
     tape.record(Tensor::scalar(outcome.loss), &inputs, move |grad, walk| {
         let seed = grad.item()?;
         if let Some((mut d_x, mut d_weight)) = outcome.grads {
