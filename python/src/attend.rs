@@ -2,10 +2,12 @@
 
 use pyo3::prelude::*;
 use tercet_attention::cpu::{AttendGrads, AttendInput, Mask, attend_backward, attend_forward};
+use tercet_attention::cuda;
 use tercet_attention::{Dims, Element};
 
-use crate::call::{self, no_kernels, with_cpu_type};
-use crate::dlpack::{DType, Device, Number, Tensor, refuse};
+use crate::call::{self, with_cpu_type};
+use crate::cuda::{Stream, slice};
+use crate::dlpack::{Device, Number, Tensor, refuse};
 use crate::error::value_error;
 
 /// Checked inputs.
@@ -60,13 +62,28 @@ impl<'py> Call<'py> {
         })
     }
 
+    /// Runs `f` with the call's device memory.
+    fn on_device(
+        &self,
+        ordinal: usize,
+        stream: u64,
+        f: impl FnOnce(&cuda::AttendInput) -> tercet_attention::Result<()>,
+    ) -> PyResult<()> {
+        let stream = Stream::get(ordinal, stream)?;
+        let plan = stream.plan(self.dims, &self.q)?;
+        let batch = stream.batch(&self.cu_seqlens)?;
+        let (q, k, v) = (slice(&self.q), slice(&self.k), slice(&self.v));
+        let input = cuda::AttendInput { plan: &plan, batch: &batch, scale: self.scale, q, k, v };
+        f(&input).map_err(value_error)
+    }
+
     fn expect_out(&self, out: &Tensor) -> PyResult<()> {
         out.expect_like(&self.q)?;
         out.expect_shape(&[self.tokens, self.dims.heads, self.dims.value_dim], "[T, H, V]")
     }
 
     fn expect_lse(&self, lse: &Tensor) -> PyResult<()> {
-        lse.expect(self.q.device(), DType::F64, "what the forward saved")?;
+        lse.expect(self.q.device(), call::sums(self.q.device()), "what the forward saved")?;
         lse.expect_shape(&[self.tokens, self.dims.heads], "[T, H]")
     }
 }
@@ -77,6 +94,7 @@ impl<'py> Call<'py> {
 #[expect(clippy::too_many_arguments, reason = "a Python function's arguments")]
 pub fn forward<'py>(
     py: Python<'py>,
+    stream: u64,
     scale: f64,
     window: Option<usize>,
     cu_seqlens: Option<Bound<'py, PyAny>>,
@@ -95,7 +113,9 @@ pub fn forward<'py>(
             let (out, lse) = (out.slice_mut::<E>()?, lse.slice_mut::<f64>()?);
             py.detach(|| attend_forward(&input, call.mask, out, lse)).map_err(value_error)
         }),
-        Device::Cuda(_) => Err(no_kernels(&call.q)),
+        Device::Cuda(ordinal) => call.on_device(ordinal, stream, |input| {
+            cuda::attend_forward(input, call.mask, slice(&out), slice(&lse))
+        }),
     }
 }
 
@@ -105,6 +125,7 @@ pub fn forward<'py>(
 #[expect(clippy::too_many_arguments, reason = "a Python function's arguments")]
 pub fn backward<'py>(
     py: Python<'py>,
+    stream: u64,
     scale: f64,
     window: Option<usize>,
     cu_seqlens: Option<Bound<'py, PyAny>>,
@@ -142,6 +163,10 @@ pub fn backward<'py>(
             py.detach(|| attend_backward(&input, call.mask, out, lse, d_out, grads))
                 .map_err(value_error)
         }),
-        Device::Cuda(_) => Err(no_kernels(&call.q)),
+        Device::Cuda(ordinal) => call.on_device(ordinal, stream, |input| {
+            let grads = cuda::AttendGrads { q: slice(&d_q), k: slice(&d_k), v: slice(&d_v) };
+            let (out, lse) = (slice(&out), slice(&lse));
+            cuda::attend_backward(input, call.mask, out, lse, slice(&d_out), grads)
+        }),
     }
 }

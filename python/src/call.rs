@@ -69,6 +69,14 @@ pub fn offsets(
     Ok(offsets)
 }
 
+/// The type in which sums of exponentials are kept between forward and backward.
+pub fn sums(device: Device) -> DType {
+    match device {
+        Device::Cpu => DType::F64,
+        Device::Cuda(_) => DType::F32,
+    }
+}
+
 /// Refuses what the CPU has no kernels for, and what this build cannot reach.
 pub fn no_kernels(tensor: &Tensor) -> PyErr {
     match tensor.device() {

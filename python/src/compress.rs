@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use tercet_attention::cpu::{CompressInput, Phi, PhiGrads, compress_backward, compress_forward};
 use tercet_attention::{Dims, Element, NsaSpec, cu_compressed, sequences};
 
-use crate::call::{self, SpecNumbers, no_kernels, with_cpu_type};
+use crate::call::{self, SpecNumbers, with_cpu_type};
 use crate::dlpack::{DType, Device, Number, Tensor, refuse};
 use crate::error::value_error;
 
@@ -176,7 +176,7 @@ pub fn forward<'py>(
             let out = out.slice_mut::<E>()?;
             py.detach(|| compress_forward(&input, out)).map_err(value_error)
         }),
-        Device::Cuda(_) => Err(no_kernels(&call.x)),
+        Device::Cuda(_) => Err(refuse("x", "compressed by PyTorch on CUDA")),
     }
 }
 
@@ -213,6 +213,6 @@ pub fn backward<'py>(
             let d_phi = d_phi.cpu_grads()?;
             py.detach(|| compress_backward(&input, d_out, d_x, d_phi)).map_err(value_error)
         }),
-        Device::Cuda(_) => Err(no_kernels(&call.x)),
+        Device::Cuda(_) => Err(refuse("x", "compressed by PyTorch on CUDA")),
     }
 }

@@ -280,8 +280,14 @@ impl<'py> Tensor<'py> {
         &self.shape
     }
 
-    fn len(&self) -> usize {
+    /// How many numbers it holds.
+    pub fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Where its memory begins, on its device.
+    pub fn address(&self) -> usize {
+        self.address
     }
 
     /// Refuses another number of dimensions; `layout` such as `[T, H, D]` is for the message.

@@ -7,6 +7,7 @@ mod attend;
 mod cache;
 mod call;
 mod compress;
+mod cuda;
 mod dlpack;
 mod error;
 mod nsa;
@@ -23,6 +24,8 @@ mod _native {
     use super::compress::{
         backward as compress_backward, compressed_blocks, forward as compress_forward,
     };
+    #[pymodule_export]
+    use super::cuda::{cache_warning, memory, reset_memory, use_cache};
     #[pymodule_export]
     use super::nsa::{backward as nsa_backward, forward as nsa_forward};
     use super::*;

@@ -2,9 +2,11 @@
 
 use pyo3::prelude::*;
 use tercet_attention::cpu::{NsaGrads, NsaInput, NsaSaved, nsa_backward, nsa_forward, pieces};
+use tercet_attention::cuda;
 use tercet_attention::{Dims, Element, NsaSpec, cu_compressed, sequences};
 
-use crate::call::{self, SpecNumbers, no_kernels, with_cpu_type};
+use crate::call::{self, SpecNumbers, with_cpu_type};
+use crate::cuda::{Stream, slice};
 use crate::dlpack::{DType, Device, Number, Tensor, refuse};
 use crate::error::value_error;
 
@@ -95,6 +97,33 @@ impl<'py> Call<'py> {
         })
     }
 
+    /// Runs `f` with the call's device memory.
+    fn on_device(
+        &self,
+        ordinal: usize,
+        stream: u64,
+        f: impl FnOnce(&cuda::NsaInput) -> tercet_attention::Result<()>,
+    ) -> PyResult<()> {
+        let stream = Stream::get(ordinal, stream)?;
+        let [q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate] = &self.inputs;
+        let plan = stream.plan(self.dims, q)?;
+        let batch = stream.nsa_batch(&self.spec, &self.cu_seqlens)?;
+        let input = cuda::NsaInput {
+            plan: &plan,
+            batch: &batch,
+            scale: self.scale,
+            q: slice(q),
+            k_cmp: slice(k_cmp),
+            v_cmp: slice(v_cmp),
+            k_slc: slice(k_slc),
+            v_slc: slice(v_slc),
+            k_win: slice(k_win),
+            v_win: slice(v_win),
+            gate: slice(gate),
+        };
+        f(&input).map_err(value_error)
+    }
+
     /// Reads a choice of blocks, `[T, K, S]`.
     fn choice(&self, object: &Bound<'py, PyAny>) -> PyResult<Tensor<'py>> {
         let choice = Tensor::read("indices", object)?;
@@ -127,14 +156,26 @@ impl<'py> Saved<'py> {
         let Dims { heads, value_dim, .. } = call.dims;
         let device = call.inputs[0].device();
         for out in &saved.out {
-            out.expect(device, DType::F32, "what the forward saved")?;
+            let dtype = match device {
+                Device::Cpu => DType::F32,
+                Device::Cuda(_) => call.inputs[0].dtype(),
+            };
+            out.expect(device, dtype, "what the forward saved")?;
             out.expect_shape(&[call.tokens, heads, value_dim], "[T, H, V]")?;
         }
         for lse in &saved.lse {
-            lse.expect(device, DType::F64, "what the forward saved")?;
+            lse.expect(device, call::sums(device), "what the forward saved")?;
             lse.expect_shape(&[call.tokens, heads], "[T, H]")?;
         }
         Ok(saved)
+    }
+
+    fn state(&self, indices: &Tensor) -> cuda::NsaState {
+        cuda::NsaState {
+            outs: self.out.each_ref().map(slice),
+            lses: self.lse.each_ref().map(slice),
+            indices: slice(indices),
+        }
     }
 
     fn write(&mut self, from: &NsaSaved) -> PyResult<()> {
@@ -205,13 +246,26 @@ fn forward_chosen<E: Element>(
     Ok(saved)
 }
 
-/// Writes `out`, the choice of blocks `chosen` and, where given, `saved`. With `choice`, that is
-/// the choice.
+/// The same on a device; the state's indices are the choice.
+fn forward_chosen_cuda(
+    input: &cuda::NsaInput,
+    out: cuda::Slice,
+    state: &cuda::NsaState,
+) -> tercet_attention::Result<()> {
+    cuda::pieces::compressed(input, state.outs[0], state.lses[0])?;
+    cuda::pieces::selected(input, state.indices, state.outs[1], state.lses[1])?;
+    cuda::pieces::window(input, state.outs[2], state.lses[2])?;
+    cuda::pieces::gate(input, state.outs, out)
+}
+
+/// Writes `out` and, where given, the choice of blocks `chosen` and `saved`. With `choice`, that is
+/// the choice. On CUDA `saved` needs `chosen`, and each of `chosen` and `choice` needs `saved`.
 #[pyfunction]
 #[pyo3(name = "nsa_forward")]
 #[expect(clippy::too_many_arguments, reason = "a Python function's arguments")]
 pub fn forward<'py>(
     py: Python<'py>,
+    stream: u64,
     spec: SpecNumbers,
     scale: f64,
     cu_seqlens: Option<Bound<'py, PyAny>>,
@@ -219,14 +273,14 @@ pub fn forward<'py>(
     inputs: [Bound<'py, PyAny>; 8],
     choice: Option<Bound<'py, PyAny>>,
     out: Bound<'py, PyAny>,
-    chosen: Bound<'py, PyAny>,
+    chosen: Option<Bound<'py, PyAny>>,
     saved: Option<[Bound<'py, PyAny>; 6]>,
 ) -> PyResult<()> {
     let call = Call::read(spec, scale, cu_seqlens.as_ref(), batch, &inputs)?;
     let mut out = Tensor::read("out", &out)?;
     call.expect_out(&out)?;
     let choice = choice.map(|choice| call.choice(&choice)).transpose()?;
-    let mut chosen = call.choice(&chosen)?;
+    let mut chosen = chosen.map(|chosen| call.choice(&chosen)).transpose()?;
     let q = &call.inputs[0];
     let mut saved = saved.map(|saved| Saved::read(&saved, &call)).transpose()?;
     match q.device() {
@@ -243,10 +297,24 @@ pub fn forward<'py>(
                     Some(choice) => forward_chosen(&input, choice, out),
                 })
                 .map_err(value_error)?;
-            chosen.slice_mut::<i32>()?.copy_from_slice(&done.indices);
+            if let Some(chosen) = &mut chosen {
+                chosen.slice_mut::<i32>()?.copy_from_slice(&done.indices);
+            }
             saved.as_mut().map_or(Ok(()), |saved| saved.write(&done))
         }),
-        Device::Cuda(_) => Err(no_kernels(q)),
+        Device::Cuda(ordinal) => call.on_device(ordinal, stream, |input| {
+            let out = slice(&out);
+            match (&saved, choice.as_ref().or(chosen.as_ref())) {
+                (Some(saved), Some(indices)) => {
+                    let state = saved.state(indices);
+                    if choice.is_some() {
+                        return forward_chosen_cuda(input, out, &state);
+                    }
+                    cuda::nsa_forward_into(input, out, &state)
+                }
+                _ => cuda::nsa_forward(input, out, false).map(drop),
+            }
+        }),
     }
 }
 
@@ -256,6 +324,7 @@ pub fn forward<'py>(
 #[expect(clippy::too_many_arguments, reason = "a Python function's arguments")]
 pub fn backward<'py>(
     py: Python<'py>,
+    stream: u64,
     spec: SpecNumbers,
     scale: f64,
     cu_seqlens: Option<Bound<'py, PyAny>>,
@@ -295,6 +364,10 @@ pub fn backward<'py>(
             };
             py.detach(|| nsa_backward(&input, &saved, d_out, grads)).map_err(value_error)
         }),
-        Device::Cuda(_) => Err(no_kernels(q)),
+        Device::Cuda(ordinal) => call.on_device(ordinal, stream, |input| {
+            let [q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate] = grads.each_ref().map(slice);
+            let grads = cuda::NsaGrads { q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate };
+            cuda::nsa_backward(input, &saved.state(&choice), slice(&d_out), grads)
+        }),
     }
 }

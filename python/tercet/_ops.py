@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from . import _native
+from ._cuda import prepare_cuda
 from .spec import blocks_of
 
 # Inputs arrive as they were given: a graph compiler may not choose other strides for them.
@@ -32,6 +33,14 @@ def host_offsets(cu_seqlens: Optional[Tensor]) -> Optional[object]:
     return None if cu_seqlens is None else capsule(cu_seqlens.cpu())
 
 
+def stream_of(tensor: Tensor) -> int:
+    """PyTorch's current stream on the tensor's device, as the native module takes it."""
+    if tensor.device.type != "cuda":
+        return 0
+    prepare_cuda()
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
 def sums_dtype(device: torch.device) -> torch.dtype:
     """The type in which sums of exponentials are kept between forward and backward."""
     return torch.float64 if device.type == "cpu" else torch.float32
@@ -41,21 +50,22 @@ def sums_dtype(device: torch.device) -> torch.dtype:
 
 
 def _nsa_outputs(
-    q: Tensor, v: Tensor, spec: List[int], save: bool
+    q: Tensor, v: Tensor, spec: List[int], save: bool, choose: bool
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out [T, H, V], indices [T, K, S], then what the backward needs (empty unless ``save``)."""
+    """out [T, H, V], indices [T, K, S], then what the backward needs; empty what is not asked for."""
     tokens, heads, kv_heads, value_dim = q.shape[0], q.shape[1], v.shape[1], v.shape[2]
     rows, heads_saved = (tokens, heads) if save else (0, 0)
+    dtype = torch.float32 if q.device.type == "cpu" else q.dtype
 
     def branch() -> Tensor:
-        return q.new_empty((rows, heads_saved, value_dim), dtype=torch.float32)
+        return q.new_empty((rows, heads_saved, value_dim), dtype=dtype)
 
     def sums() -> Tensor:
         return q.new_empty((rows, heads_saved), dtype=sums_dtype(q.device))
 
     return (
         q.new_empty((tokens, heads, value_dim)),
-        q.new_empty((tokens, kv_heads, spec[3]), dtype=torch.int32),
+        q.new_empty((tokens if choose else 0, kv_heads, spec[3]), dtype=torch.int32),
         branch(),
         branch(),
         branch(),
@@ -81,10 +91,12 @@ def nsa_forward(
     spec: List[int],
     scale: float,
     save: bool,
+    choose: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _nsa_outputs(q, v_slc, spec, save)
+    outputs = _nsa_outputs(q, v_slc, spec, save, choose)
     out, chosen, *saved = outputs
     _native.nsa_forward(
+        stream_of(q),
         spec,
         scale,
         host_offsets(cu_seqlens),
@@ -92,7 +104,7 @@ def nsa_forward(
         capsules((q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate)),
         None if indices is None else capsule(indices),
         capsule(out),
-        capsule(chosen),
+        capsule(chosen) if choose else None,
         capsules(saved) if save else None,
     )
     return outputs
@@ -100,9 +112,10 @@ def nsa_forward(
 
 @nsa_forward.register_fake
 def _(
-    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate, cu_seqlens, indices, batch, spec, scale, save
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate, cu_seqlens, indices, batch, spec, scale,
+    save, choose,
 ):
-    return _nsa_outputs(q, v_slc, spec, save)
+    return _nsa_outputs(q, v_slc, spec, save, choose)
 
 
 @torch.library.custom_op("tercet::nsa_backward", mutates_args=(), tags=_TAGS)
@@ -132,6 +145,7 @@ def nsa_backward(
     inputs = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate)
     grads = tuple(torch.empty_like(tensor) for tensor in inputs)
     _native.nsa_backward(
+        stream_of(q),
         spec,
         scale,
         host_offsets(cu_seqlens),
@@ -155,14 +169,14 @@ def _(
 
 
 def _nsa_setup(ctx, inputs, output) -> None:
-    *tensors, cu_seqlens, _indices, ctx.batch, ctx.spec, ctx.scale, ctx.saved = inputs
+    *tensors, cu_seqlens, _, ctx.batch, ctx.spec, ctx.scale, ctx.saved, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, cu_seqlens, *output)
 
 
 def _nsa_grads(ctx, d_out, *_):
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     if d_out is None:
         return (None,) * 8 + nothing
     if not ctx.saved:
@@ -196,6 +210,7 @@ def attend_forward(
 ) -> Tuple[Tensor, Tensor]:
     out, lse = _attend_outputs(q, v)
     _native.attend_forward(
+        stream_of(q),
         scale,
         window,
         host_offsets(cu_seqlens),
@@ -227,6 +242,7 @@ def attend_backward(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _native.attend_backward(
+        stream_of(q),
         scale,
         window,
         host_offsets(cu_seqlens),

@@ -5,7 +5,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from . import _native, _ops
+from . import _cuda, _native, _ops
 from .phi import Phi, phi_tensors
 from .spec import Spec, blocks_of
 
@@ -143,6 +143,9 @@ def nsa(
         _check_tensor("indices", indices, 3 if batch is None else 4)
         indices = indices if batch is None else indices.flatten(0, 1)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    choose = save or return_indices
+    if q.device.type == "cuda" and (choose or indices is not None):
+        save = choose = True  # the kernels that keep a choice keep the branches, too
     out, chosen, *_ = _ops.nsa_forward(
         *tensors,
         _offsets(cu_seqlens),
@@ -151,11 +154,13 @@ def nsa(
         spec.numbers(),
         _scale(scale, q),
         save,
+        choose,
     )
     if batch is not None:
         out = out.unflatten(0, q.shape[:2])
-        chosen = chosen.unflatten(0, q.shape[:2])
-    return (out, chosen) if return_indices else out
+    if not return_indices:
+        return out
+    return out, chosen if batch is None else chosen.unflatten(0, q.shape[:2])
 
 
 def attend(
@@ -224,9 +229,8 @@ def compress(
     for name, tensor in params:
         _check_tensor(name, tensor)
     tensors = [tensor for _, tensor in params]
-    out = _ops.compress_forward(
-        flat, tensors, _offsets(cu_seqlens), 1 if batch is None else batch, spec.numbers()
-    )
+    run = _cuda.compress if x.device.type == "cuda" else _ops.compress_forward
+    out = run(flat, tensors, _offsets(cu_seqlens), 1 if batch is None else batch, spec.numbers())
     if batch is not None:
         blocks = blocks_of(x.shape[1], spec.compress_block, spec.compress_stride)
         out = out.view(batch, blocks, *x.shape[2:])
