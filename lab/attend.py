@@ -24,7 +24,9 @@ class Attend:
     def __init__(self, d, v, mask, dtype=torch.bfloat16, source=SOURCE):
         pad = lambda x: -(-x // 64) * 64
         self.bn, self.mask = tile_keys(d, v), mask
-        shared = 128 * max(pad(d), pad(v)) * 2 + 2 * self.bn * 2 * (pad(d) + pad(v)) + 72
+        stages = 2 * self.bn * 2 * (pad(d) + pad(v))
+        beside = 128 * (pad(d) + pad(v)) * 2 + stages <= 220 * 1024
+        shared = 128 * (pad(d) + pad(v) if beside else max(pad(d), pad(v))) * 2 + stages + 8 + 80
         defines = {TYPES[dtype]: 1, "D": d, "V": v, "BN": self.bn, "MASK": mask}
         self.kernel = Kernel(source, "attend", defines, shared)
 
@@ -52,7 +54,7 @@ class Attend:
         params = Params(table.data_ptr(), len(tiles), h, h // kv, LOG2E / math.sqrt(d), window, block, stride,
                         address(branch), address(out), address(gate), gate_index, accumulate, address(lse))
         maps = Map(q, (64, 1, 128)), Map(k, (64, 1, self.bn)), Map(v, (64, 1, self.bn))
-        grid = (len(tiles) * h,)
+        grid = (min(len(tiles) * h, torch.cuda.get_device_properties(0).multi_processor_count),)
         return lambda: (self.kernel(grid, (384,), *maps, params), table)
 
 

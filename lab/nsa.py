@@ -11,6 +11,7 @@ from harness import ROOT, TYPES, Kernel, Map, median_ms
 FOLDER = ROOT / "crates/attention/src/cuda/hopper"
 pad = lambda x: -(-x // 64) * 64
 power = lambda x: 1 << (x - 1).bit_length()
+SMS = torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def tile_table(lengths, step, keys_of):
@@ -41,22 +42,24 @@ class Spec:
 class Select:
     def __init__(self, d, group, spec, dtype=torch.bfloat16, source=FOLDER / "select.cu"):
         self.gp, self.spec = power(group), spec
-        self.bn = 128 if pad(d) <= 128 else 64
+        self.bn = 128 if pad(d) <= 128 and self.gp > 2 else 64
+        self.consumers = 2 if self.gp == 1 else 3
         before = (spec.l // spec.d - 1 + 3) // 4 * 4
-        rows = 12 * (16 // self.gp if self.gp < 16 else 1)
-        shared = 192 * pad(d) * 2 + 2 * self.bn * pad(d) * 2 + rows * (before + self.bn) * 4 + 40
+        rows = 4 * self.consumers * (16 // self.gp if self.gp < 16 else 1)
+        shared = 64 * self.consumers * pad(d) * 2 + 2 * self.bn * pad(d) * 2 + rows * (before + self.bn) * 4
+        shared += 4 * self.consumers * 512 + 8 + 48
         self.kernel = Kernel(source, "select", {TYPES[dtype]: 1, "D": d, "GP": self.gp, "BN": self.bn,
                                                  "L": spec.l // spec.d, "R": spec.block // spec.d}, shared)
 
     def __call__(self, q, k, lengths, lse, indices):
         t, h, d = q.shape
         kv, s = k.shape[1], self.spec
-        table, count = tile_table(lengths, 192 // self.gp, s.compressed)
+        table, count = tile_table(lengths, 64 * self.consumers // self.gp, s.compressed)
         params = structure([("tiles", table), ("tile_count", count), ("heads", h), ("group", h // kv),
                             ("scale", LOG2E / math.sqrt(d)), ("l", s.l), ("d", s.d), ("block", s.block),
                             ("count", s.count), ("initial", s.initial), ("local", s.local), ("lse", lse), ("indices", indices)])
-        maps = Map(q, (64, self.gp, 192 // self.gp)), Map(k, (64, 1, self.bn))
-        return lambda: (self.kernel((count * kv,), (512,), *maps, params), table)
+        maps = Map(q, (64, self.gp, 64 * self.consumers // self.gp)), Map(k, (64, 1, self.bn))
+        return lambda: (self.kernel((min(SMS, count * kv),), (128 * self.consumers + 128,), *maps, params), table)
 
 
 class Selected:
@@ -66,8 +69,9 @@ class Selected:
         queries = 128 // self.gp
         tag = 4 + 4 * -(-queries // 32)
         lists = queries * 32 * 4
-        stages = stages or (227 * 1024 - lists - 1024) // (stage + tag + 16)
-        shared = stages * (stage + tag) + 8 + stages * 16 + lists
+        out = 8 * 16 * (pad(v) * 2 + 16)
+        stages = stages or (227 * 1024 - lists - out - 64) // (stage + tag + 16)
+        shared = stages * (stage + tag) + out + 8 + stages * 16 + lists
         self.kernel = Kernel(source, "selected", {TYPES[dtype]: 1, "D": d, "V": v, "GP": self.gp, "SB": block, "STAGES": stages}, shared)
 
     def __call__(self, q, k, v, lengths, indices, branch=None, out=None, gate=None, gate_index=1, accumulate=0, lse=None):
@@ -79,7 +83,7 @@ class Selected:
                             ("branch", branch), ("out", out), ("gate", gate), ("gate_index", gate_index),
                             ("accumulate", accumulate), ("lse", lse)])
         maps = Map(k, (64, 1, 64)), Map(v, (64, 1, 64))
-        return lambda: (self.kernel((count * kv,), (384,), *maps, params), table)
+        return lambda: (self.kernel((min(SMS, count * kv),), (384,), *maps, params), table)
 
 
 def scores64(q, k, lengths, spec):

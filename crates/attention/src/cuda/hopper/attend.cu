@@ -3,17 +3,21 @@
 // FlashAttention-3's shape (arXiv 2407.08608): one producer warp feeds K and V tiles through TMA;
 // two consumer warpgroups of 64 queries each compute S = q·kᵀ by wgmma, the online softmax in
 // registers, and O += P·v with P kept in registers. A warpgroup starts S of the next tile before
-// O of this one, and the two warpgroups take turns at the tensor cores.
+// O of this one, and the two warpgroups take turns at the tensor cores. Blocks stay: each walks its
+// share of the work, so that one item's loads and output hide behind the products of another.
 //
 // Constants: D, V (head dims, multiples of 8, at most 256), BN (keys a tile), MASK (0 causal,
-// 1 compressed, 2 window). Grid: G · tiles · K blocks, the heads of a group neighbours, so that
-// they share K and V in L2. Block: 384 threads.
+// 1 compressed, 2 window). Grid: as many blocks as multiprocessors; items are (KV head,
+// tile, head of the group), the heads of a group neighbours, so that they share K and V in L2. Block:
+// 384 threads.
 #include "hopper.cuh"
 
 static constexpr int BM = 128, PANEL = 64, STAGES = 2, CONSUMERS = 2;
 static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
-static constexpr int QO = DP > VP ? DP : VP;  // the output is staged where q was
-static constexpr int Q_BYTES = BM * QO * 2, K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
+static constexpr int K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
+// The output is staged beside q where there is room, else where q was.
+static constexpr bool BESIDE = BM * (DP + VP) * 2 + STAGES * (K_BYTES + V_BYTES) <= 220 * 1024;
+static constexpr int Q_BYTES = BM * (BESIDE || DP > VP ? DP : VP) * 2, OUT_BYTES = BESIDE ? BM * VP * 2 : 0;
 static constexpr int COMPRESSED = 1, WINDOW = 2;  // 0 is causal
 
 // Queries `token..token+rows` at positions `position..` of a sequence whose keys start at row `key`.
@@ -39,7 +43,8 @@ struct Shared {
     u8 q[Q_BYTES];
     u8 k[STAGES][K_BYTES];
     u8 v[STAGES][V_BYTES];
-    u64 q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    u8 out[OUT_BYTES + 8];
+    u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
 // Keys [first_key, last_key) are visible to position p.
@@ -51,24 +56,44 @@ DEVICE int first_key(const Params& a, int p) {
     return MASK == WINDOW ? max(0, p - a.window + 1) : 0;
 }
 
-DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* k, const TensorMap* v, const Tile& tile,
-                    int head, int kv_head, int first, int count) {
-    barrier_expect(&s.q_full, BM * DP * 2);
-#pragma unroll
-    for (int c = 0; c < DP / PANEL; c++) tma_load(s.q + c * BM * 128, q, &s.q_full, c * PANEL, head, tile.token);
-    for (int i = 0; i < count; i++) {
-        int stage = i % STAGES, row = tile.key + first + (count - 1 - i) * BN;
-        u32 parity = (i / STAGES & 1) ^ 1;
-        barrier_wait(&s.k_empty[stage], parity);
-        barrier_expect(&s.k_full[stage], K_BYTES);
+// One piece of work: a tile of queries of one head and the keys it walks, last ones first.
+struct Item {
+    Tile tile;
+    int head, kv_head, first, count;
+
+    // Longest tiles first.
+    DEVICE Item(const Params& a, int i) {
+        kv_head = i / a.group / a.tile_count;
+        head = kv_head * a.group + i % a.group;
+        tile = a.tiles[a.tile_count - 1 - i / a.group % a.tile_count];
+        first = first_key(a, tile.position);
+        count = (last_key(a, tile.position + tile.rows - 1) - first + BN - 1) / BN;
+    }
+};
+
+DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* k, const TensorMap* v, const Params& a) {
+    int n = 0, round = 0;
+    for (int i = blockIdx.x; i < a.tile_count * a.heads; i += gridDim.x, round++) {
+        Item item(a, i);
+        barrier_wait(&s.q_empty, round & 1 ^ 1);
+        barrier_expect(&s.q_full, BM * DP * 2);
 #pragma unroll
         for (int c = 0; c < DP / PANEL; c++)
-            tma_load(s.k[stage] + c * BN * 128, k, &s.k_full[stage], c * PANEL, kv_head, row);
-        barrier_wait(&s.v_empty[stage], parity);
-        barrier_expect(&s.v_full[stage], V_BYTES);
+            tma_load(s.q + c * BM * 128, q, &s.q_full, c * PANEL, item.head, item.tile.token);
+        for (int j = item.count - 1; j >= 0; j--, n++) {
+            int stage = n % STAGES, row = item.tile.key + item.first + j * BN;
+            u32 parity = (n / STAGES & 1) ^ 1;
+            barrier_wait(&s.k_empty[stage], parity);
+            barrier_expect(&s.k_full[stage], K_BYTES);
 #pragma unroll
-        for (int c = 0; c < VP / PANEL; c++)
-            tma_load(s.v[stage] + c * BN * 128, v, &s.v_full[stage], c * PANEL, kv_head, row);
+            for (int c = 0; c < DP / PANEL; c++)
+                tma_load(s.k[stage] + c * BN * 128, k, &s.k_full[stage], c * PANEL, item.kv_head, row);
+            barrier_wait(&s.v_empty[stage], parity);
+            barrier_expect(&s.v_full[stage], V_BYTES);
+#pragma unroll
+            for (int c = 0; c < VP / PANEL; c++)
+                tma_load(s.v[stage] + c * BN * 128, v, &s.v_full[stage], c * PANEL, item.kv_head, row);
+        }
     }
 }
 
@@ -147,7 +172,10 @@ DEVICE void mask(float (&scores)[BN / 2], const Params& a, int position, int key
     }
 }
 
-DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int head, int first, int count) {
+// One item by one warpgroup; `n` tiles have gone before.
+DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round, int n) {
+    const Tile& tile = item.tile;
+    int count = item.count, head = item.head;
     int warpgroup = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     int row = warp * 16 + lane / 4;  // and row + 8, of the warpgroup's 64
     int position = tile.position + warpgroup * 64;
@@ -160,34 +188,36 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int head, int 
 #pragma unroll
     for (int i = 0; i < VP / 2; i++) out[i] = 0.0f;
 
-    barrier_wait(&s.q_full, 0);
+    barrier_wait(&s.q_full, round & 1);
     if (count > 0) {
         u64 q = descriptor_rows(s.q + warpgroup * 64 * 128);
         // Tiles that some row of the warpgroup sees only in part.
         int whole_from = first_key(a, position + 63), whole_to = last_key(a, position);
-        int key = first + (count - 1) * BN;
+        int key = item.first + (count - 1) * BN;
         auto trim = [&] {
             if (key < whole_from || key + BN > whole_to) mask(scores, a, position + row, key);
         };
-        int turn = 1 + warpgroup, other = 2 - warpgroup;
-        if (warpgroup == 1) named_arrive(other, 256);  // warpgroup 0 begins
+        int turn = 1 + warpgroup, other = 2 - warpgroup, stage = n % STAGES;
 
-        barrier_wait(&s.k_full[0], 0);
+        barrier_wait(&s.k_full[stage], n / STAGES & 1);
         named_sync(turn, 256);
-        multiply_keys(scores, q, s.k[0]);
+        multiply_keys(scores, q, s.k[stage]);
         named_arrive(other, 256);
         wgmma_wait<0>();
         wgmma_hold(scores);
-        if (leader) barrier_arrive(&s.k_empty[0]);
+        if (leader) barrier_arrive(&s.k_empty[stage]);
         trim();
         soft.update(scores, a.scale_log2, shrink);
         pack_probabilities(p, scores);
         for (int i = 1; i < count; i++) {
-            int stage = i % STAGES, before = (i - 1) % STAGES;
-            barrier_wait(&s.k_full[stage], i / STAGES & 1);
+            int before = stage;
+            u32 before_parity = n / STAGES & 1;
+            n++;
+            stage = n % STAGES;
+            barrier_wait(&s.k_full[stage], n / STAGES & 1);
             named_sync(turn, 256);
             multiply_keys(scores, q, s.k[stage]);
-            barrier_wait(&s.v_full[before], (i - 1) / STAGES & 1);
+            barrier_wait(&s.v_full[before], before_parity);
             multiply_values(out, p, s.v[before], i > 1);
             named_arrive(other, 256);
             wgmma_wait<1>();
@@ -206,13 +236,18 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int head, int 
             }
             pack_probabilities(p, scores);
         }
-        if (warpgroup == 0) named_sync(turn, 256);  // takes warpgroup 1's last turn off the barrier
-        barrier_wait(&s.v_full[(count - 1) % STAGES], (count - 1) / STAGES & 1);
-        multiply_values(out, p, s.v[(count - 1) % STAGES], count > 1);
+        if (BESIDE && leader) barrier_arrive(&s.q_empty);
+        barrier_wait(&s.v_full[stage], n / STAGES & 1);
+        multiply_values(out, p, s.v[stage], count > 1);
         wgmma_wait<0>();
         wgmma_hold(out);
+        if (leader) barrier_arrive(&s.v_empty[stage]);
+    } else if (BESIDE && leader) {
+        barrier_arrive(&s.q_empty);
     }
 
+    u8* staged = BESIDE ? s.out : s.q;
+    named_sync(3 + warpgroup, 128);  // nobody still reads what was staged before
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = soft.sum[r];
@@ -224,11 +259,11 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int head, int 
             float lse = (soft.peak[r] * a.scale_log2 + log2f(sum)) * 0.69314718055994531f;
             a.lse[(i64)(tile.token + at) * a.heads + head] = sum == 0.0f ? -INF : lse;
         }
-        // Staged as [panel][128 rows][64], swizzled like the inputs, over this warpgroup's own rows of q.
+        // Staged as [panel][128 rows][64], swizzled like the inputs, in this warpgroup's own rows.
 #pragma unroll
         for (int j = 0; j < VP / 8; j++) {
             u32 pair = pack<Real>(out[4 * j + 2 * r] * inverse, out[4 * j + 2 * r + 1] * inverse);
-            u8* place = s.q + (j / 8) * BM * 128 + at * 128 + (((j % 8) ^ (at & 7)) << 4) + (lane & 3) * 4;
+            u8* place = staged + (j / 8) * BM * 128 + at * 128 + (((j % 8) ^ (at & 7)) << 4) + (lane & 3) * 4;
             *(u32*)place = pair;
         }
     }
@@ -236,7 +271,7 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int head, int 
     for (int i = thread; i < 64 * (V / 8); i += 128) {
         int at = warpgroup * 64 + i / (V / 8), chunk = i % (V / 8);
         if (at >= tile.rows) break;
-        const u8* place = s.q + (chunk / 8) * BM * 128 + at * 128 + (((chunk % 8) ^ (at & 7)) << 4);
+        const u8* place = staged + (chunk / 8) * BM * 128 + at * 128 + (((chunk % 8) ^ (at & 7)) << 4);
         auto values = *(const Vec<Real, 8>*)place;
         i64 query = (i64)(tile.token + at) * a.heads + head;
         if (a.branch != nullptr) *(Vec<Real, 8>*)(a.branch + query * V + chunk * 8) = values;
@@ -252,6 +287,23 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int head, int 
         }
         *target = sum;
     }
+    if (!BESIDE) {
+        fence_proxy_async();
+        __syncwarp();
+        if (leader) barrier_arrive(&s.q_empty);
+    }
+}
+
+DEVICE void consume(Shared& s, const Params& a) {
+    bool second = threadIdx.x >= 256;
+    if (second) named_arrive(1, 256);  // the first warpgroup begins
+    int n = 0, round = 0;
+    for (int i = blockIdx.x; i < a.tile_count * a.heads; i += gridDim.x, round++) {
+        Item item(a, i);
+        attend_item(s, a, item, round, n);
+        n += item.count;
+    }
+    if (!second) named_sync(1, 256);  // takes the second's last turn off the barrier
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
@@ -259,15 +311,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
            const __grid_constant__ TensorMap v, const __grid_constant__ Params a) {
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
-    // Longest tiles first.
-    int g = blockIdx.x % a.group, t = a.tile_count - 1 - blockIdx.x / a.group % a.tile_count;
-    int kv_head = blockIdx.x / a.group / a.tile_count, head = kv_head * a.group + g;
-    Tile tile = a.tiles[t];
-    int first = first_key(a, tile.position);
-    int keys = last_key(a, tile.position + tile.rows - 1) - first, count = (keys + BN - 1) / BN;
-
     if (threadIdx.x == 0) {
         barrier_init(&s.q_full, 1);
+        barrier_init(&s.q_empty, CONSUMERS * 4);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&s.k_full[i], 1);
             barrier_init(&s.v_full[i], 1);
@@ -279,9 +325,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_shrink<24>();
-        if (threadIdx.x == 0) produce(s, &q, &k, &v, tile, head, kv_head, first, count);
+        if (threadIdx.x == 0) produce(s, &q, &k, &v, a);
     } else {
         registers_grow<240>();
-        consume(s, a, tile, head, first, count);
+        consume(s, a);
     }
 }

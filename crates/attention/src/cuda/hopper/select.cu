@@ -2,17 +2,18 @@
 //
 // Importance of a block (NSA, Eq. 8–10): softmax over the compressed keys, from the compressed
 // branch's log-sum-exps, summed over the group's heads, pooled by how many strides a selection
-// block shares with each compressed one. A block of 192 rows is 192/GP queries × GP heads, so that
+// block shares with each compressed one. A block of BM = 192 rows is BM/GP queries × GP heads, so that
 // the heads of one query lie in one warp's accumulators; a warp keeps the best blocks of its
-// queries one a lane. Ties go to the lower block: blocks come in ascending order and only a
-// strictly better one replaces another.
+// queries one a lane; what beats the worst of them waits until 32 can be merged at once.
 //
 // Constants: D, GP (group padded to a power of two, 1 to 64), BN (compressed keys a tile), L and R
-// (l/d and l'/d; R divides BN). Grid: tiles · K blocks. Block: 512 threads. At most 32 blocks
+// (l/d and l'/d; R divides BN). Grid: as many blocks as multiprocessors.
+// Block: 512 threads. At most 32 blocks
 // a query.
 #include "hopper.cuh"
 
-static constexpr int PANEL = 64, CONSUMERS = 3, BM = 64 * CONSUMERS;
+// With one head a query, what a warp keeps of its 16 queries takes the registers of a third warpgroup.
+static constexpr int PANEL = 64, CONSUMERS = GP == 1 ? 2 : 3, BM = 64 * CONSUMERS;
 static constexpr int DP = (D + 63) / 64 * 64;
 static constexpr int STAGES = 2;
 static constexpr int Q_BYTES = BM * DP * 2, K_BYTES = BN * DP * 2;
@@ -41,7 +42,8 @@ struct Shared {
     u8 q[Q_BYTES];
     u8 k[STAGES][K_BYTES];
     float sums[ROWS][WIDTH];
-    u64 q_full, k_full[STAGES], k_empty[STAGES];
+    u64 scratch[4 * CONSUMERS][64];
+    u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES];
 };
 
 DEVICE int visible(const Params& a, int p) { return p + 1 < a.block ? 0 : (p + 1 - a.block) / a.stride + 1; }
@@ -65,31 +67,57 @@ DEVICE constexpr int shared_strides(int offset) {
     return c < d ? c : d;
 }
 
-// The best blocks of one query, one a lane. Order is by `key`: 0 empty, 1 a NaN score, then the
-// score's bits + 2, which rise with the score.
+// The best blocks of one query, one a lane, best first, and candidates that wait to be merged. A
+// block and its score are one number: above, 0 for none, 1 for a NaN score, else the score's bits
+// + 2, which rise with the score; below, the complement of the block, so that ties go to the lower.
 struct Best {
-    u32 key, worst;
-    int block;
+    u64 best, waiting;
+    u32 bar;  // what a candidate must beat
+    int count;
 
     DEVICE void reset(int places) {
-        int lane = threadIdx.x & 31;
-        key = lane < places ? 0u : 0xffffffffu;
-        block = 0x40000000 + lane;
-        worst = places > 0 ? 0u : 0xffffffffu;
+        best = waiting = 0;
+        bar = places > 0 ? 0u : 0xffffffffu;
+        count = 0;
     }
-    DEVICE void offer(u32 candidate, int candidate_block) {
+    DEVICE static u64 exchange(u64 x, int other, bool keep_larger) {
+        u64 y = __shfl_xor_sync(ALL_LANES, x, other);
+        return (x > y) == keep_larger ? x : y;
+    }
+    // Merges what waits; all 32 lanes hold a candidate or 0.
+    DEVICE void merge(int places) {
         int lane = threadIdx.x & 31;
-        u32 better = __ballot_sync(ALL_LANES, candidate > worst);
-        while (better != 0) {
-            int source = __ffs(better) - 1;
-            u32 new_key = __shfl_sync(ALL_LANES, candidate, source);
-            int new_block = __shfl_sync(ALL_LANES, candidate_block, source);
-            // Of the worst, the highest block leaves.
-            int place = key == worst ? block : -1;
-            if (place == __reduce_max_sync(ALL_LANES, place)) key = new_key, block = new_block;
-            worst = __reduce_min_sync(ALL_LANES, key);
-            better = __ballot_sync(ALL_LANES, candidate > worst && lane > source);
+        // Bitonic sort, smallest first.
+#pragma unroll
+        for (int size = 2; size <= 32; size *= 2)
+#pragma unroll
+            for (int other = size / 2; other > 0; other /= 2)
+                waiting = exchange(waiting, other, ((lane & other) != 0) == ((lane & size) == 0));
+        // The larger of each pair are the 32 best of both, a bitonic sequence; sorted largest first.
+        best = best > waiting ? best : waiting;
+#pragma unroll
+        for (int other = 16; other > 0; other /= 2) best = exchange(best, other, (lane & other) == 0);
+        waiting = 0;
+        count = 0;
+        if (places > 0) bar = (u32)(__shfl_sync(ALL_LANES, best, places - 1) >> 32);
+    }
+    // `scratch` holds 64 numbers of this warp.
+    DEVICE void offer(u32 key, int block, int places, u64* scratch) {
+        int lane = threadIdx.x & 31;
+        u32 better = __ballot_sync(ALL_LANES, key > bar);
+        if (better == 0) return;
+        if (key > bar) scratch[count + __popc(better & ((1u << lane) - 1))] = (u64)key << 32 | (u32)~block;
+        __syncwarp();
+        int total = count + __popc(better);
+        if (lane >= count && lane < total) waiting = scratch[lane];
+        if (total >= 32) {
+            merge(places);
+            count = total - 32;
+            if (lane < count) waiting = scratch[32 + lane];
+        } else {
+            count = total;
         }
+        __syncwarp();
     }
 };
 
@@ -144,7 +172,26 @@ DEVICE float pool(const Shared& s, int row, int j) {
     return score;
 }
 
-DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head, int kv_heads, int count) {
+// One piece of work: a tile of queries of one KV head.
+struct Item {
+    Tile tile;
+    int kv_head, count;
+
+    // Longest tiles first. Candidates lie below `current + 1 - local`; nothing is ranked where all is
+    // selected.
+    DEVICE Item(const Params& a, int i) {
+        kv_head = i / a.tile_count;
+        tile = a.tiles[a.tile_count - 1 - i % a.tile_count];
+        int last = tile.position + tile.rows - 1, current = last / a.select_block;
+        int columns = min(visible(a, last), (current + 1 - a.local) * R);
+        count = current < a.count ? 0 : (columns + BN - 1) / BN;
+    }
+};
+
+// One item; `n` tiles have gone before.
+DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, int n) {
+    const Tile& tile = item.tile;
+    int kv_head = item.kv_head, count = item.count, kv_heads = a.heads / a.group;
     int warpgroup = threadIdx.x / 128 - 1, warp = (threadIdx.x - 128) / 32, lane = threadIdx.x % 32;
     bool owner = warp % WARPS_A_QUERY == 0;
     int first_query = warp * 16 / GP;  // of this warp, within the tile
@@ -168,7 +215,7 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head, i
         s.sums[warp * QUERIES_A_WARP + i / max(BEFORE, 1)][i % max(BEFORE, 1)] = 0.0f;
     int whole = visible(a, tile.position);  // columns that every row sees
 
-    barrier_wait(&s.q_full, 0);
+    barrier_wait(&s.q_full, round & 1);
     u64 q = descriptor_rows(s.q + warpgroup * 64 * 128);
     float scores[BN / 2];
 
@@ -198,7 +245,7 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head, i
                         float score = pool(s, warp * QUERIES_A_WARP + i_query, j);
                         key = score == score ? __float_as_uint(score) + 2 : 1;
                     }
-                    best[i_query].offer(key, block);
+                    best[i_query].offer(key, block, free, s.scratch[warp]);
                 }
             }
         }
@@ -212,14 +259,18 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head, i
         __syncwarp();
     };
     for (int i = 0; i < count; i++) {
-        int stage = i % STAGES;
-        barrier_wait(&s.k_full[stage], i / STAGES & 1);
+        int stage = (n + i) % STAGES;
+        barrier_wait(&s.k_full[stage], (n + i) / STAGES & 1);
         multiply_keys(scores, q, s.k[stage]);
         wgmma_wait<0>();
         wgmma_hold(scores);
-        if (lane == 0) barrier_arrive(&s.k_empty[stage]);
+        if (lane == 0) {
+            barrier_arrive(&s.k_empty[stage]);
+            if (i + 1 == count) barrier_arrive(&s.q_empty);
+        }
         rank(scores, i);
     }
+    if (count == 0 && lane == 0) barrier_arrive(&s.q_empty);
 
     if (!owner) return;
 #pragma unroll
@@ -234,7 +285,8 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head, i
             continue;
         }
         // Lanes below `free` hold the best; the forced blocks follow. Each writes to its rank.
-        int block = best[i].block, forced = lane - free;
+        best[i].merge(free);
+        int block = (int)~(u32)best[i].best, forced = lane - free;
         if (forced >= 0) block = forced < a.initial ? forced : current + 1 - a.local + (forced - a.initial);
         bool valid = lane < a.count;
         int rank = 0;
@@ -247,15 +299,10 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
     select(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ Params a) {
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
-    int t = a.tile_count - 1 - blockIdx.x % a.tile_count, kv_head = blockIdx.x / a.tile_count;
-    Tile tile = a.tiles[t];
-    int last_position = tile.position + tile.rows - 1, current = last_position / a.select_block;
-    // Candidates lie below `current + 1 - local`; nothing is ranked where all is selected.
-    int columns = min(visible(a, last_position), (current + 1 - a.local) * R);
-    int count = current < a.count ? 0 : (columns + BN - 1) / BN;
-
+    int items = a.tile_count * (a.heads / a.group);
     if (threadIdx.x == 0) {
         barrier_init(&s.q_full, 1);
+        barrier_init(&s.q_empty, CONSUMERS * 4);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&s.k_full[i], 1);
             barrier_init(&s.k_empty[i], CONSUMERS * 4);
@@ -263,23 +310,33 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
         barrier_fence_init();
     }
     __syncthreads();
+    int n = 0, round = 0;
     if (threadIdx.x < 128) {
-        registers_shrink<24>();
+        registers_shrink<32>();
         if (threadIdx.x != 0) return;
-        barrier_expect(&s.q_full, Q_BYTES);
-#pragma unroll
-        for (int c = 0; c < DP / PANEL; c++)
-            tma_load(s.q + c * BM * 128, &q, &s.q_full, c * PANEL, kv_head * a.group, tile.token);
-        for (int i = 0; i < count; i++) {
-            int stage = i % STAGES;
-            barrier_wait(&s.k_empty[stage], (i / STAGES & 1) ^ 1);
-            barrier_expect(&s.k_full[stage], K_BYTES);
+        for (int i = blockIdx.x; i < items; i += gridDim.x, round++) {
+            Item item(a, i);
+            barrier_wait(&s.q_empty, round & 1 ^ 1);
+            barrier_expect(&s.q_full, Q_BYTES);
 #pragma unroll
             for (int c = 0; c < DP / PANEL; c++)
-                tma_load(s.k[stage] + c * BN * 128, &k, &s.k_full[stage], c * PANEL, kv_head, tile.key + i * BN);
+                tma_load(s.q + c * BM * 128, &q, &s.q_full, c * PANEL, item.kv_head * a.group, item.tile.token);
+            for (int j = 0; j < item.count; j++, n++) {
+                int stage = n % STAGES;
+                barrier_wait(&s.k_empty[stage], (n / STAGES & 1) ^ 1);
+                barrier_expect(&s.k_full[stage], K_BYTES);
+#pragma unroll
+                for (int c = 0; c < DP / PANEL; c++)
+                    tma_load(s.k[stage] + c * BN * 128, &k, &s.k_full[stage], c * PANEL, item.kv_head,
+                             item.tile.key + j * BN);
+            }
         }
     } else {
-        registers_grow<160>();
-        consume(s, a, tile, kv_head, gridDim.x / a.tile_count, count);
+        registers_grow<GP == 1 ? 224 : 152>();
+        for (int i = blockIdx.x; i < items; i += gridDim.x, round++) {
+            Item item(a, i);
+            rank_item(s, a, item, round, n);
+            n += item.count;
+        }
     }
 }

@@ -6,8 +6,8 @@
 // block share its bytes, and the bytes are what bounds this branch (16 FLOP a byte unshared). A warp
 // computes the tiles that one of its queries wants, by mma.sync, with its own online softmax.
 //
-// Constants: D, V, GP (1 to 64), SB (l', a multiple of 64), STAGES. Grid: tiles · K blocks. Block:
-// 384 threads.
+// Constants: D, V, GP (1 to 64), SB (l', a multiple of 64), STAGES. Grid: as many blocks as
+// multiprocessors, each walking its share. Block: 384 threads.
 #include "hopper.cuh"
 #include "mma.cuh"
 
@@ -15,6 +15,7 @@ static constexpr int PANEL = 64, BN = 64, WARPS = 8, BM = 16 * WARPS;
 static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
 static constexpr int QUERIES = BM / GP, QUERIES_A_LANE = (QUERIES + 31) / 32;
 static constexpr int K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
+static constexpr int OUT_ROW = VP * 2 + 16;  // a staged row, padded against bank conflicts
 static constexpr bool KEEP_Q = DP + VP <= 320;
 static constexpr int NO_BLOCK = 0x7fffffff;
 
@@ -37,7 +38,7 @@ struct Params {
     float* lse;          // [T, H] natural log, or null
 };
 
-// What a stage holds: keys from `key` on (within the sequence; −1: nothing more comes), and the queries
+// What a stage holds: keys from `key` on (within the sequence; −1: the item ends), and the queries
 // that want them, one bit each.
 struct Tag {
     int key;
@@ -47,14 +48,16 @@ struct Tag {
 struct Shared {
     u8 k[STAGES][K_BYTES];
     u8 v[STAGES][V_BYTES];
+    u8 out[WARPS][16 * OUT_ROW];
     Tag tags[STAGES];
     u64 full[STAGES], empty[STAGES];
 };
 
 // One warp: merges the lists, which lie in shared memory, and feeds the stages.
-DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Params& a, const Tile& tile, int kv_head,
-                    int kv_heads, int* lists) {
-    int lane = threadIdx.x & 31;
+DEVICE void produce_item(Shared& s, const TensorMap* k, const TensorMap* v, const Params& a, const Tile& tile,
+                         int kv_head, int* lists, int& stage, u32& parity) {
+    int lane = threadIdx.x & 31, kv_heads = a.heads / a.group;
+    __syncwarp();
     // Entries that no list of ours can hold end a list.
     for (int i = lane; i < QUERIES * a.count; i += 32) {
         int query = i / a.count, block = NO_BLOCK;
@@ -72,8 +75,6 @@ DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Par
         at[u] = 0;
         head[u] = query < QUERIES && a.count > 0 ? lists[query * a.count] : NO_BLOCK;
     }
-    int stage = 0;
-    u32 parity = 1;
     while (true) {
         int block = head[0];
 #pragma unroll
@@ -113,7 +114,7 @@ DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Par
     }
 }
 
-DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
+DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_head, int& stage, u32& parity) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int first_query = warp * 16 / GP;
     // The thread's two rows.
@@ -149,15 +150,16 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
 
     // This lane's row of the four 8×8 tiles of a load: keys on rows, 16 bytes of dims.
     int tile_row = lane % 8, tile_id = lane / 8;
-    int stage = 0;
-    u32 parity = 0;
-    while (true) {
+    bool more = true;
+    while (more) {
         barrier_wait(&s.full[stage], parity);
         int key = s.tags[stage].key;
-        if (key < 0) break;
+        more = key >= 0;
         int limit[2];  // columns a row sees, less one
         bool mine = false;
-        if (GP >= 16) {
+        if (!more) {
+            limit[0] = limit[1] = -1;
+        } else if (GP >= 16) {
             mine = s.tags[stage].wanted[0] >> first_query & 1;
             limit[0] = limit[1] = tile.position + first_query - key;
         } else {
@@ -243,31 +245,44 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
+    u8* staged = s.out[warp];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float total = sum[r];
         total += __shfl_xor_sync(ALL_LANES, total, 1);
         total += __shfl_xor_sync(ALL_LANES, total, 2);
         float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-        if (!real[r]) continue;
-        if (a.lse != nullptr && lane % 4 == 0) {
+        if (real[r] && a.lse != nullptr && lane % 4 == 0) {
             float lse = (peak[r] * a.scale_log2 + log2f(total)) * 0.69314718055994531f;
             a.lse[place[r]] = total == 0.0f ? -INF : lse;
         }
-        float gate = a.out == nullptr ? 0.0f : widen(a.gate[place[r] * 3 + a.gate_index]);
+        u8* row = staged + (lane / 4 + 8 * r) * OUT_ROW + 4 * (lane % 4);
 #pragma unroll
-        for (int j = 0; j < VP / 8; j++) {
-            int column = 8 * j + 2 * (lane % 4);
-            if (column >= V) continue;
-            u32 pair = pack<Real>(out[j][2 * r] * inverse, out[j][2 * r + 1] * inverse);
-            if (a.branch != nullptr) *(u32*)(a.branch + place[r] * V + column) = pair;
-            if (a.out == nullptr) continue;
-            u32* target = (u32*)(a.out + place[r] * V + column);
-            float2 x = unpack<Real>(pair), old = make_float2(0.0f, 0.0f);
-            if (a.accumulate) old = unpack<Real>(*target);
-            *target = pack<Real>(fmaf(gate, x.x, old.x), fmaf(gate, x.y, old.y));
-        }
+        for (int j = 0; j < VP / 8; j++)
+            *(u32*)(row + 16 * j) = pack<Real>(out[j][2 * r] * inverse, out[j][2 * r + 1] * inverse);
     }
+    __syncwarp();
+#pragma unroll 4
+    for (int i = lane; i < 16 * (V / 8); i += 32) {
+        int row = i / (V / 8), chunk = i % (V / 8);
+        int at = warp * 16 + row, query = at / GP, head = at % GP;
+        if (query >= tile.rows || head >= a.group) continue;
+        i64 place = (i64)(tile.token + query) * a.heads + kv_head * a.group + head;
+        auto values = *(const Vec<Real, 8>*)(staged + row * OUT_ROW + 16 * chunk);
+        if (a.branch != nullptr) *(Vec<Real, 8>*)(a.branch + place * V + 8 * chunk) = values;
+        if (a.out == nullptr) continue;
+        float gate = widen(a.gate[place * 3 + a.gate_index]);
+        auto* target = (Vec<Real, 8>*)(a.out + place * V + 8 * chunk);
+        Vec<Real, 8> mix;
+        if (a.accumulate) mix = *target;
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+            float x = gate * widen(values.at[c]);
+            mix.at[c] = narrow<Real>(a.accumulate ? x + widen(mix.at[c]) : x);
+        }
+        *target = mix;
+    }
+    __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
@@ -275,8 +290,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
     int* lists = (int*)(raw + sizeof(Shared));
-    int t = a.tile_count - 1 - blockIdx.x % a.tile_count, kv_head = blockIdx.x / a.tile_count;
-    Tile tile = a.tiles[t];
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&s.full[i], 1);
@@ -285,11 +298,19 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         barrier_fence_init();
     }
     __syncthreads();
+    int items = a.tile_count * (a.heads / a.group), stage = 0;
+    // Longest tiles first; one KV head after the other, so that its keys and values stay in L2.
+    auto tile = [&](int i) { return a.tiles[a.tile_count - 1 - i % a.tile_count]; };
     if (threadIdx.x >= 32 * WARPS) {
         registers_shrink<40>();
-        if (threadIdx.x / 32 == WARPS) produce(s, &k, &v, a, tile, kv_head, gridDim.x / a.tile_count, lists);
+        if (threadIdx.x / 32 != WARPS) return;
+        u32 parity = 1;
+        for (int i = blockIdx.x; i < items; i += gridDim.x)
+            produce_item(s, &k, &v, a, tile(i), i / a.tile_count, lists, stage, parity);
     } else {
         registers_grow<232>();
-        consume(s, a, tile, kv_head);
+        u32 parity = 0;
+        for (int i = blockIdx.x; i < items; i += gridDim.x)
+            consume_item(s, a, tile(i), i / a.tile_count, stage, parity);
     }
 }

@@ -1,0 +1,285 @@
+// Score and select in one kernel: nothing is written but the chosen blocks.
+//
+// Importance of a block (NSA, Eq. 8–10): softmax over the compressed keys, from the compressed
+// branch's log-sum-exps, summed over the group's heads, pooled by how many strides a selection
+// block shares with each compressed one. A block of 192 rows is 192/GP queries × GP heads, so that
+// the heads of one query lie in one warp's accumulators; a warp keeps the best blocks of its
+// queries one a lane. Ties go to the lower block: blocks come in ascending order and only a
+// strictly better one replaces another.
+//
+// Constants: D, GP (group padded to a power of two, 1 to 64), BN (compressed keys a tile), L and R
+// (l/d and l'/d; R divides BN). Grid: tiles · K blocks. Block: 512 threads. At most 32 blocks
+// a query.
+#include "hopper.cuh"
+
+static constexpr int PANEL = 64, CONSUMERS = 3, BM = 64 * CONSUMERS;
+static constexpr int DP = (D + 63) / 64 * 64;
+static constexpr int STAGES = 2;
+static constexpr int Q_BYTES = BM * DP * 2, K_BYTES = BN * DP * 2;
+static constexpr int BLOCKS = BN / R;                          // selection blocks a tile
+static constexpr int BEFORE = (L - 1 + 3) / 4 * 4;             // columns kept of the tile before
+static constexpr int WARPS_A_QUERY = GP > 16 ? GP / 16 : 1;
+static constexpr int QUERIES_A_WARP = GP < 16 ? 16 / GP : 1;
+static constexpr int ROWS = 4 * CONSUMERS * QUERIES_A_WARP;  // rows of sums
+static constexpr int WIDTH = BEFORE + BN;
+
+struct Tile {
+    int token, rows, position, key;
+};
+
+struct Params {
+    const Tile* tiles;
+    int tile_count, heads, group;
+    float scale_log2;
+    int block, stride;                          // l, d
+    int select_block, count, initial, local;    // l', n
+    const float* lse;                           // [T, H] of the compressed branch, natural log
+    i32* indices;                               // [T, K, S]
+};
+
+struct Shared {
+    u8 q[Q_BYTES];
+    u8 k[STAGES][K_BYTES];
+    float sums[ROWS][WIDTH];
+    u64 q_full, k_full[STAGES], k_empty[STAGES];
+};
+
+DEVICE int visible(const Params& a, int p) { return p + 1 < a.block ? 0 : (p + 1 - a.block) / a.stride + 1; }
+
+DEVICE void multiply_keys(float (&scores)[BN / 2], u64 q, const u8* k) {
+    wgmma_fence();
+    u64 keys = descriptor_rows(k);
+#pragma unroll
+    for (int i = 0; i < DP / 16; i++) {
+        int panel = i / 4, inner = i % 4;
+        Wgmma<BN>::ss<0, 0>(scores, descriptor_step(q, panel * BM * 128 + inner * 32),
+                            descriptor_step(keys, panel * BN * 128 + inner * 32), i > 0);
+    }
+    wgmma_commit();
+}
+
+// How many strides selection block j shares with compressed block R·j + offset.
+DEVICE constexpr int shared_strides(int offset) {
+    int a = R - (offset > 0 ? offset : 0), b = L + (offset < 0 ? offset : 0);
+    int c = a < b ? a : b, d = R < L ? R : L;
+    return c < d ? c : d;
+}
+
+// The best blocks of one query, one a lane. Order is by `key`: 0 empty, 1 a NaN score, then the
+// score's bits + 2, which rise with the score.
+struct Best {
+    u32 key, worst;
+    int block;
+
+    DEVICE void reset(int places) {
+        int lane = threadIdx.x & 31;
+        key = lane < places ? 0u : 0xffffffffu;
+        block = 0x40000000 + lane;
+        worst = places > 0 ? 0u : 0xffffffffu;
+    }
+    DEVICE void offer(u32 candidate, int candidate_block) {
+        int lane = threadIdx.x & 31;
+        u32 better = __ballot_sync(ALL_LANES, candidate > worst);
+        while (better != 0) {
+            int source = __ffs(better) - 1;
+            u32 new_key = __shfl_sync(ALL_LANES, candidate, source);
+            int new_block = __shfl_sync(ALL_LANES, candidate_block, source);
+            // Of the worst, the highest block leaves.
+            int place = key == worst ? block : -1;
+            if (place == __reduce_max_sync(ALL_LANES, place)) key = new_key, block = new_block;
+            worst = __reduce_min_sync(ALL_LANES, key);
+            better = __ballot_sync(ALL_LANES, candidate > worst && lane > source);
+        }
+    }
+};
+
+// Lanes 4 << STEP apart hold the same columns of other heads: each keeps one half of the COUNT columns
+// and gives away the other, STEPS times. Returns the first column kept.
+template <int COUNT, int STEP, int STEPS, int N>
+DEVICE int share_sum(float (&x)[N]) {
+    if constexpr (STEP == STEPS) {
+        return 0;
+    } else {
+        constexpr int HALF = COUNT / 2;
+        bool upper = threadIdx.x >> (2 + STEP) & 1;
+#pragma unroll
+        for (int i = 0; i < HALF; i++) {
+            float keep = upper ? x[HALF + i] : x[i], give = upper ? x[i] : x[HALF + i];
+            x[i] = keep + __shfl_xor_sync(ALL_LANES, give, 4 << STEP);
+        }
+        return (upper ? HALF : 0) + share_sum<HALF, STEP + 1, STEPS>(x);
+    }
+}
+
+// Adds the rows of each query's heads and writes the sums of this warp's queries (or its part of them).
+DEVICE void sum_heads(Shared& s, const float (&p)[BN / 2], int warp) {
+    constexpr int SETS = GP >= 16 ? 1 : 2, STEPS = GP >= 8 ? 3 : GP == 4 ? 2 : GP == 2 ? 1 : 0;
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int set = 0; set < SETS; set++) {
+        float x[BN / 4];
+#pragma unroll
+        for (int i = 0; i < BN / 4; i++) {
+            int j = i / 2, c = i % 2;
+            x[i] = GP >= 16 ? p[4 * j + c] + p[4 * j + 2 + c] : p[4 * j + 2 * set + c];
+        }
+        int base = share_sum<BN / 4, 0, STEPS>(x);
+        int query = GP >= 16 ? 0 : (lane >> 2) / GP + 8 / GP * set;
+        float* row = s.sums[warp * QUERIES_A_WARP + query] + BEFORE + 2 * (lane & 3);
+#pragma unroll
+        for (int i = 0; i < BN / 4 >> STEPS; i += 2) *(float2*)(row + 8 * ((base + i) / 2)) = make_float2(x[i], x[i + 1]);
+    }
+}
+
+// The importance of block j of the tile; `row` is the query's (first) row of sums.
+DEVICE float pool(const Shared& s, int row, int j) {
+    float score = 0.0f;
+#pragma unroll
+    for (int offset = 1 - L; offset < R; offset++) {
+        float p = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS_A_QUERY; w++) p += s.sums[row + w][BEFORE + R * j + offset];
+        score += (float)shared_strides(offset) * p;
+    }
+    return score;
+}
+
+DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head, int kv_heads, int count) {
+    int warpgroup = threadIdx.x / 128 - 1, warp = (threadIdx.x - 128) / 32, lane = threadIdx.x % 32;
+    bool owner = warp % WARPS_A_QUERY == 0;
+    int first_query = warp * 16 / GP;  // of this warp, within the tile
+
+    // log-sum-exps of the thread's two rows; rows that are no head of no query weigh nothing.
+    float base[2];
+    int seen[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int row = warp * 16 + lane / 4 + 8 * r, query = row / GP, head = row % GP;
+        bool real = query < tile.rows && head < a.group;
+        i64 at = (i64)(tile.token + query) * a.heads + kv_head * a.group + head;
+        base[r] = real ? a.lse[at] * 1.44269504088896341f : INF;
+        seen[r] = real ? visible(a, tile.position + query) : 0;
+    }
+    Best best[QUERIES_A_WARP];
+    int free = a.count - a.initial - a.local;
+#pragma unroll
+    for (int i = 0; i < QUERIES_A_WARP; i++) best[i].reset(free);
+    for (int i = lane; i < BEFORE * QUERIES_A_WARP; i += 32)
+        s.sums[warp * QUERIES_A_WARP + i / max(BEFORE, 1)][i % max(BEFORE, 1)] = 0.0f;
+    int whole = visible(a, tile.position);  // columns that every row sees
+
+    barrier_wait(&s.q_full, 0);
+    u64 q = descriptor_rows(s.q + warpgroup * 64 * 128);
+    float scores[BN / 2];
+
+    // Probabilities of tile i from its products, then its blocks.
+    auto rank = [&](float (&p)[BN / 2], int i) {
+        int column = i * BN + 2 * (lane & 3);
+        bool trim = (i + 1) * BN > whole;
+#pragma unroll
+        for (int j = 0; j < BN / 2; j++) p[j] = exp2_approx(fmaf(p[j], a.scale_log2, -base[j / 2 % 2]));
+        if (trim) {
+#pragma unroll
+            for (int j = 0; j < BN / 2; j++)
+                if (column + 8 * (j / 4) + j % 2 >= seen[j / 2 % 2]) p[j] = 0.0f;
+        }
+        sum_heads(s, p, warp);
+        if (WARPS_A_QUERY > 1) named_sync(1 + warpgroup, 128);
+        else __syncwarp();
+        if (owner) {
+#pragma unroll
+            for (int i_query = 0; i_query < QUERIES_A_WARP; i_query++) {
+                int position = tile.position + first_query + i_query;
+                int first = a.initial, last = position / a.select_block + 1 - a.local;
+                for (int c = 0; c < BLOCKS; c += 32) {
+                    int j = c + lane, block = i * BLOCKS + j;
+                    u32 key = 0;
+                    if (j < BLOCKS && block >= first && block < last) {
+                        float score = pool(s, warp * QUERIES_A_WARP + i_query, j);
+                        key = score == score ? __float_as_uint(score) + 2 : 1;
+                    }
+                    best[i_query].offer(key, block);
+                }
+            }
+        }
+        if (WARPS_A_QUERY > 1) named_sync(1 + warpgroup, 128);
+        else __syncwarp();
+        for (int k = lane; k < (L - 1) * QUERIES_A_WARP; k += 32) {
+            float* row = s.sums[warp * QUERIES_A_WARP + k / max(L - 1, 1)];
+            int at = k % max(L - 1, 1) + BEFORE - (L - 1);
+            row[at] = row[at + BN];
+        }
+        __syncwarp();
+    };
+    for (int i = 0; i < count; i++) {
+        int stage = i % STAGES;
+        barrier_wait(&s.k_full[stage], i / STAGES & 1);
+        multiply_keys(scores, q, s.k[stage]);
+        wgmma_wait<0>();
+        wgmma_hold(scores);
+        if (lane == 0) barrier_arrive(&s.k_empty[stage]);
+        rank(scores, i);
+    }
+
+    if (!owner) return;
+#pragma unroll
+    for (int i = 0; i < QUERIES_A_WARP; i++) {
+        int query = first_query + i;
+        if (query >= tile.rows) continue;
+        i64 token = tile.token + query;
+        i32* out = a.indices + (token * kv_heads + kv_head) * a.count;
+        int current = (tile.position + query) / a.select_block;
+        if (current < a.count) {  // everything is selected
+            if (lane < a.count) out[lane] = lane <= current ? lane : -1;
+            continue;
+        }
+        // Lanes below `free` hold the best; the forced blocks follow. Each writes to its rank.
+        int block = best[i].block, forced = lane - free;
+        if (forced >= 0) block = forced < a.initial ? forced : current + 1 - a.local + (forced - a.initial);
+        bool valid = lane < a.count;
+        int rank = 0;
+        for (int other = 0; other < a.count; other++) rank += __shfl_sync(ALL_LANES, block, other) < block;
+        if (valid) out[rank] = block;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
+    select(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ Params a) {
+    extern __shared__ __align__(1024) u8 raw[];
+    Shared& s = *(Shared*)raw;
+    int t = a.tile_count - 1 - blockIdx.x % a.tile_count, kv_head = blockIdx.x / a.tile_count;
+    Tile tile = a.tiles[t];
+    int last_position = tile.position + tile.rows - 1, current = last_position / a.select_block;
+    // Candidates lie below `current + 1 - local`; nothing is ranked where all is selected.
+    int columns = min(visible(a, last_position), (current + 1 - a.local) * R);
+    int count = current < a.count ? 0 : (columns + BN - 1) / BN;
+
+    if (threadIdx.x == 0) {
+        barrier_init(&s.q_full, 1);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&s.k_full[i], 1);
+            barrier_init(&s.k_empty[i], CONSUMERS * 4);
+        }
+        barrier_fence_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_shrink<24>();
+        if (threadIdx.x != 0) return;
+        barrier_expect(&s.q_full, Q_BYTES);
+#pragma unroll
+        for (int c = 0; c < DP / PANEL; c++)
+            tma_load(s.q + c * BM * 128, &q, &s.q_full, c * PANEL, kv_head * a.group, tile.token);
+        for (int i = 0; i < count; i++) {
+            int stage = i % STAGES;
+            barrier_wait(&s.k_empty[stage], (i / STAGES & 1) ^ 1);
+            barrier_expect(&s.k_full[stage], K_BYTES);
+#pragma unroll
+            for (int c = 0; c < DP / PANEL; c++)
+                tma_load(s.k[stage] + c * BN * 128, &k, &s.k_full[stage], c * PANEL, kv_head, tile.key + i * BN);
+        }
+    } else {
+        registers_grow<160>();
+        consume(s, a, tile, kv_head, gridDim.x / a.tile_count, count);
+    }
+}
