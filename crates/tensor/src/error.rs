@@ -66,6 +66,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the machine or the request is the reason rather than the program.
+    pub fn is_users(&self) -> bool {
+        matches!(self, Error::Cuda(error) if error.is_users())
+    }
+
+    /// Whether the memory of a device did not hold what was asked.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Error::Cuda(tercet_cuda::Error::OutOfMemory(_)))
+    }
+
     pub(crate) fn shape(
         op: &'static str,
         what: &'static str,
@@ -89,6 +99,9 @@ impl Error {
     }
 
     pub(crate) fn attention(op: &'static str) -> impl FnOnce(tercet_attention::Error) -> Self {
-        move |source| Error::Attention { op, source }
+        move |source| match source {
+            tercet_attention::Error::Device(source) => Error::Cuda(source),
+            source => Error::Attention { op, source },
+        }
     }
 }

@@ -25,11 +25,25 @@ use crate::{DType, Error, Result, Tensor};
 
 pub(crate) mod adamw;
 pub(crate) mod add;
+pub(crate) mod attention;
+pub(crate) mod compress;
+pub(crate) mod compress_phi;
 mod convert;
 pub(crate) mod cross_entropy;
+mod cut;
+pub(crate) mod embedding;
+pub(crate) mod expert_linear;
+pub(crate) mod expert_plan;
+pub(crate) mod expert_rows;
+pub(crate) mod layer_norm;
 pub(crate) mod linear;
+pub(crate) mod moe_route;
 pub(crate) mod norm;
+pub(crate) mod pointwise;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
 pub(crate) mod scale;
+mod sort;
 mod storage;
 mod sum_parts;
 
@@ -38,6 +52,12 @@ pub(crate) use storage::{OnCuda, number};
 
 /// Header of elementwise loops.
 pub(crate) const PIECES: (&str, &str) = ("pieces.cuh", include_str!("pieces.cuh"));
+
+/// Header of kernels whose groups of threads hold rows.
+const ROWS: (&str, &str) = ("rows.cuh", include_str!("rows.cuh"));
+
+/// Header of loops over rows that an index picks.
+const GATHERS: (&str, &str) = ("gathers.cuh", include_str!("gathers.cuh"));
 
 /// Header of launches over many tensors.
 const SLOTS: (&str, &str) = ("slots.cuh", include_str!("slots.cuh"));
@@ -58,7 +78,11 @@ pub(crate) fn kernel(
 ) -> Result<Kernel> {
     let real = match dtype {
         DType::BF16 => "REAL_BF16",
-        _ => "REAL_F32",
+        DType::F32 => "REAL_F32",
+        got => {
+            let (what, expected) = ("the input", "f32 or bf16");
+            return Err(Error::DType { op: source.name, what, expected, got });
+        }
     };
     let mut all = Vec::with_capacity(1 + defines.len());
     all.push((real, "1".to_owned()));

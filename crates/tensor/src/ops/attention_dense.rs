@@ -1,4 +1,4 @@
-//! Softmax attention under a causal or window mask, by `tercet_attention::cpu`:
+//! Softmax attention under a causal or window mask, by `tercet_attention`:
 //! `out = softmax(q·kᵀ/√D + mask)·v`, every sequence by itself.
 //!
 //! Keeps q, k, v, the output and the log-sum-exp `[T, H]`.
@@ -9,7 +9,7 @@ use tercet_attention::cpu::{AttendGrads, AttendInput, Mask, attend_backward, att
 use super::check;
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{Device, Error, Result, Tape, Tensor, Var, cuda};
 
 const OP: &str = "attention_dense";
 
@@ -29,16 +29,31 @@ pub fn attention_dense(
     check::shape(OP, "k", k.value(), &[tokens, kv_heads, key_dim])?;
     check::shape(OP, "v", v.value(), &[tokens, kv_heads, value_dim])?;
     check::offsets(OP, cu_seqlens, tokens)?;
+    let dims = Dims { heads, kv_heads, key_dim, value_dim };
+    let sources = [q.source(), k.source(), v.source()];
+    let values = [q.value(), k.value(), v.value()];
+    if let Device::Cuda(gpu) =
+        check::device(OP, &[("q", values[0]), ("k", values[1]), ("v", values[2])])?
+    {
+        let values = values.map(Tensor::clone);
+        let (out, call) = cuda::attention::Dense::forward(&gpu, dims, values, cu_seqlens, mask)?;
+        let kept_out = out.clone();
+        return tape.record(out, &[q, k, v], move |grad, walk| {
+            let grads = call.backward(&kept_out, &grad)?;
+            drop((call, kept_out, grad));
+            sources.into_iter().zip(grads).try_for_each(|(to, grad)| walk.give(to, grad))
+        });
+    }
     let call = Call {
         q: q.value().clone(),
         k: k.value().clone(),
         v: v.value().clone(),
-        dims: Dims { heads, kv_heads, key_dim, value_dim },
+        dims,
         cu_seqlens: cu_seqlens.to_vec(),
         mask,
     };
     let (out, lse) = float_dispatch!(OP, q.dtype(), forward(&call))?;
-    let (kept_out, sources) = (out.clone(), [q.source(), k.source(), v.source()]);
+    let kept_out = out.clone();
     tape.record(out, &[q, k, v], move |grad, walk| {
         let grads = float_dispatch!(OP, grad.dtype(), backward(call, kept_out, lse, &grad))?;
         for (source, grad) in sources.into_iter().zip(grads) {

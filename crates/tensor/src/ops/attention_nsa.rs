@@ -1,4 +1,4 @@
-//! Native sparse attention (arXiv 2502.11089) by `tercet_attention::cpu`: compressed, selected
+//! Native sparse attention (arXiv 2502.11089) by `tercet_attention`: compressed, selected
 //! and window branches, blended by gates.
 //!
 //! Keeps its inputs and what the operator saves: the branches' outputs, their log-sum-exps and
@@ -10,7 +10,7 @@ use tercet_attention::cpu::{NsaGrads, NsaInput, NsaSaved, nsa_backward, nsa_forw
 use super::check;
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
-use crate::{Error, NsaSpec, Result, Tape, Tensor, Var};
+use crate::{Device, Error, NsaSpec, Result, Tape, Tensor, Var, cuda};
 
 const OP: &str = "attention_nsa";
 
@@ -65,14 +65,21 @@ pub fn attention_nsa(
         check::shape(OP, NAMES[i], var.value(), &[rows, a, b])?;
     }
     check::offsets(OP, cu_seqlens, tokens)?;
-    let call = Call {
-        values: vars.map(|v| v.value().clone()),
-        spec: spec.clone(),
-        dims: Dims { heads, kv_heads, key_dim, value_dim },
-        cu_seqlens: cu_seqlens.to_vec(),
-    };
+    let dims = Dims { heads, kv_heads, key_dim, value_dim };
+    let (sources, values) = (vars.map(Var::source), vars.map(|v| v.value().clone()));
+    let places: Vec<_> = NAMES.into_iter().zip(&values).collect();
+    if let Device::Cuda(gpu) = check::device(OP, &places)? {
+        let save = tape.keeps(&vars);
+        let (out, call) =
+            cuda::attention::Nsa::forward(&gpu, dims, values, spec, cu_seqlens, save)?;
+        return tape.record(out, &vars, move |grad, walk| {
+            let grads = call.backward(&grad)?;
+            drop((call, grad));
+            sources.into_iter().zip(grads).try_for_each(|(to, grad)| walk.give(to, grad))
+        });
+    }
+    let call = Call { values, spec: spec.clone(), dims, cu_seqlens: cu_seqlens.to_vec() };
     let (out, saved) = float_dispatch!(OP, inputs.q.dtype(), forward(&call))?;
-    let sources = vars.map(Var::source);
     tape.record(out, &vars, move |grad, walk| {
         let grads = float_dispatch!(OP, grad.dtype(), backward(call, saved, &grad))?;
         for (source, grad) in sources.into_iter().zip(grads) {
