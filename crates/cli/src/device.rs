@@ -6,8 +6,7 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 use tercet_cuda::{Gpu, Library, look_for};
-
-use crate::error::user;
+use tercet_tensor::Device;
 
 /// What was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,16 +85,21 @@ impl DeviceArg {
         }
     }
 
-    /// As [`DeviceArg::choose`] for a verb that a device cannot do; `what` says which.
-    pub fn cpu_only(&self, what: &str) -> anyhow::Result<()> {
-        match self.device {
-            Wanted::Cuda(_) => Err(user(format!("{what} is computed on the CPU only"))),
-            Wanted::Auto | Wanted::Cpu => Ok(()),
-        }
+    /// Whether a GPU is asked for by name.
+    pub fn is_cuda(&self) -> bool {
+        matches!(self.device, Wanted::Cuda(_))
     }
 }
 
 impl Choice {
+    /// Where tensors live.
+    pub fn tensors(&self) -> Device {
+        match self {
+            Self::Cpu => Device::Cpu,
+            Self::Cuda(gpu) => Device::Cuda(gpu.clone()),
+        }
+    }
+
     /// The GPU, if that is where to compute.
     pub fn gpu(&self) -> Option<&Gpu> {
         match self {
@@ -137,8 +141,17 @@ pub fn cache_folder() -> Option<PathBuf> {
 
 /// What is worth saying when a verb has ended: that kernels could not be kept, for one.
 pub fn farewell() {
-    if let Some(warning) = OPENED.get().and_then(Gpu::cache_warning) {
+    let Some(gpu) = OPENED.get() else { return };
+    if let Some(warning) = gpu.cache_warning() {
         eprintln!("tercet: {warning}");
+    }
+    // For whoever keeps the list of `tercet kernels`: the constants of real launches.
+    if let Some(path) = std::env::var_os("TERCET_KERNELS") {
+        let line = |(name, constants): (&str, String)| format!("{name} {}\n", constants.trim());
+        let lines: String = gpu.modules().into_iter().map(line).collect();
+        if let Err(error) = crate::files::write(path.as_ref(), lines.as_bytes()) {
+            eprintln!("tercet: cannot write {}: {error}", path.display());
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use tercet_model::{
     Tokenizer,
 };
 
+use crate::device::DeviceArg;
 use crate::error::user;
 use crate::human;
 
@@ -62,6 +63,8 @@ pub struct Args {
     /// Text that ends the answer; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
 /// Loads the model and writes.
@@ -71,10 +74,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let sampling = sampling(args, &settings);
     sampling.validate()?;
     let tokenizer = Tokenizer::load(&folder)?;
-    let model = Model::load(&folder)?;
+    let device = args.device.choose()?;
+    let mut model = Model::load(&folder)?;
+    model.to_device(&device.tensors())?;
     let mut generator = Generator::new(&model, &tokenizer, settings.eos_token_ids)?;
     eprintln!(
-        "{} · {} parameters · seed {}",
+        "{} · {} parameters · {device} · seed {}",
         folder.display(),
         human::count(model.params().elements() as f64),
         sampling.seed

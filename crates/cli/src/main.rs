@@ -10,6 +10,7 @@ mod files;
 mod generate;
 mod human;
 mod interrupt;
+mod kernels;
 mod lock;
 mod machine;
 mod picture;
@@ -59,6 +60,8 @@ enum Verb {
     Doctor(doctor::Args),
     Generate(generate::Args),
     #[command(hide = true)]
+    Kernels(kernels::Args),
+    #[command(hide = true)]
     Picture(picture::Args),
     Plan(plan::Args),
     Pretrain(pretrain::Args),
@@ -96,6 +99,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Convert(args) => convert::run(args),
         Verb::Doctor(args) => doctor::run(args),
         Verb::Generate(args) => generate::run(args),
+        Verb::Kernels(args) => kernels::run(args),
         Verb::Picture(args) => picture::run(args),
         Verb::Plan(args) => plan::run(args),
         Verb::Pretrain(args) => pretrain::run(args),

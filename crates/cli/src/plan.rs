@@ -7,9 +7,9 @@ use std::time::Duration;
 use tercet_model::{ModelConfig, Workload};
 use tercet_tensor::DType;
 use tercet_train::RunConfig;
-use tercet_train::config::Precision;
 
 use crate::bench::step;
+use crate::device::{Choice, DeviceArg};
 use crate::machine::Machine;
 use crate::{human, yardstick};
 
@@ -20,7 +20,7 @@ const EXPECTED_SHARE: f64 = 0.4;
 /// Say what a run will cost before it starts.
 ///
 /// Parameters, memory by part, FLOP per token (sparse and dense), time on this machine, disk.
-/// Starts nothing and reads no data.
+/// Starts nothing and reads no data. A plan with --device cuda can be made without a GPU.
 #[derive(clap::Args)]
 #[command(after_help = "Example: tercet plan configs/nsa-27b-moe.toml --gflops 400000")]
 pub struct Args {
@@ -32,40 +32,50 @@ pub struct Args {
     /// Rate of a matrix product to estimate the time with [default: measured here]
     #[arg(long, value_name = "GFLOP/S")]
     gflops: Option<f64>,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
 /// Prints the plan.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let model = step::architecture(&config)?;
-    let rate = match args.gflops {
-        Some(rate) if rate.is_finite() && rate > 0.0 => Rate { gflops: rate, measured: false },
-        Some(rate) => {
+    let device = match args.device.choose() {
+        Ok(device) => Some(device),
+        // A plan for a GPU is made without one, too.
+        Err(_) if args.device.is_cuda() => None,
+        Err(error) => return Err(error),
+    };
+    let bf16 = step::dtype(&config) == DType::BF16;
+    let rate = match (args.gflops, &device) {
+        (Some(rate), _) if rate.is_finite() && rate > 0.0 => Some((rate, "given")),
+        (Some(rate), _) => {
             return Err(crate::error::user(format!("--gflops {rate} is not a rate above zero")));
         }
-        None => Rate { gflops: yardstick::gemm_gflops(5), measured: true },
+        (None, Some(device)) => Some((yardstick::matmul_gflops(device, bf16, 5)?, "measured now")),
+        (None, None) => None,
     };
-    print!("{}", text(&config, &model, &rate, Machine::detect().memory_available));
+    let (cuda, available) = match &device {
+        None => (true, 0),
+        Some(Choice::Cpu) => (false, Machine::detect().memory_available),
+        Some(Choice::Cuda(gpu)) => (true, gpu.memory()?.0),
+    };
+    print!("{}", text(&config, &model, &Place { cuda, available, rate }));
     Ok(())
 }
 
-struct Rate {
-    gflops: f64,
-    measured: bool,
+/// Where the run would happen.
+struct Place {
+    cuda: bool,
+    /// Bytes of memory that can be had; 0 when that is not known.
+    available: u64,
+    /// GFLOP/s of a matrix product, and where the number comes from.
+    rate: Option<(f64, &'static str)>,
 }
 
-fn text(config: &RunConfig, model: &ModelConfig, rate: &Rate, available: u64) -> String {
-    let dtype = match config.train.dtype {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
-    };
-    let context = config.data.context;
-    let load = Workload {
-        context,
-        tokens_at_once: config.micro_tokens(),
-        dtype,
-        recompute: config.train.recompute,
-    };
+fn text(config: &RunConfig, model: &ModelConfig, place: &Place) -> String {
+    let load = step::workload(config, place.cuda);
+    let Workload { context, dtype, .. } = load;
     let mut out = String::new();
     let mut line = |name: &str, text: String| {
         let _ = writeln!(out, "{name:<12}{text}");
@@ -93,10 +103,11 @@ fn text(config: &RunConfig, model: &ModelConfig, rate: &Rate, available: u64) ->
 
     let memory = model.training_memory(&load);
     let total = memory.total();
+    let whose = if place.cuda { " of the GPU" } else { "" };
     line(
         "memory",
         format!(
-            "{}: weights {}, gradients {}, optimizer {}, activations {}, workspace {}",
+            "{}{whose}: weights {}, gradients {}, optimizer {}, activations {}, workspace {}",
             human::bytes(total),
             human::bytes(memory.weights),
             human::bytes(memory.gradients),
@@ -130,20 +141,22 @@ fn text(config: &RunConfig, model: &ModelConfig, rate: &Rate, available: u64) ->
 
     let steps = config.steps();
     let tokens = steps as f64 * config.train.batch_tokens as f64;
-    let seconds = tokens * flops.training() / (rate.gflops * 1e9 * EXPECTED_SHARE);
-    let wait = human::duration(Duration::from_secs_f64(seconds.clamp(0.0, 1e15)));
-    line(
-        "time",
-        format!(
-            "{wait} for {} steps of {} tokens ({} tokens), at {:.0} % of {:.0} GFLOP/s ({})",
-            human::grouped(steps),
-            human::grouped(config.train.batch_tokens as u64),
-            human::count(tokens),
-            100.0 * EXPECTED_SHARE,
-            rate.gflops,
-            if rate.measured { "measured now" } else { "given" }
-        ),
+    let work = format!(
+        "{} steps of {} tokens ({} tokens)",
+        human::grouped(steps),
+        human::grouped(config.train.batch_tokens as u64),
+        human::count(tokens)
     );
+    let time = match place.rate {
+        None => format!("{work}; --gflops says how fast the GPU is, which is not here"),
+        Some((rate, whence)) => {
+            let seconds = tokens * flops.training() / (rate * 1e9 * EXPECTED_SHARE);
+            let wait = human::duration(Duration::from_secs_f64(seconds.clamp(0.0, 1e15)));
+            let share = 100.0 * EXPECTED_SHARE;
+            format!("{wait} for {work}, at {share:.0} % of {rate:.0} GFLOP/s ({whence})")
+        }
+    };
+    line("time", time);
     let checkpoint = model.checkpoint_bytes(dtype);
     // A new checkpoint is complete before the oldest one is removed.
     let kept = config.checkpoint.keep as u64 + 1;
@@ -156,8 +169,9 @@ fn text(config: &RunConfig, model: &ModelConfig, rate: &Rate, available: u64) ->
             config.checkpoint.keep
         ),
     );
-    if available > 0 && total > available {
-        line("WARNING", format!("only {} of memory are available here", human::bytes(available)));
+    if place.available > 0 && total > place.available {
+        let available = human::bytes(place.available);
+        line("WARNING", format!("only {available} of memory are available{whose}"));
     }
     out
 }
@@ -208,8 +222,8 @@ mod tests {
         let config = include_str!("../../../configs/nsa-27b-moe.toml");
         let config = RunConfig::parse(config, &[]).unwrap();
         let model = step::architecture(&config).unwrap();
-        let rate = Rate { gflops: 4e5, measured: false };
-        let text = text(&config, &model, &rate, 8 << 30);
+        let place = Place { cuda: false, available: 8 << 30, rate: Some((4e5, "given")) };
+        let text = text(&config, &model, &place);
         for part in ["27.", "72 routed + 2 shared", "active", "dense twin", "GiB", "WARNING"] {
             assert!(text.contains(part), "{part} is missing from\n{text}");
         }

@@ -4,8 +4,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tercet_train::config::Precision;
 use tercet_train::{Control, DryRun, Report, RunConfig};
 
+use crate::device::DeviceArg;
 use crate::progress::Watcher;
 use crate::{human, interrupt, yardstick};
 
@@ -30,21 +32,28 @@ pub struct Args {
     /// Check everything and say what would happen, without training
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
 /// Trains, and shows how it goes.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
+    let device = args.device.choose()?;
+    let tensors = device.tensors();
     let stop = interrupt::stop_flag()?;
     if args.dry_run {
-        let text = rehearsal(&tercet_train::dry_run(&config, args.resume, &stop)?);
+        let text = rehearsal(&tercet_train::dry_run(&config, args.resume, &tensors, &stop)?);
         let _ = write!(std::io::stdout(), "{text}");
         return Ok(());
     }
+    let bf16 = config.train.dtype == Precision::Bf16;
+    eprintln!("training on {device}");
     let control = Control {
         stop: &stop,
         resume: args.resume,
-        gemm_flops: Some(1e9 * yardstick::gemm_gflops(5)),
+        gemm_flops: Some(1e9 * yardstick::matmul_gflops(&device, bf16, 5)?),
+        device: &tensors,
     };
     let mut watcher = Watcher::new(Duration::ZERO);
     let report = tercet_train::pretrain(&config, &control, &mut |event| watcher.show(&event));

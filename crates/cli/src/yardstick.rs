@@ -6,8 +6,47 @@
 
 use std::time::Instant;
 
+use tercet_cuda::{Gpu, Matmul, Number};
+
+use crate::device::Choice;
+
 /// Side of the square product that is timed.
 pub const SIDE: usize = 1024;
+
+/// Side of the product that is timed on a GPU: as large as those of a language model's layers.
+const GPU_SIDE: usize = 8192;
+
+/// GFLOP/s of a matrix product where a verb computes: `gemm`'s on the CPU, cuBLASLt's on a GPU (of
+/// bf16 numbers or of f32 ones, 8192³).
+pub fn matmul_gflops(device: &Choice, bf16: bool, runs: usize) -> anyhow::Result<f64> {
+    match device {
+        Choice::Cpu => Ok(gemm_gflops(runs)),
+        Choice::Cuda(gpu) => {
+            Ok(gpu_gflops(gpu, if bf16 { Number::BF16 } else { Number::F32 }, runs)?)
+        }
+    }
+}
+
+fn gpu_gflops(gpu: &Gpu, number: Number, runs: usize) -> tercet_cuda::Result<f64> {
+    let side = if number == Number::F32 { GPU_SIDE / 2 } else { GPU_SIDE };
+    // Small numbers without a pattern: multiplying zeros draws less power and clocks higher.
+    let words: Vec<u32> = (0..side * side * number.bytes() / 4)
+        .map(|i| (((i as u32).wrapping_mul(0x9e37_79b9) >> 2) & 0x03ff_03ff) | 0x3c00_3c00)
+        .collect();
+    let (a, b) = (gpu.upload(&words)?, gpu.upload(&words)?);
+    let c = gpu.alloc(side * side * number.bytes())?;
+    let product = Matmul::new([side; 3], number, a.ptr(), b.ptr(), c.ptr());
+    let mut times = Vec::new();
+    for _ in 0..=runs.max(1) {
+        // SAFETY: the three buffers hold side² numbers each and live to the end of this function.
+        times.push(gpu.time(|| unsafe { gpu.matmul(&product) })?);
+    }
+    // The first chooses an algorithm.
+    let times = &mut times[1..];
+    times.sort_by(f32::total_cmp);
+    let seconds = f64::from(times[times.len() / 2]) / 1e3;
+    Ok(2.0 * (side as f64).powi(3) / seconds / 1e9)
+}
 
 /// GFLOP/s of `gemm`'s f32 1024³ product on all threads of the pool: the median of `runs` after
 /// one warm-up.

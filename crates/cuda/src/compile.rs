@@ -62,6 +62,8 @@ struct Disk {
 
 /// Loaded modules are kept until the process ends.
 struct Module {
+    /// The source's name.
+    name: &'static str,
     raw: driver::CUmodule,
     entries: HashMap<String, Arc<Function>>,
 }
@@ -135,6 +137,20 @@ impl Gpu {
         Ok(Kernel { gpu: self.clone(), function })
     }
 
+    /// Names and constants of the modules that launches have asked for so far, in alphabetical
+    /// order.
+    pub fn modules(&self) -> Vec<(&'static str, String)> {
+        let modules = lock(&self.0.modules.functions);
+        let mut all: Vec<_> = modules
+            .iter()
+            .map(|((_, constants), module)| {
+                (module.name, constants.replace("-D", "").replace('\n', " "))
+            })
+            .collect();
+        all.sort();
+        all
+    }
+
     fn module(&self, source: &Source, constants: &str) -> Result<Module> {
         // Without the compiler, what an earlier run left in the cache cannot be named either,
         // since the compiler's version is part of the name.
@@ -150,7 +166,7 @@ impl Gpu {
             && let Ok(raw) = load(&image)
         {
             lock(&modules.disk).cached += 1;
-            return Ok(Module { raw, entries: HashMap::new() });
+            return Ok(Module { name: source.name, raw, entries: HashMap::new() });
         }
         let image = compile(source, &options, target.real)?;
         let raw = load(&image)?;
@@ -162,7 +178,7 @@ impl Gpu {
         {
             disk.warning = Some(warning);
         }
-        Ok(Module { raw, entries: HashMap::new() })
+        Ok(Module { name: source.name, raw, entries: HashMap::new() })
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use tercet_attention::NsaSpec;
-use tercet_tensor::Tensor;
+use tercet_tensor::{Device, Tensor};
 
 use crate::config::ModelConfig;
 use crate::{Error, Result};
@@ -51,8 +51,13 @@ pub(crate) struct Inputs {
 }
 
 impl Inputs {
-    /// Checks ids, offsets and lengths.
-    pub fn new(config: &ModelConfig, ids: &[i32], cu_seqlens: &[i32]) -> Result<Self> {
+    /// Checks ids, offsets and lengths; the tensors go to `device`.
+    pub fn new(
+        config: &ModelConfig,
+        device: &Device,
+        ids: &[i32],
+        cu_seqlens: &[i32],
+    ) -> Result<Self> {
         check_ids(config, ids)?;
         let sequences = tercet_attention::sequences(cu_seqlens, ids.len())
             .map_err(|e| Error::Batch(e.to_string()))?;
@@ -70,15 +75,20 @@ impl Inputs {
             sequences.iter().flat_map(of)
         });
         Ok(Self {
-            ids: tensor_i32(ids.to_vec())?,
-            positions: tensor_i32(positions)?,
-            block_positions: tensor_i32(blocks.collect())?,
+            ids: tensor_i32(device, ids.to_vec())?,
+            positions: tensor_i32(device, positions)?,
+            block_positions: tensor_i32(device, blocks.collect())?,
             cu_seqlens: cu_seqlens.to_vec(),
         })
     }
 
     /// New tokens of one sequence that already holds `held` tokens in a cache.
-    pub fn appended(config: &ModelConfig, ids: &[i32], held: usize) -> Result<Self> {
+    pub fn appended(
+        config: &ModelConfig,
+        device: &Device,
+        ids: &[i32],
+        held: usize,
+    ) -> Result<Self> {
         check_ids(config, ids)?;
         let total = held + ids.len();
         if total > config.max_position_embeddings {
@@ -90,9 +100,9 @@ impl Inputs {
             )));
         }
         Ok(Self {
-            ids: tensor_i32(ids.to_vec())?,
-            positions: tensor_i32((held as i32..total as i32).collect())?,
-            block_positions: tensor_i32(Vec::new())?,
+            ids: tensor_i32(device, ids.to_vec())?,
+            positions: tensor_i32(device, (held as i32..total as i32).collect())?,
+            block_positions: tensor_i32(device, Vec::new())?,
             cu_seqlens: vec![0, ids.len() as i32],
         })
     }
@@ -108,9 +118,9 @@ pub(crate) fn block_starts(
     (first..first + count).map(move |block| (block * stride) as i32)
 }
 
-pub(crate) fn tensor_i32(values: Vec<i32>) -> Result<Tensor> {
+pub(crate) fn tensor_i32(device: &Device, values: Vec<i32>) -> Result<Tensor> {
     let len = values.len();
-    Ok(Tensor::from_i32(values, &[len])?)
+    Ok(Tensor::from_i32(values, &[len])?.to_device(device)?)
 }
 
 /// Refuses ids outside the vocabulary.

@@ -3,7 +3,7 @@
 use half::bf16;
 use tercet_attention::Element;
 use tercet_attention::cpu::{CompressTail, DenseCache, NsaCache, NsaStep, Phi};
-use tercet_tensor::{DType, Tape, Tensor, ops};
+use tercet_tensor::{DType, Device, Tape, Tensor, ops};
 
 use crate::batch::{Inputs, block_starts, tensor_i32};
 use crate::config::ModelConfig;
@@ -54,7 +54,7 @@ impl Model {
             return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
         };
         // All or nothing: refuse before the first chunk is taken.
-        Inputs::appended(self.config(), tokens, cache.len)?;
+        Inputs::appended(self.config(), &Device::Cpu, tokens, cache.len)?;
         // One entry into the thread pool for the whole step: entering it for each of the hundred
         // small operations of one token costs more than they do.
         rayon::scope(|_| {
@@ -87,7 +87,7 @@ impl Model {
                     .into(),
             ));
         }
-        let inputs = Inputs::appended(self.config(), tokens, cache.len)?;
+        let inputs = Inputs::appended(self.config(), &self.device(), tokens, cache.len)?;
         let tape = &mut Tape::inference();
         let mut x = self.embed(tape, &inputs)?;
         cache.broken = true;
@@ -233,7 +233,7 @@ impl<E: Stored> NsaLayer<E> {
         let k = self.k_tail.push(E::of(k)?, slices(phi_k)?)?;
         let v = self.v_tail.push(E::of(v)?, slices(phi_v)?)?;
         let blocks = self.k_tail.blocks() - first;
-        let starts = tensor_i32(block_starts(spec, first, blocks).collect())?;
+        let starts = tensor_i32(&Device::Cpu, block_starts(spec, first, blocks).collect())?;
         let k = E::tensor(k, &[blocks, dims.kv_heads, dims.key_dim])?;
         let v = E::tensor(v, &[blocks, dims.kv_heads, dims.value_dim])?;
         Ok((k, v, starts))

@@ -42,7 +42,12 @@ impl Model {
         batch: &Batch,
         options: &ForwardOptions,
     ) -> Result<LossParts> {
-        let inputs = Arc::new(Inputs::new(self.config(), &batch.input_ids, &batch.cu_seqlens)?);
+        let inputs = Arc::new(Inputs::new(
+            self.config(),
+            &self.device(),
+            &batch.input_ids,
+            &batch.cu_seqlens,
+        )?);
         let targets = self.targets(batch)?;
         let (hidden, balances) = self.hidden(tape, &inputs, options)?;
         let head = self.param(tape, self.slots.head);
@@ -60,7 +65,7 @@ impl Model {
     /// whole matrix is made.
     pub fn logits(&self, ids: &[i32], cu_seqlens: &[i32]) -> Result<Tensor> {
         let tape = &mut Tape::inference();
-        let inputs = Arc::new(Inputs::new(self.config(), ids, cu_seqlens)?);
+        let inputs = Arc::new(Inputs::new(self.config(), &self.device(), ids, cu_seqlens)?);
         let (hidden, _) = self.hidden(tape, &inputs, &ForwardOptions::default())?;
         self.head(tape, &hidden)
     }
@@ -84,7 +89,7 @@ impl Model {
                 "target {target} is outside the model's vocabulary of {vocab}"
             )));
         }
-        crate::batch::tensor_i32(targets.clone())
+        crate::batch::tensor_i32(&self.device(), targets.clone())
     }
 
     /// Output of the last norm `[T, C]` and the load-balance losses of the MoE layers.

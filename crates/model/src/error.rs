@@ -47,7 +47,11 @@ pub enum Error {
 impl Error {
     /// Whether the user's input is at fault (exit code 2) and not this program (1).
     pub fn is_users(&self) -> bool {
-        !matches!(self, Self::Tensor(_) | Self::Attention(_) | Self::Batch(_))
+        match self {
+            Self::Tensor(error) => error.is_users(),
+            Self::Attention(_) | Self::Batch(_) => false,
+            _ => true,
+        }
     }
 
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {

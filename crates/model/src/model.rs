@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use serde_json::Value;
-use tercet_tensor::{DType, Llama3Scaling, RopeTable, Tensor, YarnScaling};
+use tercet_tensor::{DType, Device, Llama3Scaling, RopeTable, Tensor, YarnScaling};
 
 use crate::config::{ModelConfig, RopeScaling};
 use crate::folder::write_text;
@@ -85,7 +85,9 @@ impl Model {
     /// As [`Model::save`], with shards of at most `shard_bytes` (a larger tensor has its own).
     pub fn save_sharded(&self, dir: &Path, shard_bytes: u64) -> Result<()> {
         write_text(&dir.join("config.json"), &self.config_json())?;
-        weights_write::write(dir, &self.config, &self.params, shard_bytes)
+        let mut params = self.params.clone();
+        params.to_device(&Device::Cpu)?;
+        weights_write::write(dir, &self.config, &params, shard_bytes)
     }
 
     fn config_json(&self) -> String {
@@ -104,6 +106,17 @@ impl Model {
     /// The shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Moves the parameters; what is computed with them is computed there. Caches made before
+    /// stay where they are and no longer fit.
+    pub fn to_device(&mut self, device: &Device) -> Result<()> {
+        self.params.to_device(device)
+    }
+
+    /// Where the parameters live.
+    pub fn device(&self) -> Device {
+        self.params.device()
     }
 
     /// The parameters.

@@ -1,6 +1,6 @@
 //! The parameters of a model: names, shapes and tensors, index = slot.
 
-use tercet_tensor::{DType, Tensor};
+use tercet_tensor::{DType, Device, Tensor};
 
 use crate::layout::ParamSpec;
 use crate::{Error, Result};
@@ -40,6 +40,19 @@ impl Params {
     /// Storage type of all tensors.
     pub fn dtype(&self) -> DType {
         self.tensors.first().map_or(DType::F32, Tensor::dtype)
+    }
+
+    /// Where all tensors live.
+    pub fn device(&self) -> Device {
+        self.tensors.first().map_or(Device::Cpu, Tensor::device)
+    }
+
+    /// Moves all tensors.
+    pub(crate) fn to_device(&mut self, device: &Device) -> Result<()> {
+        for tensor in &mut self.tensors {
+            *tensor = tensor.to_device(device)?;
+        }
+        Ok(())
     }
 
     /// The name of a slot.

@@ -36,6 +36,8 @@ pub struct Workload {
     pub dtype: DType,
     /// Whether layers are computed again in the backward pass.
     pub recompute: bool,
+    /// Whether it happens on a GPU.
+    pub cuda: bool,
 }
 
 /// Bytes by part while training.

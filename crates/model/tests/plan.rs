@@ -78,8 +78,13 @@ fn nsa_saves_what_it_leaves_unread() {
 #[test]
 fn memory_parts_follow_the_choices_that_change_them() {
     let config = recipe("nsa-125m");
-    let load =
-        |dtype, recompute| Workload { context: 8192, tokens_at_once: 8192, dtype, recompute };
+    let load = |dtype, recompute| Workload {
+        context: 8192,
+        tokens_at_once: 8192,
+        dtype,
+        recompute,
+        cuda: false,
+    };
     let full = config.training_memory(&load(DType::F32, false));
     let less = config.training_memory(&load(DType::F32, true));
     let half = config.training_memory(&load(DType::BF16, false));

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use tercet_model::{Model, ModelConfig, Workload};
+use tercet_tensor::Device;
 
 use crate::config::{FromData, ModelSource, RunConfig};
 use crate::data::{Corpus, Skipped};
@@ -43,7 +44,12 @@ pub struct DryRun {
 
 /// Checks configuration, output folder, checkpoints, text, tokenizer and model as a run would, and
 /// says what it would do. Only a tokenizer that would be trained is not.
-pub fn dry_run(config: &RunConfig, resume: bool, stop: &AtomicBool) -> Result<DryRun> {
+pub fn dry_run(
+    config: &RunConfig,
+    resume: bool,
+    device: &Device,
+    stop: &AtomicBool,
+) -> Result<DryRun> {
     FolderLock::check(&config.output)?;
     check_writable(&config.output)?;
     let mut damaged = Vec::new();
@@ -85,6 +91,7 @@ pub fn dry_run(config: &RunConfig, resume: bool, stop: &AtomicBool) -> Result<Dr
             tokens_at_once: config.micro_tokens(),
             dtype: dtype(config),
             recompute: config.train.recompute,
+            cuda: *device != Device::Cpu,
         },
         steps: config.steps(),
         tokens: config.steps() * config.train.batch_tokens as u64,

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::config::{Precision, RunConfig};
+
 /// Errors of this crate. Messages say what was wrong, what was expected and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -66,6 +68,14 @@ pub enum Error {
         /// Where the first value that is not finite was found.
         place: String,
     },
+    /// The device's memory does not hold the run.
+    #[error("{reason}. {advice}; `tercet plan --device cuda` foretells what a run needs")]
+    OutOfMemory {
+        /// What was asked, what is free, the largest tensors.
+        reason: String,
+        /// The keys that need less.
+        advice: String,
+    },
     /// The stop flag was raised before training began; nothing was lost.
     #[error("interrupted while preparing the data; nothing was lost")]
     Interrupted,
@@ -85,9 +95,20 @@ impl Error {
     pub fn is_users(&self) -> bool {
         match self {
             Self::Model(error) => error.is_users(),
-            Self::Tensor(_) => false,
+            Self::Tensor(error) => error.is_users(),
             _ => true,
         }
+    }
+
+    /// The same error with the keys that help, when memory ran out.
+    pub(crate) fn with_advice(self, config: &RunConfig) -> Self {
+        let (Self::Tensor(error) | Self::Model(tercet_model::Error::Tensor(error))) = &self else {
+            return self;
+        };
+        if !error.is_out_of_memory() {
+            return self;
+        }
+        Self::OutOfMemory { reason: error.to_string(), advice: advice(config) }
     }
 
     pub(crate) fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {
@@ -99,6 +120,26 @@ impl Error {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }
     }
+}
+
+/// What makes a run smaller, the cheapest first.
+fn advice(config: &RunConfig) -> String {
+    let (train, context) = (&config.train, config.data.context);
+    let mut keys = Vec::new();
+    if !train.recompute {
+        keys.push("train.recompute = true".to_owned());
+    }
+    let parts = train.batch_tokens / context.max(1);
+    if train.accumulation < parts {
+        // The next number of parts that divides the batch.
+        let more = (train.accumulation + 1..=parts).find(|n| train.batch_tokens.is_multiple_of(*n));
+        keys.extend(more.map(|more| format!("train.accumulation = {more}")));
+    }
+    if train.dtype == Precision::F32 {
+        keys.push("train.dtype = \"bf16\"".to_owned());
+    }
+    keys.push(format!("a data.context below {context}"));
+    format!("What needs less: {}", keys.join(", or "))
 }
 
 /// What to do about the I/O errors a training run meets most.

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use tercet_tensor::Device;
+
 use crate::data::Corpus;
 use crate::metrics::StepRecord;
 
@@ -15,6 +17,8 @@ pub struct Control<'a> {
     pub resume: bool,
     /// FLOP/s of this machine's matrix product, for [`Progress::gemm_share`].
     pub gemm_flops: Option<f64>,
+    /// Where the model computes.
+    pub device: &'a Device,
 }
 
 /// Something that happened.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tercet_model::{Generator, Model, ModelConfig, Sampling};
-use tercet_tensor::DType;
+use tercet_tensor::{DType, Device};
 
 use crate::checkpoint::{self, Restored, RunState, Snapshot};
 use crate::config::{ModelSource, Precision, RunConfig};
@@ -44,9 +44,12 @@ pub fn pretrain(
     let from = starting_point(config, control.resume, observe)?;
     files::write_atomic(&config.output.join("config.toml"), config.to_toml().as_bytes())?;
     let prepared = prepare(config, from.as_deref(), control.stop, observe)?;
-    let mut run = Run::begin(config, control, prepared, from, observe)?;
-    let finished = run.steps()?;
-    run.end(finished)
+    let train = || {
+        let mut run = Run::begin(config, control, prepared, from, observe)?;
+        let finished = run.steps()?;
+        run.end(finished)
+    };
+    train().map_err(|error: Error| error.with_advice(config))
 }
 
 /// The checkpoint to go on from. Refuses a folder that holds a run when not told to resume it, and
@@ -120,8 +123,8 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let restored = from.as_ref().map(|path| checkpoint::load(path, dtype(config)));
         let (trainer, step) = match restored.transpose()? {
-            Some(restored) => resumed(config, &data, restored)?,
-            None => (fresh(config, &data)?, 0),
+            Some(restored) => resumed(config, &data, restored, control.device)?,
+            None => (fresh(config, &data, control.device)?, 0),
         };
         let saved = from.map(|path| (step, path));
         if let Some((step, path)) = &saved {
@@ -285,7 +288,7 @@ impl<'a> Run<'a> {
         if self.saved.as_ref().is_some_and(|(step, _)| *step == self.step) {
             return Ok(());
         }
-        let optimizer = self.trainer.optimizer();
+        let optimizer = self.trainer.optimizer()?;
         let run = RunState {
             step: self.step,
             data_position: self.position(self.step),
@@ -296,7 +299,7 @@ impl<'a> Run<'a> {
         };
         let snapshot = Snapshot {
             model: &self.trainer.model,
-            optimizer,
+            optimizer: &optimizer,
             run: &run,
             config: self.config,
             sidecars: &self.data.sidecars,
@@ -346,17 +349,23 @@ impl<'a> Run<'a> {
 }
 
 /// A trainer at step 0: a new model, or a folder's weights.
-fn fresh(config: &RunConfig, data: &Prepared) -> Result<Trainer> {
-    let model = match &config.model {
+fn fresh(config: &RunConfig, data: &Prepared, device: &Device) -> Result<Trainer> {
+    let mut model = match &config.model {
         ModelSource::Folder(path) => Model::load_as(path, dtype(config))?,
         ModelSource::New(_) => Model::new(data.model.clone(), config.train.seed, dtype(config))?,
     };
+    model.to_device(device)?;
     Trainer::new(model, None, Guard::default(), &config.train)
 }
 
 /// A trainer at a checkpoint's step, once it is certain that the data are the same.
-fn resumed(config: &RunConfig, data: &Prepared, restored: Restored) -> Result<(Trainer, u64)> {
-    let Restored { model, optimizer, run } = restored;
+fn resumed(
+    config: &RunConfig,
+    data: &Prepared,
+    restored: Restored,
+    device: &Device,
+) -> Result<(Trainer, u64)> {
+    let Restored { mut model, optimizer, run } = restored;
     if run.data_key != data.data_key {
         return Err(Error::Checkpoint(format!(
             "the text or the tokenizer is not what step {} was trained on (data.paths, \
@@ -370,6 +379,7 @@ fn resumed(config: &RunConfig, data: &Prepared, restored: Restored) -> Result<(T
             run.data_position, run.step
         )));
     }
+    model.to_device(device)?;
     let trainer = Trainer::new(model, Some(optimizer), run.guard, &config.train)?;
     Ok((trainer, run.step))
 }

@@ -1,5 +1,6 @@
 //! One optimizer step: forward and backward over the parts of a batch, guard, clip, update.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tercet_model::{Batch, ForwardOptions, Model};
@@ -56,9 +57,9 @@ impl Trainer {
         Ok(Self { model, guard, optimizer, grads })
     }
 
-    /// The optimizer's state.
-    pub fn optimizer(&self) -> &AdamWState {
-        self.optimizer.state()
+    /// The optimizer's state, in main memory.
+    pub fn optimizer(&self) -> Result<Cow<'_, AdamWState>> {
+        Ok(self.optimizer.snapshot()?)
     }
 
     /// Trains on the `parts` of a batch, which have equally many targets. `None` when `stop` was
@@ -73,6 +74,8 @@ impl Trainer {
         let options = ForwardOptions { recompute: train.recompute };
         let share = 1.0 / train.accumulation as f64;
         let (mut loss, mut place) = (0.0, None);
+        // Read when all parts are done: a GPU would have nothing to do while its loss is waited for.
+        let mut losses_of_parts = Vec::with_capacity(train.accumulation);
         self.grads.zero();
         for part in 0..train.accumulation {
             if stop.load(Ordering::Relaxed) {
@@ -81,12 +84,15 @@ impl Trainer {
             let batch = parts(part);
             let mut tape = Tape::recording();
             let losses = self.model.forward_loss(&mut tape, &batch, &options)?;
-            let part_loss = f64::from(losses.cross_entropy.value().item()?);
+            tape.backward_scaled(&losses.loss, share as f32, &mut self.grads)?;
+            losses_of_parts.push(losses.cross_entropy.value().clone());
+        }
+        for (part, part_loss) in losses_of_parts.iter().enumerate() {
+            let part_loss = f64::from(part_loss.item()?);
             if !part_loss.is_finite() && place.is_none() {
                 place = Some(format!("loss {part_loss} in part {} of the batch", part + 1));
             }
             loss += share * part_loss;
-            tape.backward_scaled(&losses.loss, share as f32, &mut self.grads)?;
         }
         let grad_norm = clip::global_norm(&self.grads)?;
         if !grad_norm.is_finite() && place.is_none() {
@@ -108,7 +114,7 @@ impl Trainer {
     fn wild_gradient(&self) -> Result<String> {
         for (slot, gradient) in self.grads.iter().enumerate() {
             if let Some(gradient) = gradient
-                && let Some(value) = gradient.as_f32()?.iter().find(|value| !value.is_finite())
+                && let Some(value) = gradient.to_vec_f32()?.iter().find(|value| !value.is_finite())
             {
                 let name = self.model.params().name(slot);
                 return Ok(format!("gradient {value} of {name}"));
@@ -169,7 +175,7 @@ mod tests {
         let outcome = trainer.step(&mut batch, &config.train, 0.1, &stop).unwrap().unwrap();
         assert_eq!(outcome.verdict, Verdict::Skip);
         assert_eq!(outcome.place.as_deref(), Some("loss NaN in part 1 of the batch"));
-        assert!(bits(&trainer) == before && trainer.optimizer().step == 0);
+        assert!(bits(&trainer) == before && trainer.optimizer().unwrap().step == 0);
 
         poison(&mut trainer, 1.0);
         let before = bits(&trainer);
@@ -179,6 +185,6 @@ mod tests {
         stop.store(false, Ordering::Relaxed);
         let outcome = trainer.step(&mut batch, &config.train, 0.1, &stop).unwrap().unwrap();
         assert_eq!((outcome.verdict, outcome.place), (Verdict::Fine, None));
-        assert!(bits(&trainer) != before && trainer.optimizer().step == 1);
+        assert!(bits(&trainer) != before && trainer.optimizer().unwrap().step == 1);
     }
 }

@@ -17,6 +17,7 @@ use crate::bench::attention;
 use crate::bench::report::{self, Setting};
 use crate::bench::step;
 use crate::bench::timing::Effort;
+use crate::device::{Choice, DeviceArg};
 use crate::error::user;
 use crate::machine::Machine;
 use crate::progress::Watcher;
@@ -51,6 +52,8 @@ pub struct Args {
     /// quickstart-run-2, -3, …]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
 /// The whole way.
@@ -60,16 +63,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         return Err(user(format!("{seconds} seconds of training is outside 1 second to 1 day")));
     }
     let stop = interrupt::stop_flag()?;
+    let device = args.device.choose()?;
     let out = output_folder(args.output.as_deref())?;
     std::fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
     let machine = Machine::detect();
     say(&format!(
         "tercet {}: a language model with native sparse attention, from nothing\n\
-         {} threads of {}, {} kernels; everything goes to {}/",
+         {device}, on {}; everything goes to {}/",
         env!("CARGO_PKG_VERSION"),
-        rayon::current_num_threads(),
         machine.cpu,
-        tercet_attention::cpu::isa_name(),
         out.display()
     ));
 
@@ -77,12 +79,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let paths = text(args, &out)?;
 
     phase(2, "the speed of this machine");
-    let gemm = yardstick::gemm_gflops(9);
-    say(&format!("a 1024×1024×1024 product runs at {gemm:.0} GFLOP/s, the yardstick from here on"));
-    let config = fitted(&out, &paths, seconds, gemm)?;
+    let gemm = yardstick::matmul_gflops(&device, false, 9)?;
+    say(&format!("a matrix product runs at {gemm:.0} GFLOP/s, the yardstick from here on"));
+    let config = fitted(&out, &paths, seconds, gemm, &device)?;
 
     phase(3, &format!("training for about {}", human::duration(Duration::from_secs_f64(seconds))));
-    let control = Control { stop: &stop, resume: false, gemm_flops: Some(1e9 * gemm) };
+    let tensors = device.tensors();
+    let control =
+        Control { stop: &stop, resume: false, gemm_flops: Some(1e9 * gemm), device: &tensors };
     let mut watcher = Watcher::new(Duration::from_secs(2));
     let report = tercet_train::pretrain(&config, &control, &mut |event| watcher.show(&event));
     watcher.finish();
@@ -154,12 +158,18 @@ fn text(args: &Args, out: &Path) -> anyhow::Result<Vec<String>> {
 }
 
 /// The run with as many steps as fit into `seconds` here: a few are timed first.
-fn fitted(out: &Path, paths: &[String], seconds: f64, gemm: f64) -> anyhow::Result<RunConfig> {
+fn fitted(
+    out: &Path,
+    paths: &[String],
+    seconds: f64,
+    gemm: f64,
+    device: &Choice,
+) -> anyhow::Result<RunConfig> {
     let mut config = RunConfig::parse(CONFIG, &[])?;
     config.output = out.join("train");
     config.data.paths = paths.to_vec();
     let model = step::architecture(&config)?;
-    let time = step::measure(&model, &config, TIMED_STEPS)?;
+    let time = step::measure(&model, &config, TIMED_STEPS, device)?;
     let steps = ((seconds / time.seconds) as u64).max(10);
     config.train.steps = Some(steps);
     config.train.warmup = (steps / 12).clamp(2, config.train.warmup);

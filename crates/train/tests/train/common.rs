@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use tercet_tensor::Device;
 use tercet_train::{Control, Event, Report, Result, RunConfig, pretrain};
 
 /// Writes a few dozen small documents that differ.
@@ -69,7 +70,11 @@ pub fn tiny(corpus: &Path, output: &Path, overrides: &[&str]) -> RunConfig {
 /// Runs to the end.
 pub fn run(config: &RunConfig, resume: bool) -> Result<Report> {
     let stop = AtomicBool::new(false);
-    pretrain(config, &Control { stop: &stop, resume, gemm_flops: None }, &mut |_| {})
+    pretrain(
+        config,
+        &Control { stop: &stop, resume, gemm_flops: None, device: &Device::Cpu },
+        &mut |_| {},
+    )
 }
 
 /// Runs until `steps` steps are done, then raises the stop flag.
@@ -82,7 +87,11 @@ pub fn run_until(config: &RunConfig, resume: bool, steps: u64) -> Result<Report>
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
         }
     };
-    pretrain(config, &Control { stop: &stop, resume, gemm_flops: None }, &mut observe)
+    pretrain(
+        config,
+        &Control { stop: &stop, resume, gemm_flops: None, device: &Device::Cpu },
+        &mut observe,
+    )
 }
 
 /// All files of a checkpoint but the configuration (whose `output` differs) and the manifest

@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::common::{run, tiny, write_corpus};
+use tercet_tensor::Device;
 use tercet_train::{Control, Error, Event, RunConfig, dry_run, pretrain};
 
 #[test]
@@ -17,7 +18,8 @@ fn a_short_run_learns_and_tells_what_happens() {
         &["train.steps=60", "train.lr=1e-2", "train.sample_every=30", "train.sample_tokens=8"],
     );
     let stop = AtomicBool::new(false);
-    let control = Control { stop: &stop, resume: false, gemm_flops: Some(1e9) };
+    let control =
+        Control { stop: &stop, resume: false, gemm_flops: Some(1e9), device: &Device::Cpu };
     let mut log = Vec::new();
     let mut unigram = 0.0;
     let report = pretrain(&config, &control, &mut |event| {
@@ -68,12 +70,12 @@ fn two_runs_in_one_folder_are_refused_and_the_first_goes_on() {
     write_corpus(&corpus);
     let config = tiny(&corpus, &room.path().join("run"), &["train.steps=2"]);
     let stop = AtomicBool::new(false);
-    let control = Control { stop: &stop, resume: false, gemm_flops: None };
+    let control = Control { stop: &stop, resume: false, gemm_flops: None, device: &Device::Cpu };
     let mut second = None;
     let report = pretrain(&config, &control, &mut |event| {
         if let Event::Ready(_) = event {
             let text = run(&config, true).unwrap_err().to_string();
-            let dry = dry_run(&config, true, &stop).unwrap_err().to_string();
+            let dry = dry_run(&config, true, &Device::Cpu, &stop).unwrap_err().to_string();
             assert_eq!(text, dry);
             second = Some(text);
         }
@@ -107,14 +109,16 @@ fn a_dry_run_checks_everything_and_writes_nothing() {
     write_corpus(&corpus);
     let stop = AtomicBool::new(false);
     let config = tiny(&corpus, &room.path().join("run"), &[]);
-    let plan = dry_run(&config, false, &stop).unwrap();
+    let plan = dry_run(&config, false, &Device::Cpu, &stop).unwrap();
     assert_eq!((plan.files, plan.documents, plan.steps, plan.tokens), (40, 40, 12, 12 * 256));
     assert_eq!((plan.vocab_size, plan.model.vocab_size), (300, 300));
     assert!(!config.output.exists());
     let missing = tiny(&room.path().join("nothing"), &config.output, &[]);
-    assert!(dry_run(&missing, false, &stop).unwrap_err().to_string().contains("nothing"));
+    assert!(
+        dry_run(&missing, false, &Device::Cpu, &stop).unwrap_err().to_string().contains("nothing")
+    );
     let into_file = tiny(&corpus, &corpus.join("part-00.rs/run"), &[]);
-    let text = dry_run(&into_file, false, &stop).unwrap_err().to_string();
+    let text = dry_run(&into_file, false, &Device::Cpu, &stop).unwrap_err().to_string();
     assert!(text.contains("part-00.rs"), "{text}");
 }
 
@@ -202,7 +206,7 @@ fn a_stop_while_the_data_is_prepared_leaves_nothing_half_made() {
     write_corpus(&corpus);
     let config = tiny(&corpus, &room.path().join("run"), &["train.steps=2"]);
     let stop = AtomicBool::new(false);
-    let control = Control { stop: &stop, resume: false, gemm_flops: None };
+    let control = Control { stop: &stop, resume: false, gemm_flops: None, device: &Device::Cpu };
     let error = pretrain(&config, &control, &mut |event| {
         if let Event::Corpus(_) = event {
             stop.store(true, Ordering::Relaxed);
