@@ -197,7 +197,7 @@ pub fn fast_attend<E: Element>(case: &Case, branch: &str, mask: Mask) -> Check<O
 }
 
 /// Gradients of the raw rows and of φ's parameters, by their golden names.
-fn fast_compress_backward<E: Element>(
+pub(super) fn fast_compress_backward<E: Element>(
     narrow: &Narrow<E>,
     letter: &str,
     d_out: &[E],

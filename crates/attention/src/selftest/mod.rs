@@ -13,6 +13,8 @@
 
 mod bounds;
 mod case;
+pub mod cuda;
+mod cuda_suite;
 mod exact;
 mod fast;
 mod golden;
@@ -28,6 +30,7 @@ mod ways;
 
 pub use bounds::*;
 pub use case::*;
+pub use cuda_suite::run_cuda;
 pub use exact::*;
 pub use fast::*;
 pub use golden::Golden;

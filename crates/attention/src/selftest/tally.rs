@@ -53,6 +53,12 @@ pub struct Fault(pub String);
 /// Result of everything that may go wrong in a check.
 pub type Check<T> = Result<T, Fault>;
 
+impl From<tercet_cuda::Error> for Fault {
+    fn from(error: tercet_cuda::Error) -> Self {
+        Fault(error.to_string())
+    }
+}
+
 impl From<crate::Error> for Fault {
     fn from(error: crate::Error) -> Self {
         Fault(error.to_string())

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::Check;
 use super::case::Case;
@@ -53,6 +53,8 @@ pub enum Storage {
     F32,
     /// bf16.
     Bf16,
+    /// IEEE half.
+    F16,
 }
 
 impl Storage {
@@ -62,6 +64,7 @@ impl Storage {
             Self::F64 => UNIT64,
             Self::F32 => UNIT32,
             Self::Bf16 => UNIT16,
+            Self::F16 => 1.0 / 2048.0,
         }
     }
 
@@ -70,6 +73,7 @@ impl Storage {
         match self {
             Self::F64 | Self::F32 => case.clone(),
             Self::Bf16 => case.rounded::<bf16>(),
+            Self::F16 => case.rounded::<f16>(),
         }
     }
 
@@ -78,6 +82,7 @@ impl Storage {
         match self {
             Self::F64 | Self::F32 => plain::<f32>(case, indices),
             Self::Bf16 => plain::<bf16>(case, indices),
+            Self::F16 => plain::<f16>(case, indices),
         }
     }
 
@@ -86,6 +91,7 @@ impl Storage {
         match self {
             Self::F64 | Self::F32 => plain_attend::<f32>(case, branch, mask),
             Self::Bf16 => plain_attend::<bf16>(case, branch, mask),
+            Self::F16 => plain_attend::<f16>(case, branch, mask),
         }
     }
 }

@@ -1,0 +1,308 @@
+//! What is run on a GPU: all suites in three storage types, and what only a device can get wrong.
+
+use std::collections::BTreeMap;
+
+use half::{bf16, f16};
+use tercet_cuda::Gpu;
+
+use super::cuda::{Device, Guarded, nsa_grads, nsa_input};
+use super::fast::Narrow;
+use super::{
+    Case, Check, Fault, Floor, Golden, INPUTS, Outcome, Random, Row, Storage, Tally, UNIT32, Way,
+    check_same_bits, dims, distance, ensure, largest, run, same_bits, spec, two_times_rule,
+    two_times_rule_attend,
+};
+use crate::cpu::{self, Mask};
+use crate::cuda::{NsaBatch, nsa_backward, nsa_forward, nsa_forward_into, pieces};
+use crate::{Compressor, Dims, NsaSpec};
+
+/// Repeats that must be bit-equal.
+const REPEATS: usize = 50;
+
+/// Runs all suites on a device; `each` hears of every row as it is done.
+pub fn run_cuda(gpu: &Gpu, golden: &[Golden], long: bool, each: &mut dyn FnMut(Row)) {
+    let device = Device::new(gpu);
+    let ways = [
+        device.way::<f32>("cuda f32", Storage::F32),
+        device.way::<bf16>("cuda bf16", Storage::Bf16),
+        device.way::<f16>("cuda f16", Storage::F16),
+    ];
+    run(&ways, golden, long, each);
+    for way in &ways[1..] {
+        usual(way, long, each);
+    }
+    let plain = device.clone().plain();
+    let misaligned = device.clone().misaligned();
+    usual(&plain.way::<bf16>("cuda bf16, plain", Storage::Bf16), long, each);
+    for way in [
+        misaligned.way::<f32>("cuda f32, unaligned", Storage::F32),
+        misaligned.way::<bf16>("cuda bf16, unaligned", Storage::Bf16),
+    ] {
+        let case = Case::random(&default_like(), dims(8, 2, 64, 64), &[70, 200], 90);
+        each(twice("addresses of one number's alignment", &way, &case));
+    }
+    for (what, device) in [("cuda f32", &device), ("cuda f32, unaligned", &misaligned)] {
+        each(Row::of("hostile", format!("indices of any kind · {what}"), |tally| {
+            hostile_indices(device, tally)
+        }));
+    }
+    for way in &ways {
+        each(Row::of("bitwise", format!("{REPEATS} repeats · {}", way.name), |_| repeats(way)));
+        each(Row::of("bitwise", format!("permuted batch · {}", way.name), |_| permuted(way)));
+    }
+    each(Row::of("hostile", "thousands of selected blocks · cuda f32", |tally| {
+        many_blocks(&ways[0], tally)
+    }));
+    each(Row::of("property", "memory of inference · cuda bf16", |tally| memory(&device, tally)));
+}
+
+fn twice(what: &str, way: &Way, case: &Case) -> Row {
+    Row::of("property", format!("{what} · {}", way.name), |tally| {
+        two_times_rule(tally, way, case, Floor::Magnitude, 2e-6)
+    })
+}
+
+/// The default spec but for a smaller count and window, so that short sequences rank.
+fn default_like() -> NsaSpec {
+    NsaSpec { select_count: 4, window: 70, ..NsaSpec::default() }
+}
+
+/// The dims, groups and specs that special kernels are for.
+fn usual(way: &Way, long: bool, each: &mut dyn FnMut(Row)) {
+    let lengths: [&[usize]; 3] = [&[300], &[129, 1, 0, 190], &[31, 32, 33, 270]];
+    let shapes: [(usize, usize); 7] =
+        [(128, 128), (64, 64), (96, 96), (192, 128), (192, 192), (256, 256), (64, 128)];
+    let groups: [(usize, usize); 6] = [(16, 1), (8, 2), (4, 4), (2, 1), (32, 1), (64, 1)];
+    let mut seed = 500;
+    for (i, (d, v)) in shapes.into_iter().enumerate() {
+        for (j, (heads, kv_heads)) in groups.into_iter().enumerate() {
+            // All groups at the commonest dims, and each other pair of dims with two of them.
+            if !long && i > 0 && j != 0 && j != 1 + i % 5 {
+                continue;
+            }
+            seed += 1;
+            let lengths = lengths[(i + j) % 3];
+            let dims = dims(heads, kv_heads, d, v);
+            let case = Case::random(&default_like(), dims, lengths, seed);
+            let what = format!("{heads} heads of {kv_heads}, dims {d}/{v}, {lengths:?}");
+            each(twice(&what, way, &case));
+            if j < 2 {
+                for (name, mask) in [("dense", Mask::Causal), ("window 100", Mask::Window(100))] {
+                    each(Row::of("property", format!("{name}, {what} · {}", way.name), |tally| {
+                        two_times_rule_attend(tally, way, &case, mask)
+                    }));
+                }
+            }
+        }
+    }
+    for (what, spec) in [
+        ("overlap 4", spec([64, 16, 64, 5, 64], Compressor::Mean)),
+        ("blocks alike", spec([64, 64, 64, 4, 64], Compressor::Mean)),
+        ("blocks of 128", spec([32, 16, 128, 3, 128], Compressor::Mean)),
+        ("stride 8", spec([32, 8, 64, 6, 33], Compressor::Mean)),
+        (
+            "no forced blocks",
+            NsaSpec {
+                select_initial: 0,
+                select_local: 0,
+                ..spec([32, 16, 64, 4, 9], Compressor::Mean)
+            },
+        ),
+        (
+            "only forced blocks",
+            NsaSpec {
+                select_initial: 2,
+                select_local: 2,
+                ..spec([32, 16, 64, 4, 9], Compressor::Mean)
+            },
+        ),
+    ] {
+        let case = Case::random(&spec, dims(16, 1, 128, 128), &[700, 40], 800);
+        each(twice(what, way, &case));
+    }
+    // The paper's spec beyond the tokens that see everything.
+    let case = Case::random(&NsaSpec::default(), dims(16, 1, 128, 128), &[1500], 801);
+    each(twice("the default spec, 1500 tokens", way, &case));
+}
+
+/// A call's forward and backward with other indices than its own: `out_slc`, `lse_slc` and the
+/// selected branch's gradients.
+fn with_indices(device: &Device, case: &Case, indices: &[i32]) -> Check<Outcome> {
+    let plan = device.plan::<f32>(case.dims)?;
+    let batch = NsaBatch::new(&device.gpu, &case.spec, &case.cu_seqlens)?;
+    let narrow = Narrow::<f32>::of(case);
+    let Dims { kv_heads, key_dim, value_dim, .. } = case.dims;
+    let rows = case.compressed_rows() * kv_heads;
+    let (mut k_cmp, mut v_cmp) = (vec![0.0; rows * key_dim], vec![0.0; rows * value_dim]);
+    cpu::compress_forward(&narrow.compress("k"), &mut k_cmp)?;
+    cpu::compress_forward(&narrow.compress("v"), &mut v_cmp)?;
+    let mut inputs = Vec::new();
+    for name in INPUTS {
+        inputs.push(match name {
+            "k_cmp" => device.hold(&k_cmp)?,
+            "v_cmp" => device.hold(&v_cmp)?,
+            name => device.hold(narrow.get(name))?,
+        });
+    }
+    let input = nsa_input(&plan, &batch, &inputs);
+    let d_out = device.hold(narrow.get("d_out"))?;
+    let out = device.poison::<f32>(case.get("d_out").len())?;
+    let mut state = device.state::<f32>(case)?;
+    nsa_forward_into(&input, out.slice(), &state.slices())?;
+    let bytes: Vec<u8> = indices.iter().flat_map(|x| x.to_le_bytes()).collect();
+    state.indices = Guarded::holding(&device.gpu, &bytes, 4, device.margin)?;
+    let now = state.slices();
+    pieces::selected(&input, now.indices, now.outs[1], now.lses[1])?;
+    let mut grads = Vec::new();
+    for input in &inputs {
+        grads.push(device.poison::<f32>(input.slice().len())?);
+    }
+    nsa_backward(&input, &now, d_out.slice(), nsa_grads(&grads))?;
+    let mut tensors = BTreeMap::new();
+    tensors.insert("out_slc".into(), state.outs[1].widen::<f32>()?);
+    tensors.insert("lse_slc".into(), state.lses[1].widen::<f32>()?);
+    for (name, i) in [("d_q", 0), ("d_k_slc", 3), ("d_v_slc", 4), ("d_gate", 7)] {
+        tensors.insert(name.into(), grads[i].widen::<f32>()?);
+    }
+    Ok(Outcome { indices: state.indices.integers()?, tensors })
+}
+
+/// Lists that no selection makes: what is none of a query's blocks, or was there before, counts
+/// for nothing; nothing crashes.
+fn hostile_indices(device: &Device, tally: &mut Tally) -> Check<()> {
+    let spec = spec([8, 4, 16, 6, 12], Compressor::Mean);
+    let case = Case::random(&spec, dims(6, 2, 16, 12), &[70, 90, 1], 91);
+    let (count, kv_heads) = (spec.select_count, case.dims.kv_heads);
+    let mut current = Vec::new();
+    for sequence in case.sequences() {
+        let of = |p: usize| std::iter::repeat_n((p / spec.select_block) as i32, kv_heads);
+        current.extend((0..sequence.len()).flat_map(of));
+    }
+    let mut random = Random(92);
+    let mut pick = |n: usize| (random.next() % n as u64) as i32;
+    type List<'a> = &'a mut dyn FnMut(i32) -> Vec<i32>;
+    let mut lists: Vec<(&str, List)> = Vec::new();
+    let (mut nothing, mut least) = (|_| vec![-1; 6], |_| vec![i32::MIN; 6]);
+    let mut beyond = |c: i32| vec![0, c + 1, c + 2, 1 << 20, i32::MAX, i32::MAX - 1];
+    let mut twice = |c: i32| vec![0, 0, c / 2, c / 2, c, c];
+    let mut falling = |c: i32| vec![c, c - 1, 0, -1, -1, -1];
+    let mut holes = |c: i32| vec![-1, 0, -1, c / 2, i32::MIN, c];
+    let mut any = |c: i32| (0..6).map(|_| pick(c as usize + 4) - 2).collect::<Vec<i32>>();
+    lists.push(("all -1", &mut nothing));
+    lists.push(("all INT_MIN", &mut least));
+    lists.push(("out of range", &mut beyond));
+    lists.push(("duplicates", &mut twice));
+    lists.push(("descending", &mut falling));
+    lists.push(("holes", &mut holes));
+    lists.push(("random", &mut any));
+    for (what, list) in lists {
+        let hostile: Vec<i32> = current.iter().flat_map(|&c| list(c)).collect();
+        let mut clean = Vec::new();
+        for (list, &c) in hostile.chunks(count).zip(&current) {
+            let mut kept: Vec<i32> = list.iter().copied().filter(|j| (0..=c).contains(j)).collect();
+            kept.sort_unstable();
+            kept.dedup();
+            kept.resize(count, -1);
+            clean.extend(kept);
+        }
+        let got = with_indices(device, &case, &hostile)?;
+        let want = with_indices(device, &case, &clean)?;
+        for (name, x) in &got.tensors {
+            let y = want.get(name);
+            // Another order of at most so many sums.
+            let terms = (count * spec.select_block).max(90 * case.dims.group());
+            let allowed = 2.0 * terms as f64 * UNIT32 * (1.0 + finite_largest(y));
+            tally.hold(&format!("{what}: {name}"), distance(x, y), allowed);
+        }
+    }
+    Ok(())
+}
+
+fn finite_largest(x: &[f64]) -> f64 {
+    largest(x.iter().filter(|x| x.is_finite()))
+}
+
+/// The same call many times.
+fn repeats(way: &Way) -> Check<()> {
+    let case = Case::random(&default_like(), dims(8, 2, 64, 64), &[257, 3, 130], 93);
+    let case = way.stored(&case);
+    let first = (way.run)(&case)?;
+    for i in 1..REPEATS {
+        check_same_bits(&format!("repeat {i}"), &first, &(way.run)(&case)?)?;
+    }
+    Ok(())
+}
+
+/// The same sequences in another order.
+fn permuted(way: &Way) -> Check<()> {
+    let lengths = [100, 33, 0, 257];
+    let case = Case::random(&default_like(), dims(8, 2, 64, 64), &lengths, 94);
+    let case = way.stored(&case);
+    let order = [3, 1, 2, 0];
+    let mut other = case.clone();
+    let sequences = case.sequences();
+    for (name, x) in &mut other.tensors {
+        if !name.starts_with("phi_") {
+            let width = case.get(name).len() / case.tokens();
+            let rows =
+                |b: usize| &case.get(name)[sequences[b].start * width..sequences[b].end * width];
+            *x = order.iter().flat_map(|&b| rows(b)).copied().collect();
+        }
+    }
+    let mut at = 0;
+    other.cu_seqlens = vec![0];
+    for b in order {
+        at += lengths[b] as i32;
+        other.cu_seqlens.push(at);
+    }
+    let (a, b) = ((way.run)(&case)?, (way.run)(&other)?);
+    for (place, &sequence) in order.iter().enumerate() {
+        let (from, to) = (sequences[sequence].start, other.cu_seqlens[place] as usize);
+        for t in 0..lengths[sequence] {
+            for name in a.tensors.keys().filter(|name| !name.starts_with("compressed")) {
+                let same = same_bits(
+                    a.row(name, from + t, case.tokens()),
+                    b.row(name, to + t, case.tokens()),
+                );
+                ensure(same, || format!("{name} of token {t} of sequence {sequence}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// More selected blocks than a list in shared memory holds.
+fn many_blocks(way: &Way, tally: &mut Tally) -> Check<()> {
+    let spec = spec([2, 1, 2, 100, 5], Compressor::Mean);
+    let case = Case::random(&spec, dims(4, 2, 8, 8), &[330], 95);
+    two_times_rule(tally, way, &case, Floor::Magnitude, 2e-6)
+}
+
+/// Without saving, a call takes at most a tenth of q + k + v + o (a quarter is promised).
+fn memory(device: &Device, tally: &mut Tally) -> Check<()> {
+    let case_dims = dims(64, 4, 128, 128);
+    let tokens = 1024;
+    let plan = device.plan::<bf16>(case_dims)?;
+    let batch = NsaBatch::new(&device.gpu, &NsaSpec::default(), &[0, tokens as i32])?;
+    let Dims { heads, kv_heads, key_dim, value_dim } = case_dims;
+    let [k, v] = [kv_heads * key_dim, kv_heads * value_dim];
+    let (t, n) = (tokens, batch.blocks());
+    let mut inputs = Vec::new();
+    for len in [t * heads * key_dim, n * k, n * v, t * k, t * v, t * k, t * v, t * heads * 3] {
+        inputs.push(device.hold(&vec![bf16::ONE; len])?);
+    }
+    let out = device.poison::<bf16>(t * heads * value_dim)?;
+    let input = nsa_input(&plan, &batch, &inputs);
+    nsa_forward(&input, out.slice(), false)?;
+    device.gpu.synchronize()?;
+    let before = device.gpu.memory_use()?.used;
+    device.gpu.reset_peak();
+    nsa_forward(&input, out.slice(), false)?;
+    let extra = device.gpu.memory_use()?.peak - before;
+    let whole = 2 * t * (heads * (key_dim + value_dim) + k + v);
+    if out.widen::<bf16>()?.iter().any(|x| *x != 3.0) {
+        return Err(Fault("the output of ones is not three".into()));
+    }
+    tally.hold("share of q + k + v + o", extra as f64 / whole as f64, 0.1);
+    Ok(())
+}
