@@ -1,0 +1,372 @@
+"""Gradients of the selected branch on Hopper: right first, then timed.
+
+`python selected_backward.py [check|time]`
+"""
+import ctypes
+import math
+import sys
+
+import torch
+
+from harness import ROOT, TYPES, Kernel, Map, median_ms
+
+FOLDER = ROOT / "crates/attention/src/cuda/hopper"
+SHARED_LIMIT = 227 * 1024
+pad = lambda x: -(-x // 64) * 64
+power = lambda x: 1 << (x - 1).bit_length()
+
+
+def structure(fields):
+    kinds = {int: ctypes.c_int, float: ctypes.c_float}
+    names = [(n, ctypes.c_uint64 if v is None or isinstance(v, torch.Tensor) else kinds[type(v)]) for n, v in fields]
+    kind = type("Params", (ctypes.Structure,), {"_fields_": names})
+    return kind(*[0 if v is None else v.data_ptr() if isinstance(v, torch.Tensor) else v for _, v in fields])
+
+
+class Inverse:
+    """The queries of every block, and the work items of the keys' kernel."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        entry = lambda name, shared=0: Kernel(FOLDER / "inverse.cu", name, {TYPES[dtype]: 1}, shared)
+        self.count, self.pieces, self.fill_global = (entry("inverse_" + n) for n in ("count", "pieces", "fill"))
+        self.blocks, self.fill_shared = entry("inverse_blocks"), None
+
+    def __call__(self, indices, lengths, block):
+        t, kv, listed = indices.shape
+        rows, token = [], 0
+        for n in lengths:
+            rows.append((token, n, 0, token, n, 0, 0, 0))
+            token += n
+        self.table = torch.tensor(rows, dtype=torch.int32, device="cuda")
+        j = t // block + len(lengths)
+        bins, pairs = kv * j, t * kv * listed
+        piece = max(64, -(-t // 256))
+        count = -(-t // piece)
+        self.chunk = max(256, power(max(1, pairs // 512)))
+        self.capacity = bins + pairs // self.chunk
+        self.slots = 2 * (pairs // self.chunk)
+        make = lambda n, kind: torch.full((max(n, 1),), -7, dtype=kind, device="cuda")
+        pieces, totals = make(count * bins, torch.int32), make(bins, torch.int32)
+        self.starts, self.queries = make(bins + 1, torch.int64), make(pairs, torch.int32)
+        self.items = make(self.capacity * 12, torch.int32)
+        sequences = structure([("at", self.table), ("count", len(lengths)), ("block", block)])
+        in_shared = j * 4 <= 48 * 1024
+        kernel = Kernel.__new__(Kernel)
+        kernel.__dict__.update(self.fill_global.__dict__)
+        kernel.shared = j * 4 if in_shared else 0
+
+        def run():
+            self.count((count, kv), (256,), sequences, indices, t, kv, listed, j, piece, pieces)
+            self.pieces((-(-bins // 128),), (128,), pieces, totals, count, bins)
+            self.blocks((1,), (1024,), sequences, totals, self.starts, self.items, self.capacity, self.chunk, kv, j)
+            kernel((count, kv), (32,), sequences, indices, t, kv, listed, j, piece, pieces, self.starts,
+                   self.queries, int(in_shared))
+
+        self.keep = pieces, totals
+        return run
+
+
+class Keys:
+    def __init__(self, d, v, group, block, dtype=torch.bfloat16, stages=None, source=FOLDER / "selected_backward_keys.cu"):
+        stage = 64 * (pad(d) + pad(v)) * 2 + 64 * 16
+        keys = 64 * (pad(d) + pad(v)) * 2
+        stages = stages or min(6, (SHARED_LIMIT - keys - 128) // (stage + 16))
+        defines = {TYPES[dtype]: 1, "D": d, "V": v, "MASK": 0, "G": group, "SB": block, "STAGES": stages}
+        self.kernel = Kernel(source, "selected_backward_keys", defines, keys + stages * (stage + 16) + 8)
+        self.sum = Kernel(source, "selected_backward_keys_sum", defines)
+        self.parts, self.group = block // 64, group
+
+    def __call__(self, inverse, q, k, v, d_out, lse, delta, dk, dv, gate=None, gated=0, scale=None):
+        (t, h, d), (kv, e) = q.shape, v.shape[1:]
+        sums = torch.full((max(1, inverse.slots * self.parts * 64 * (d + e)),), math.nan, device="cuda")
+        params = structure([("items", inverse.items), ("queries", inverse.queries), ("q", q), ("d_out", d_out),
+                            ("gate", gate), ("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv), ("sums", sums),
+                            ("tokens", t), ("heads", h), ("kv_heads", kv), ("gate_index", 1), ("gated", gated),
+                            ("scale", scale or 1 / math.sqrt(d))])
+        maps = Map(q, (64, self.group, 1)), Map(d_out, (64, self.group, 1)), Map(k, (64, 1, 64)), Map(v, (64, 1, 64))
+        grid = (inverse.capacity * self.parts,)
+
+        def run(only_first=False):
+            self.kernel(grid, (384,), *maps, params)
+            self.sum(grid, (256,), params)
+            return sums
+
+        return run
+
+
+class Queries:
+    def __init__(self, d, v, group, block, listed, dtype=torch.bfloat16, stages=None,
+                 source=FOLDER / "selected_backward_queries.cu"):
+        self.gp = power(group)
+        warps = 8 if d + v <= 384 else 4
+        rows = 16 * warps
+        self.queries = rows // self.gp
+        entries = self.queries * listed
+        lists = entries * (4 + 4 * -(-self.queries // 32) + 8) + 64
+        held = 32 if d + v <= 256 else rows * (pad(d) + pad(v)) * 2
+        stage = 32 * (pad(d) + pad(v)) * 2 + 16
+        stages = stages or min(24, (SHARED_LIMIT - held - lists) // stage)
+        assert stages >= 2, "too many lists for shared memory"
+        defines = {TYPES[dtype]: 1, "D": d, "V": v, "MASK": 0, "GP": self.gp, "SB": block, "S": listed, "STAGES": stages}
+        self.kernel = Kernel(source, "selected_backward_queries", defines, stages * stage + held + lists)
+        self.threads = 128 + 32 * warps
+
+    def __call__(self, q, k, v, d_out, lse, delta, indices, lengths, dq, total=None, first=1, last=1, gate=None, gated=0,
+                 scale=None):
+        (t, h, d), kv = q.shape, k.shape[1]
+        tiles, token = [], 0
+        for n in lengths:
+            tiles += [(token + p, min(self.queries, n - p), p, token) for p in range(0, n, self.queries)]
+            token += n
+        table = torch.tensor(tiles, dtype=torch.int32, device="cuda")
+        params = structure([("tiles", table), ("q", q), ("d_out", d_out), ("gate", gate), ("lse", lse), ("delta", delta),
+                            ("indices", indices), ("dq", dq), ("sum", total), ("tile_count", len(tiles)), ("heads", h),
+                            ("group", h // kv), ("gate_index", 1), ("gated", gated), ("first", first), ("last", last),
+                            ("scale", scale or 1 / math.sqrt(d))])
+        maps = Map(k, (64, 1, 32)), Map(v, (64, 1, 32))
+        return lambda: (self.kernel((len(tiles) * kv,), (self.threads,), *maps, params), table)
+
+
+def choose(lengths, kv, block, count, neighbours=1, noise=0.0, seed=1):
+    """Indices as `select` makes them: the first block and two local ones forced, the rest by chance;
+    `neighbours` queries in a row have the same scores but for `noise`."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    out = []
+    for n in lengths:
+        j = -(-n // block)
+        for p in range(0, n, 4096):
+            m = min(4096, n - p)
+            groups = -(-m // neighbours)
+            scores = torch.rand(groups, kv, j, device="cuda", generator=generator).repeat_interleave(neighbours, 0)[:m]
+            if noise:
+                scores = scores + noise * torch.rand(m, kv, j, device="cuda", generator=generator)
+            current = (torch.arange(p, p + m, device="cuda") // block)[:, None, None]
+            block_id = torch.arange(j, device="cuda")
+            scores[((block_id == 0) | (block_id == current) | (block_id == current - 1)).expand_as(scores)] = 9.0
+            scores[(block_id > current).expand_as(scores)] = -9.0
+            best, chosen = torch.topk(scores, min(count, j), -1)
+            chosen = torch.where(best > -1, chosen, 1 << 30).sort(-1).values
+            chosen = torch.where(chosen == 1 << 30, -1, chosen).int()
+            if j < count:
+                chosen = torch.nn.functional.pad(chosen, (0, count - j), value=-1)
+            out.append(chosen)
+    return torch.cat(out) if out else torch.zeros(0, kv, count, dtype=torch.int32, device="cuda")
+
+
+def visible(indices, start, n, block):
+    """[n, K, n] by the rule: inside 0..=current and greater than all counted before."""
+    rows = indices[start:start + n].long()
+    position = torch.arange(n, device="cuda")
+    fine = (rows >= 0) & (rows <= (position // block)[:, None, None])
+    top = torch.where(fine, rows, -1)
+    before = torch.nn.functional.pad(torch.cummax(top, -1).values, (1, 0), value=-1)[..., :-1]
+    counts = fine & (top > before)
+    j = -(-n // block)
+    seen = torch.zeros(n, rows.shape[1], j + 1, dtype=torch.bool, device="cuda")
+    seen.scatter_(2, torch.where(counts, rows, j), True)
+    seen = seen[..., :j].repeat_interleave(block, -1)[..., :n]
+    return seen & (position[None, None] <= position[:, None, None])
+
+
+def formula(q, k, v, indices, gate, d_out, lengths, block, dtype):
+    """Gradients by autograd of the plain formula in `dtype`; also lse and dOut·O, of float64 use."""
+    (t, h, d), kv = q.shape, k.shape[1]
+    g = h // kv
+    parts, token = [], 0
+    for n in lengths:
+        if n == 0:
+            continue
+        at = slice(token, token + n)
+        qs, ks, vs = (x[at].to(dtype).requires_grad_() for x in (q, k, v))
+        s = torch.einsum("tkgd,jkd->tkgj", qs.view(n, kv, g, d), ks) * (1 / math.sqrt(d))
+        s = s.masked_fill(~visible(indices, token, n, block)[:, :, None], -math.inf)
+        lse = torch.logsumexp(s.detach().double(), -1).reshape(n, h)
+        p = torch.softmax(s, -1).nan_to_num(0.0)
+        out = torch.einsum("tkgj,jkv->tkgv", p, vs).reshape(n, h, -1)
+        up = d_out[at].to(dtype)
+        upstream = up if gate is None else up * gate[at, :, 1:2].to(dtype)
+        grads = torch.autograd.grad(out, (qs, ks, vs), upstream)
+        parts.append((*(x.nan_to_num(0.0) for x in grads), lse, (up.double() * out.detach().double()).sum(-1)))
+        token += n
+    return [torch.cat(x) for x in zip(*parts)]
+
+
+def rough(a):
+    return torch.full_like(a, math.nan)
+
+
+class Setup:
+    """Inputs of one case and the kernels' runs."""
+
+    def __init__(self, d, v, h, kv, lengths, block, count, dtype=torch.bfloat16, gated=0, with_gate=True, hostile=False):
+        t = sum(lengths)
+        normal = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)
+        self.q, self.k, self.v, self.d_out = normal(t, h, d) * 2, normal(t, kv, d), normal(t, kv, v), normal(t, h, v)
+        self.gate = torch.rand(t, h, 3, device="cuda").to(dtype) if with_gate else None
+        if with_gate:
+            self.gate[::7, ::3] = 0.0
+        self.indices = choose(lengths, kv, block, count)
+        if hostile:
+            bad = torch.tensor([-(1 << 31), (1 << 31) - 1, -5, 1 << 20, 0, 1], dtype=torch.int32, device="cuda")
+            spots = torch.rand(self.indices.shape, device="cuda") < 0.3
+            junk = bad[torch.randint(0, len(bad), self.indices.shape, device="cuda")]
+            self.indices = torch.where(spots, junk, self.indices)
+            self.indices[::5] = -1
+            again = torch.rand(t, kv, count, device="cuda") < 0.2
+            again[..., 0] = False
+            self.indices = torch.where(again, self.indices.roll(1, -1), self.indices)
+        self.args = (self.q, self.k, self.v, self.indices, self.gate, self.d_out, lengths, block)
+        self.exact = formula(*self.args, torch.float64)
+        self.plain = formula(*self.args, dtype)
+        self.lse = self.exact[3].float()
+        self.delta = self.exact[4].float()
+        if gated and with_gate:
+            self.delta = self.delta * self.gate[..., 1].float()
+        self.gated, self.lengths, self.block, self.dtype = gated, lengths, block, dtype
+        self.grads = rough(self.q), rough(self.k), rough(self.v)
+        self.inverse = Inverse(dtype)
+        self.invert = self.inverse(self.indices, lengths, block)
+        common = dict(gate=self.gate, gated=gated)
+        self.keys = Keys(d, v, h // kv, block, dtype)
+        self.run_keys = self.keys(self.inverse, self.q, self.k, self.v, self.d_out, self.lse, self.delta, *self.grads[1:],
+                                  **common)
+        self.queries = Queries(d, v, h // kv, block, count, dtype)
+        self.inputs = self.q, self.k, self.v, self.d_out, self.lse, self.delta, self.indices, lengths
+        self.run_queries = self.queries(*self.inputs, self.grads[0], **common)
+
+    def run(self):
+        for g in self.grads:
+            g.fill_(math.nan)
+        self.invert()
+        self.run_keys()
+        self.run_queries()
+        torch.cuda.synchronize()
+
+    def lists_right(self):
+        """The inverse against a sort."""
+        token, worst = 0, True
+        starts = self.inverse.starts.tolist()
+        kv, j = self.indices.shape[1], (len(starts) - 1) // self.indices.shape[1]
+        queries = self.inverse.queries.tolist()
+        expected = {}
+        for b, n in enumerate(self.lengths):
+            if n:
+                see = visible(self.indices, token, n, self.block)[..., ::self.block]
+                for t, k, block in see.nonzero().tolist():
+                    expected.setdefault((k, token // self.block + b + block), []).append(token + t)
+            token += n
+        for k in range(kv):
+            for i in range(j):
+                a, z = starts[k * j + i], starts[k * j + i + 1]
+                worst &= queries[a:z] == expected.get((k, i), [])
+        return worst
+
+
+def compare(name, got, exact, plain):
+    norm = exact.norm().item() + 1e-30
+    error = (got.double() - exact).norm().item() / norm
+    bound = 2 * (plain.double() - exact).norm().item() / norm + 1e-6
+    return error <= bound, f"{name} {error:.1e}/{bound:.1e}"
+
+
+def cases():
+    many = [0, 1, 63, 65, 0, 300, 1000]
+    for h, kv, count in [(16, 1, 16), (32, 2, 5), (8, 2, 16), (2, 2, 16), (4, 2, 1), (6, 1, 32), (16, 2, 16), (64, 2, 7), (64, 1, 16)]:
+        yield 128, 128, h, kv, many, 64, count, {}
+    for d, v in [(64, 64), (96, 96), (192, 128), (192, 192), (256, 256), (64, 128)]:
+        for h in (16, 4):
+            yield d, v, h, 1, many, 64, 8, {}
+    for h in (16, 4):
+        yield 128, 128, h, 1, many, 128, 4, {}
+        yield 128, 128, h, 1, [700], 64, 16, dict(dtype=torch.float16)
+        yield 128, 128, h, 1, many, 64, 16, dict(gated=1)
+        yield 128, 128, h, 1, [1], 64, 16, dict(with_gate=False)
+        yield 128, 128, h, 1, many, 64, 16, dict(hostile=True)
+    yield 128, 128, 16, 1, [3000], 64, 16, {}
+    yield 256, 256, 16, 1, [1500], 192, 2, {}
+
+
+def check():
+    right = True
+    for d, v, h, kv, lengths, block, count, more in cases():
+        torch.manual_seed(1)
+        name = f"d {d}/{v} h {h}/{kv} {lengths} block {block} S {count} {more}"
+        try:
+            s = Setup(d, v, h, kv, lengths, block, count, **more)
+            s.run()
+            results = [compare(*x) for x in zip(("dq", "dk", "dv"), s.grads, s.exact, s.plain)]
+            lists = s.lists_right()
+            ok = all(r[0] for r in results) and lists
+            print("ok  " if ok else "FAIL", name, *(r[1] for r in results), "" if lists else "LISTS WRONG", flush=True)
+            right &= ok
+        except Exception as e:
+            right = False
+            print("FAIL", name, type(e).__name__, str(e)[:600], flush=True)
+            if "CUDA error" in str(e) and "LAUNCH" in str(e).upper():
+                break
+    torch.manual_seed(1)
+    s = Setup(128, 128, 32, 2, [1500, 300], 64, 16)
+    s.run()
+    kept = [g.clone() for g in s.grads]
+    same = True
+    for _ in range(50):
+        s.run()
+        same &= all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(kept, s.grads))
+    print("ok  " if same else "FAIL", "50 repeats, the same bits; longest list in items:", s.inverse.chunk)
+    # dQ on top of what is there, in 16 bits and in f32.
+    base = torch.randn_like(s.grads[0])
+    dq = base.clone()
+    s.queries(*s.inputs, dq, first=0, gate=s.gate)()
+    error = (dq.double() - (base.double() + s.exact[0])).norm() / (base.double() + s.exact[0]).norm()
+    total = base.float()
+    s.queries(*s.inputs, dq, total=total, first=0, last=0, gate=s.gate)()
+    error32 = (total.double() - (base.double() + s.exact[0])).norm() / (base.double() + s.exact[0]).norm()
+    final = rough(dq)
+    s.queries(*s.inputs, final, total=base.float(), first=0, last=1, gate=s.gate)()
+    fine = error < 4e-3 and error32 < 3e-3 and torch.equal(final, total.to(final.dtype))
+    print("ok  " if fine else "FAIL", f"dQ added: {error:.1e} in 16 bits, {error32:.1e} in f32")
+    print("ALL RIGHT" if right and same and fine else "SOME WRONG")
+
+
+def time_one(n, d, v, h, kv, label, neighbours=1, noise=0.0, block=64, count=16, repeats=5, stages=None, which="kq"):
+    torch.manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    q, k, x, d_out = normal(n, h, d), normal(n, kv, d), normal(n, kv, v), normal(n, h, v)
+    gate = torch.rand(n, h, 3, device="cuda").bfloat16()
+    lse = torch.full((n, h), 7.5, device="cuda")
+    delta = torch.randn(n, h, device="cuda")
+    indices = choose([n], kv, block, count, neighbours, noise)
+    inverse = Inverse()
+    invert = inverse(indices, [n], block)
+    ms = {"inverse": median_ms(invert, repeats, 1)}
+    keys, queries = Keys(d, v, h // kv, block), Queries(d, v, h // kv, block, count)
+    dk, dv, dq = torch.empty_like(k), torch.empty_like(x), torch.empty_like(q)
+    ms["keys"] = median_ms(keys(inverse, q, k, x, d_out, lse, delta, dk, dv, gate=gate), repeats, 1)
+    ms["queries"] = median_ms(queries(q, k, x, d_out, lse, delta, indices, [n], dq, gate=gate), repeats, 1)
+    pairs = int((indices >= 0).sum())
+    products = 2 * pairs * block * (h // kv)
+    flop = {"keys": products * 2 * (d + v), "queries": products * (2 * d + v)}
+    lists = inverse.starts.diff()
+    print(f"time {label} d {d}/{v} h {h}/{kv} n {n}: "
+          + ", ".join(f"{a} {m:.3f} ms" + (f" {flop[a] / m / 1e9:.0f} TFLOP/s" if a in flop else "") for a, m in ms.items())
+          + f"; chunk {inverse.chunk}, longest list {int(lists.max())}, second {int(lists.sort().values[-kv - 1])}", flush=True)
+    return keys, queries
+
+
+def time_all():
+    for n in (8192, 32768, 65536):
+        for label, neighbours, noise in (("random", 1, 0.0), ("shared", 16, 0.05)):
+            keys, queries = time_one(n, 128, 128, 64, 4, label, neighbours, noise)
+    for kernel in (keys.kernel, queries.kernel):
+        print("registers", kernel.registers, "local", kernel.local, "shared", kernel.shared)
+    time_one(32768, 192, 128, 64, 4, "random")
+    time_one(32768, 128, 128, 64, 16, "random")
+    time_one(8192, 128, 128, 64, 64, "random")
+    time_one(32768, 64, 64, 64, 4, "random")
+
+
+if __name__ == "__main__":
+    if "time" not in sys.argv:
+        check()
+    if "check" not in sys.argv:
+        time_all()
