@@ -23,6 +23,8 @@ pub mod ops;
 mod parallel;
 pub mod pool;
 mod rope_table;
+mod rows;
+mod selftest;
 mod simd;
 mod tape;
 mod tensor;
@@ -33,10 +35,16 @@ pub use dtype::DType;
 pub use error::Error;
 pub use grads::Grads;
 pub use rope_table::{Llama3Scaling, RopeTable, YarnScaling};
+pub use selftest::selftest;
 pub use tape::{Tape, Var};
 pub use tensor::Tensor;
 pub use tercet_attention::cpu::Mask;
 pub use tercet_attention::{Compressor, NsaSpec};
+
+/// Caches for decoding on a device.
+pub mod caches {
+    pub use crate::cuda::caches::{DenseCache, NsaCache, NsaNew};
+}
 
 /// Result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
