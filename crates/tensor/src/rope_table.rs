@@ -2,7 +2,9 @@
 //! (`modeling_rope_utils.py`): in f32 where it is f32 there.
 
 use std::f64::consts::PI;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use tercet_cuda::{Buffer, Gpu};
 
 use crate::{Error, Result};
 
@@ -21,6 +23,17 @@ struct Inner {
     inv_freq: Vec<f32>,
     attention_factor: f32,
     kept: RwLock<Arc<Angles>>,
+    on_devices: Mutex<OnDevices>,
+}
+
+/// The inverse frequencies on the devices that asked for them.
+#[derive(Default)]
+struct OnDevices(Vec<Buffer>);
+
+impl std::fmt::Debug for OnDevices {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} devices", self.0.len())
+    }
 }
 
 /// Cosines and sines, `D/2` a row, already times the attention factor.
@@ -164,7 +177,8 @@ impl RopeTable {
     }
 
     fn build(inv_freq: Vec<f32>, attention_factor: f32) -> Self {
-        RopeTable(Arc::new(Inner { inv_freq, attention_factor, kept: RwLock::default() }))
+        let (kept, on_devices) = (RwLock::default(), Mutex::default());
+        RopeTable(Arc::new(Inner { inv_freq, attention_factor, kept, on_devices }))
     }
 
     /// Head dimension D.
@@ -180,6 +194,18 @@ impl RopeTable {
     /// What cosines and sines are multiplied by.
     pub fn attention_factor(&self) -> f32 {
         self.0.attention_factor
+    }
+
+    /// Address of the inverse frequencies on a device; valid as long as the table lives.
+    pub(crate) fn inv_freq_on(&self, gpu: &Gpu) -> Result<u64> {
+        let mut held = self.0.on_devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(buffer) = held.0.iter().find(|buffer| buffer.gpu().same(gpu)) {
+            return Ok(buffer.ptr());
+        }
+        let buffer = gpu.upload(&self.0.inv_freq)?;
+        let address = buffer.ptr();
+        held.0.push(buffer);
+        Ok(address)
     }
 
     /// Angles for `positions`, none of them negative.

@@ -1,13 +1,14 @@
-// y[r] = x[token of row r]; a row is a (token, choice) pair, `pairs[r]` its number token·k + choice
-// and `rows[pair]` its inverse.
+// y[r] = x[token of row r]; a row is a (token, choice) pair: rows[token·k + choice].
 #include "gathers.cuh"
 
-// Thread: a vector of a row.
-KERNEL gather_rows_forward(const Real* x, const i32* pairs, Real* y, i64 rows, int choices) {
-    i64 index = piece_index(), row = index / PIECES;
+// Thread: a vector of a token, which is read once and written to each of its rows.
+KERNEL gather_rows_forward(const Real* x, const i32* rows, Real* y, i64 tokens, int choices) {
+    i64 index = piece_index(), token = index / PIECES;
     int piece = (int)(index % PIECES);
-    if (row >= rows) return;
-    store_piece(y, row, piece, load_piece(x, pairs[row] / choices, piece));
+    if (token >= tokens) return;
+    Piece value = load_piece(x, token, piece);
+#pragma unroll 4
+    for (int j = 0; j < choices; ++j) store_piece(y, rows[token * choices + j], piece, value);
 }
 
 // dx[t] = Σ_j dy[row of (t, j)] in the order of the choices, on top of what dx holds when `add`.

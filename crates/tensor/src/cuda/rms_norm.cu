@@ -40,12 +40,16 @@ rms_norm_backward(const Real* x, const Real* dy, const Real* w, const float* inv
     Piece ws[CHUNKS];
     load_row(ws, w, true);
     float dw[CHUNKS][VEC] = {};
+    Piece xs[CHUNKS], dys[CHUNKS];
+    load_row(xs, x + (first + group()) * WIDTH, first + group() < last);
+    load_row(dys, dy + (first + group()) * WIDTH, first + group() < last);
     for (i64 base = first; base < last; base += GROUPS) {
-        i64 row = base + group();
+        i64 row = base + group(), next = row + GROUPS;
         bool live = row < last;
-        Piece xs[CHUNKS], dys[CHUNKS], old[CHUNKS];
-        load_row(xs, x + row * WIDTH, live);
-        load_row(dys, dy + row * WIDTH, live);
+        // The next row's numbers are on their way while this one's are summed.
+        Piece next_xs[CHUNKS], next_dys[CHUNKS], old[CHUNKS];
+        load_row(next_xs, x + next * WIDTH, next < last);
+        load_row(next_dys, dy + next * WIDTH, next < last);
         load_row(old, dx + row * WIDTH, live && add);
         float r = live ? inverse[row] : 0.0f;
         float along = 0.0f;
@@ -58,10 +62,9 @@ rms_norm_backward(const Real* x, const Real* dy, const Real* w, const float* inv
                 dw[c][i] += d * normed;
             }
         float mean = group_sum(along) / WIDTH;
-        if (!live) continue;
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
-            if (!inside(c)) continue;
+            if (!live || !inside(c)) continue;
             Piece out;
 #pragma unroll
             for (int i = 0; i < VEC; ++i) {
@@ -70,6 +73,11 @@ rms_norm_backward(const Real* x, const Real* dy, const Real* w, const float* inv
                 out.at[i] = narrow<Real>(widen(old[c].at[i]) + now);
             }
             store(dx + row * WIDTH + column(c), out);
+        }
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+            xs[c] = next_xs[c];
+            dys[c] = next_dys[c];
         }
     }
     store_columns(parts + (i64)blockIdx.x * WIDTH, dw);

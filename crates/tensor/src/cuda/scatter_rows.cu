@@ -1,4 +1,4 @@
-// y[t] = Σ_j w[t, j]·x[row of (t, j)]; pairs and rows as in gather_rows.cu.
+// y[t] = Σ_j w[t, j]·x[row of (t, j)]; rows as in gather_rows.cu.
 #include "gathers.cuh"
 
 // Thread: a vector of a token.
@@ -16,24 +16,26 @@ KERNEL scatter_rows_forward(const Real* x, const Real* weights, const i32* rows,
     store_piece(y, token, piece, narrow_piece(sums));
 }
 
-// dx[r] = w(r)·dy[token of r] and dw[pair of r] = ⟨dy[token of r], x[r]⟩. Warp: a row.
-KERNEL scatter_rows_backward(const Real* dy, const Real* x, const Real* weights, const i32* pairs,
-                             Real* dx, Real* d_weights, i64 rows, int choices) {
-    i64 row = piece_index() / 32;
+// dx[row of (t, j)] = w[t, j]·dy[t] and dw[t, j] = ⟨dy[t], x[row of (t, j)]⟩. Warp: a token.
+KERNEL scatter_rows_backward(const Real* dy, const Real* x, const Real* weights, const i32* rows,
+                             Real* dx, Real* d_weights, i64 tokens, int choices) {
+    i64 token = piece_index() / 32;
     int lane = threadIdx.x % 32;
-    if (row >= rows) return;
-    i64 pair = pairs[row], token = pair / choices;
-    float weight = widen(weights[pair]), product = 0.0f;
+    if (token >= tokens) return;
+    for (int j = 0; j < choices; ++j) {
+        i64 pair = token * choices + j, row = rows[pair];
+        float weight = widen(weights[pair]), product = 0.0f;
 #pragma unroll 4
-    for (int piece = lane; piece < PIECES; piece += 32) {
-        Piece d = load_piece(dy, token, piece), v = load_piece(x, row, piece), out;
+        for (int piece = lane; piece < PIECES; piece += 32) {
+            Piece d = load_piece(dy, token, piece), v = load_piece(x, row, piece), out;
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-            product += widen(d.at[i]) * widen(v.at[i]);
-            out.at[i] = narrow<Real>(weight * widen(d.at[i]));
+            for (int i = 0; i < VEC; ++i) {
+                product += widen(d.at[i]) * widen(v.at[i]);
+                out.at[i] = narrow<Real>(weight * widen(d.at[i]));
+            }
+            store_piece(dx, row, piece, out);
         }
-        store_piece(dx, row, piece, out);
+        product = warp_sum(product);
+        if (lane == 0) d_weights[pair] = narrow<Real>(product);
     }
-    product = warp_sum(product);
-    if (lane == 0) d_weights[pair] = narrow<Real>(product);
 }

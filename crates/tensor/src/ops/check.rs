@@ -74,3 +74,15 @@ pub(super) fn offsets(op: &'static str, cu_seqlens: &[i32], tokens: usize) -> Re
     tercet_attention::sequences(cu_seqlens, tokens).map_err(Error::attention(op))?;
     Ok(())
 }
+
+/// The integers of a tensor as the host knows them; `None` when they were made on a device.
+pub(super) fn known<'t>(
+    op: &'static str,
+    what: &'static str,
+    integers: &'t Tensor,
+) -> Result<Option<&'t [i32]>> {
+    match (integers.dtype(), integers.on_cuda()) {
+        (crate::DType::I32, Some(_)) => Ok(integers.view_i32(op, what).ok()),
+        _ => integers.view_i32(op, what).map(Some),
+    }
+}

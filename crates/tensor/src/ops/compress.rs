@@ -5,12 +5,15 @@
 
 use tercet_attention::cpu::{self, CompressInput, PhiGrads, compress_backward, compress_forward};
 use tercet_attention::{cu_compressed, sequences};
+use tercet_cuda::Gpu;
 
 use super::check;
 use crate::backward::Weight;
+use crate::cuda::compress::Blocks;
+use crate::cuda::compress_phi;
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
-use crate::{Error, NsaSpec, Result, Tape, Tensor, Var};
+use crate::{Device, Error, NsaSpec, Result, Tape, Tensor, Var};
 
 const OP: &str = "compress";
 
@@ -56,7 +59,7 @@ pub fn compress(
     let [tokens, kv_heads, dim] = check::dims(OP, "x", x.value(), "[T, K, C]")?;
     spec.validate().map_err(|e| Error::attention(OP)(e.into()))?;
     let sequences = sequences(cu_seqlens, tokens).map_err(Error::attention(OP))?;
-    let blocks = cu_compressed(spec, &sequences).last().copied().unwrap_or(0);
+    let rows_at = cu_compressed(spec, &sequences);
 
     let l = spec.compress_block;
     let (hidden, named): (usize, Vec<Named>) = match phi {
@@ -88,13 +91,21 @@ pub fn compress(
         spec: spec.clone(),
         cu_seqlens: cu_seqlens.to_vec(),
     };
-    let value = float_dispatch!(OP, x.dtype(), forward(&call, blocks))?;
+    let places: Vec<_> = named.iter().map(|(name, var, _)| (*name, var.value())).collect();
+    let device = check::device(OP, &[&[("x", x.value())], &places[..]].concat())?;
+    let value = match &device {
+        Device::Cpu => float_dispatch!(OP, x.dtype(), forward(&call, rows_at[sequences.len()]))?,
+        Device::Cuda(gpu) => call.forward_cuda(gpu, &rows_at)?,
+    };
     let mut inputs = vec![x];
     inputs.extend(named.iter().map(|(_, var, _)| *var));
     let to_params: Vec<Weight> = named.iter().map(|(_, var, _)| Weight::of(var)).collect();
     let to_x = x.source();
     tape.record(value, &inputs, move |grad, walk| {
-        let (d_x, d_params) = float_dispatch!(OP, grad.dtype(), backward(&call, &grad))?;
+        let (d_x, d_params) = match &device {
+            Device::Cpu => float_dispatch!(OP, grad.dtype(), backward(&call, &grad))?,
+            Device::Cuda(gpu) => call.backward_cuda(gpu, &rows_at, &grad)?,
+        };
         walk.give(to_x, d_x)?;
         for (to, grad) in to_params.iter().zip(d_params) {
             walk.give_f32(to, grad)?;
@@ -135,6 +146,32 @@ impl Call {
             x: self.x.view(OP, "x")?,
             phi,
         })
+    }
+
+    fn blocks<'g>(&self, gpu: &'g Gpu, rows_at: &[usize]) -> Result<Blocks<'g>> {
+        Blocks::new(gpu, &self.x, &self.spec, &self.cu_seqlens, rows_at)
+    }
+
+    fn forward_cuda(&self, gpu: &Gpu, rows_at: &[usize]) -> Result<Tensor> {
+        let blocks = self.blocks(gpu, rows_at)?;
+        match &self.params[..] {
+            [] => blocks.mean(&self.x),
+            params => compress_phi::Phi::new(blocks, params, self.hidden)?.forward(&self.x),
+        }
+    }
+
+    /// As [`backward`].
+    fn backward_cuda(
+        &self,
+        gpu: &Gpu,
+        rows_at: &[usize],
+        grad: &Tensor,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let blocks = self.blocks(gpu, rows_at)?;
+        match &self.params[..] {
+            [] => Ok((blocks.mean_grad(grad)?, Vec::new())),
+            params => compress_phi::Phi::new(blocks, params, self.hidden)?.backward(&self.x, grad),
+        }
     }
 }
 

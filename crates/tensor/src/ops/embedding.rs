@@ -9,7 +9,7 @@ use super::check;
 use crate::backward::Weight;
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
-use crate::{Error, Result, Tape, Tensor, Var, parallel};
+use crate::{Device, Error, Result, Tape, Tensor, Var, cuda, parallel};
 
 const OP: &str = "embedding";
 
@@ -17,11 +17,22 @@ const OP: &str = "embedding";
 pub fn embedding(tape: &mut Tape, table: &Var, ids: &Tensor) -> Result<Var> {
     let [vocab, width] = check::dims(OP, "the table", table.value(), "[V, C]")?;
     let [_] = check::dims(OP, "ids", ids, "[T]")?;
-    let rows = ids.view_i32(OP, "ids")?;
-    if let Some(at) = rows.iter().position(|&id| id < 0 || id as usize >= vocab) {
-        let text = format!("id {} at position {at} is outside 0..{vocab}", rows[at]);
+    let outside = |ids: &[i32]| ids.iter().position(|&id| id < 0 || id as usize >= vocab);
+    let known = check::known(OP, "ids", ids)?;
+    if let Some((ids, at)) = known.and_then(|ids| Some((ids, outside(ids)?))) {
+        let text = format!("id {} at position {at} is outside 0..{vocab}", ids[at]);
         return Err(Error::value(OP, text));
     }
+    if let Device::Cuda(gpu) = check::device(OP, &[("the table", table.value()), ("ids", ids)])? {
+        let value = cuda::embedding::forward(&gpu, table.value(), ids, width)?;
+        let (weight, ids) = (Weight::of(table), ids.clone());
+        return tape.record(value, &[table], move |grad, walk| {
+            walk.accumulate_f32_cuda(&gpu, &weight, |sum, add| {
+                cuda::embedding::backward(&gpu, (sum, add), &ids, &grad, [vocab, width])
+            })
+        });
+    }
+    let rows = ids.view_i32(OP, "ids")?;
     let value = float_dispatch!(OP, table.dtype(), forward(table.value(), rows, width))?;
     let (weight, ids) = (Weight::of(table), ids.clone());
     tape.record(value, &[table], move |grad, walk| {

@@ -10,7 +10,7 @@ use crate::matmul::{Mat, matmul, project};
 use crate::ops::ExpertPlan;
 use crate::pool::Buffer;
 use crate::tape::Source;
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{Device, Error, Result, Tape, Tensor, Var, cuda};
 
 const OP: &str = "expert_linear";
 
@@ -37,10 +37,24 @@ pub fn expert_linear(tape: &mut Tape, x: &Var, weights: &[Var], plan: &ExpertPla
         to_weights: weights.iter().map(Weight::of).collect(),
         sizes: [outer, inner],
     };
-    let value = float_dispatch!(OP, x.dtype(), forward(&call))?;
+    let places: Vec<_> = call.weights.iter().map(|weight| ("a weight", weight)).collect();
+    let device = check::device(OP, &[&[("x", &call.x)], &places[..]].concat())?;
+    plan.check(OP, &device)?;
+    let value = match &device {
+        Device::Cpu => float_dispatch!(OP, x.dtype(), forward(&call))?,
+        Device::Cuda(gpu) => {
+            let Call { x, weights, plan, sizes, .. } = &call;
+            cuda::expert_linear::forward(gpu, x, weights, plan.offsets(), *sizes)?
+        }
+    };
     let inputs: Vec<&Var> = std::iter::once(x).chain(weights).collect();
-    tape.record(value, &inputs, move |grad, walk| {
-        float_dispatch!(OP, grad.dtype(), backward(&call, &grad, walk))
+    tape.record(value, &inputs, move |grad, walk| match &device {
+        Device::Cpu => float_dispatch!(OP, grad.dtype(), backward(&call, &grad, walk)),
+        Device::Cuda(gpu) => {
+            let kept = (&call.x, &call.weights[..], call.plan.offsets());
+            let to = (call.to_x, &call.to_weights[..]);
+            cuda::expert_linear::backward(gpu, &grad, kept, call.sizes, to, walk)
+        }
     })
 }
 

@@ -8,7 +8,7 @@
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
-use crate::{Result, Tape, Tensor, Var, math, parallel};
+use crate::{Device, Result, Tape, Tensor, Var, cuda, math, parallel};
 
 const OP: &str = "gelu";
 
@@ -29,10 +29,16 @@ pub enum Gelu {
 
 /// GELU of every element.
 pub fn gelu(tape: &mut Tape, x: &Var, kind: Gelu) -> Result<Var> {
-    let value = float_dispatch!(OP, x.dtype(), forward(x.value(), kind))?;
+    let value = match x.value().device() {
+        Device::Cpu => float_dispatch!(OP, x.dtype(), forward(x.value(), kind))?,
+        Device::Cuda(gpu) => cuda::pointwise::gelu(&gpu, x.value(), kind)?,
+    };
     let (kept, to_x) = (x.value().clone(), x.source());
     tape.record(value, &[x], move |mut grad, walk| {
-        float_dispatch!(OP, kept.dtype(), backward(&mut grad, &kept, kind))?;
+        match kept.device() {
+            Device::Cpu => float_dispatch!(OP, kept.dtype(), backward(&mut grad, &kept, kind))?,
+            Device::Cuda(gpu) => cuda::pointwise::gelu_grad(&gpu, &mut grad, &kept, kind)?,
+        }
         drop(kept);
         walk.give(to_x, grad)
     })

@@ -13,7 +13,7 @@ use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
 use crate::tape::Source;
-use crate::{Result, Tape, Tensor, Var, math, parallel};
+use crate::{Device, Result, Tape, Tensor, Var, cuda, math, parallel};
 
 const OP: &str = "layer_norm";
 
@@ -24,9 +24,18 @@ pub fn layer_norm(tape: &mut Tape, x: &Var, weight: &Var, bias: &Var, eps: f32) 
     check::shape(OP, "the weight", weight.value(), &[width])?;
     check::shape(OP, "the bias", bias.value(), &[width])?;
     let (x_value, w_value, b_value) = (x.value().clone(), weight.value().clone(), bias.value());
+    let (to_x, to_weight, to_bias) = (x.source(), Weight::of(weight), Weight::of(bias));
+    let places = [("x", &x_value), ("the weight", &w_value), ("the bias", b_value)];
+    if let Device::Cuda(gpu) = check::device(OP, &places)? {
+        let (value, moments) =
+            cuda::layer_norm::forward(&gpu, &x_value, &w_value, b_value, rows, eps)?;
+        return tape.record(value, &[x, weight, bias], move |grad, walk| {
+            let kept = (&x_value, &w_value, &moments);
+            cuda::layer_norm::backward(&gpu, &grad, kept, (to_x, &to_weight, &to_bias), walk)
+        });
+    }
     let (value, moments) =
         float_dispatch!(OP, x.dtype(), forward(&x_value, &w_value, b_value, rows, eps))?;
-    let (to_x, to_weight, to_bias) = (x.source(), Weight::of(weight), Weight::of(bias));
     tape.record(value, &[x, weight, bias], move |grad, walk| {
         let call = Call { x: x_value, weight: w_value, moments, to_x, to_weight, to_bias };
         float_dispatch!(OP, grad.dtype(), backward(call, &grad, walk))

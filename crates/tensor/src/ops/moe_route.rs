@@ -13,10 +13,11 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::check;
+use crate::cuda::expert_plan::PlanOnCuda;
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
-use crate::{Error, Result, Tape, Tensor, Var, math, parallel};
+use crate::{Device, Error, Result, Tape, Tensor, Var, cuda, math, parallel};
 
 const OP: &str = "moe_route";
 
@@ -28,12 +29,42 @@ pub struct ExpertPlan(Arc<Plan>);
 #[derive(Debug)]
 struct Plan {
     top_k: usize,
-    experts: Vec<i32>,
+    rows: usize,
     offsets: Vec<usize>,
+    places: Places,
+}
+
+#[derive(Debug)]
+enum Places {
+    Cpu(PlanOnCpu),
+    Cuda(PlanOnCuda),
+}
+
+/// The lists of a plan in main memory.
+#[derive(Debug)]
+pub(super) struct PlanOnCpu {
+    top_k: usize,
+    experts: Vec<i32>,
     /// Pair t·k + j of each row.
     pair_of_row: Vec<u32>,
     /// Row of each pair.
     row_of_pair: Vec<u32>,
+}
+
+impl PlanOnCpu {
+    pub(super) fn pair_of_row(&self, row: usize) -> usize {
+        self.pair_of_row[row] as usize
+    }
+
+    pub(super) fn token_of_row(&self, row: usize) -> usize {
+        self.pair_of_row(row) / self.top_k
+    }
+
+    /// Rows of one token, in the order of its choices.
+    pub(super) fn rows_of_token(&self, token: usize) -> impl Iterator<Item = usize> {
+        let pairs = &self.row_of_pair[token * self.top_k..][..self.top_k];
+        pairs.iter().map(|&row| row as usize)
+    }
 }
 
 impl ExpertPlan {
@@ -47,20 +78,33 @@ impl ExpertPlan {
             offsets[e + 1] += offsets[e];
         }
         let mut next = offsets.clone();
-        let mut pair_of_row = vec![0; experts.len()];
-        let mut row_of_pair = vec![0; experts.len()];
+        let rows = experts.len();
+        let mut pair_of_row = vec![0; rows];
+        let mut row_of_pair = vec![0; rows];
         for (pair, &e) in experts.iter().enumerate() {
             let row = next[e as usize];
             next[e as usize] += 1;
             pair_of_row[row] = pair as u32;
             row_of_pair[pair] = row as u32;
         }
-        ExpertPlan(Arc::new(Plan { top_k, experts, offsets, pair_of_row, row_of_pair }))
+        let places = Places::Cpu(PlanOnCpu { top_k, experts, pair_of_row, row_of_pair });
+        ExpertPlan(Arc::new(Plan { top_k, rows, offsets, places }))
     }
 
-    /// Chosen experts `[T, k]`, most probable first.
-    pub fn experts(&self) -> &[i32] {
-        &self.0.experts
+    /// Of experts that were chosen and sorted on a device; waits for the offsets.
+    pub(crate) fn on_device(places: PlanOnCuda, top_k: usize) -> Result<Self> {
+        let (rows, offsets) = (places.experts().len(), places.offsets()?);
+        Ok(ExpertPlan(Arc::new(Plan { top_k, rows, offsets, places: Places::Cuda(places) })))
+    }
+
+    /// Chosen experts `[T, k]`, most probable first; read back from a device.
+    pub fn experts(&self) -> Result<Vec<i32>> {
+        match &self.0.places {
+            Places::Cpu(places) => Ok(places.experts.clone()),
+            Places::Cuda(places) => {
+                Ok(places.experts().to_device(&Device::Cpu)?.as_i32()?.to_vec())
+            }
+        }
     }
 
     /// E+1 offsets: the rows of expert e are `offsets()[e]..offsets()[e + 1]`.
@@ -75,7 +119,7 @@ impl ExpertPlan {
 
     /// Number of rows, T·k.
     pub fn rows(&self) -> usize {
-        self.0.experts.len()
+        self.0.rows
     }
 
     /// Number of tokens, T.
@@ -83,18 +127,38 @@ impl ExpertPlan {
         self.rows() / self.0.top_k
     }
 
-    pub(super) fn pair_of_row(&self, row: usize) -> usize {
-        self.0.pair_of_row[row] as usize
+    fn device(&self) -> Device {
+        match &self.0.places {
+            Places::Cpu(_) => Device::Cpu,
+            Places::Cuda(places) => places.device(),
+        }
     }
 
-    pub(super) fn token_of_row(&self, row: usize) -> usize {
-        self.pair_of_row(row) / self.0.top_k
+    /// Refuses a plan that was made elsewhere than where `op` runs.
+    pub(super) fn check(&self, op: &'static str, device: &Device) -> Result<()> {
+        if self.device() != *device {
+            return Err(Error::device(op, "the plan", device, &self.device()));
+        }
+        Ok(())
     }
 
-    /// Rows of one token, in the order of its choices.
-    pub(super) fn rows_of_token(&self, token: usize) -> impl Iterator<Item = usize> {
-        let pairs = &self.0.row_of_pair[token * self.0.top_k..][..self.0.top_k];
-        pairs.iter().map(|&row| row as usize)
+    pub(super) fn on_cpu(&self) -> Result<&PlanOnCpu> {
+        match &self.0.places {
+            Places::Cpu(places) => Ok(places),
+            Places::Cuda(_) => Err(Error::device(OP, "the plan", &Device::Cpu, &self.device())),
+        }
+    }
+
+    pub(crate) fn on_cuda(&self) -> Result<&PlanOnCuda> {
+        match &self.0.places {
+            Places::Cuda(places) => Ok(places),
+            Places::Cpu(_) => Err(Error::Device {
+                op: OP,
+                what: "the plan",
+                expected: "a CUDA device".into(),
+                got: Device::Cpu.to_string(),
+            }),
+        }
     }
 }
 
@@ -119,12 +183,23 @@ pub fn moe_route(tape: &mut Tape, logits: &Var, top_k: usize, normalise: bool) -
     if tokens.checked_mul(top_k).is_none_or(|rows| u32::try_from(rows).is_err()) {
         return Err(Error::value(OP, format!("{tokens} tokens times {top_k} are too many rows")));
     }
-    let dtype = logits.dtype();
+    let (dtype, to_logits) = (logits.dtype(), logits.source());
+    if let Device::Cuda(gpu) = logits.value().device() {
+        let sizes = [tokens, count, top_k];
+        let (weights, balance, plan, routed) =
+            cuda::moe_route::forward(&gpu, logits.value(), sizes, normalise)?;
+        let outputs = tape.record_many(vec![weights, balance], &[logits], move |grads, walk| {
+            let grad = cuda::moe_route::backward(&gpu, &routed, dtype, two(grads)?)?;
+            walk.give(to_logits, grad)
+        })?;
+        let [weights, balance] = two(outputs)?;
+        return Ok(Routing { weights, balance, plan });
+    }
     let p = float_dispatch!(OP, dtype, probabilities(logits.value()))?;
-    let plan = ExpertPlan::new(choose(&p, count, top_k), top_k, count);
+    let experts = choose(&p, count, top_k);
 
-    let mut weights = Buffer::<f32>::stale(plan.rows());
-    let pairs = plan.experts().chunks(top_k).zip(p.chunks(count));
+    let mut weights = Buffer::<f32>::stale(tokens * top_k);
+    let pairs = experts.chunks(top_k).zip(p.chunks(count));
     for (weights, (experts, p)) in weights.chunks_mut(top_k).zip(pairs) {
         for (weight, &e) in weights.iter_mut().zip(experts) {
             *weight = p[e as usize];
@@ -134,6 +209,7 @@ pub fn moe_route(tape: &mut Tape, logits: &Var, top_k: usize, normalise: bool) -
             weights.iter_mut().for_each(|w| *w /= total);
         }
     }
+    let plan = ExpertPlan::new(experts, top_k, count);
     let load = load(&plan, count);
     let mut mean = Buffer::<f32>::stale(count);
     parallel::column_sums(tokens, count, &mut mean, false, |range, part| {
@@ -145,16 +221,19 @@ pub fn moe_route(tape: &mut Tape, logits: &Var, top_k: usize, normalise: bool) -
     let balance = Tensor::scalar((total / tokens.max(1) as f64) as f32);
 
     let weights = Tensor::from_buffer(weights, &[tokens, top_k]).to_dtype(dtype)?;
-    let (to_logits, kept) = (logits.source(), plan.clone());
+    let kept = plan.clone();
     let outputs = tape.record_many(vec![weights, balance], &[logits], move |grads, walk| {
         let call = Call { p, load, plan: kept, normalise };
         let grad = call.backward(grads)?;
         walk.give(to_logits, Tensor::from_buffer(grad, &[tokens, count]).to_dtype(dtype)?)
     })?;
-    match <[Var; 2]>::try_from(outputs) {
-        Ok([weights, balance]) => Ok(Routing { weights, balance, plan }),
-        Err(_) => Err(Error::Tape("the router has two outputs")),
-    }
+    let [weights, balance] = two(outputs)?;
+    Ok(Routing { weights, balance, plan })
+}
+
+/// What belongs to the router's two outputs.
+fn two<T>(of_each: Vec<T>) -> Result<[T; 2]> {
+    <[T; 2]>::try_from(of_each).map_err(|_| Error::Tape("the router has two outputs"))
 }
 
 /// Softmax of every row, in f32.
@@ -214,10 +293,8 @@ struct Call {
 impl Call {
     /// Gradient of the logits from those of the weights and of the balance loss.
     fn backward(&self, grads: Vec<Option<Tensor>>) -> Result<Buffer<f32>> {
-        let [d_weights, d_balance] = match <[Option<Tensor>; 2]>::try_from(grads) {
-            Ok(grads) => grads,
-            Err(_) => return Err(Error::Tape("the router has two outputs")),
-        };
+        let [d_weights, d_balance] = two(grads)?;
+        let experts = &self.plan.on_cpu()?.experts;
         let d_weights = d_weights.map(|g| g.to_vec_f32()).transpose()?;
         let balance = d_balance.map(|g| g.item()).transpose()?.unwrap_or(0.0);
         let (count, top_k) = (self.load.len(), self.plan.top_k());
@@ -231,7 +308,7 @@ impl Call {
                     *dz = share * load;
                 }
                 if let Some(d) = &d_weights {
-                    let experts = &self.plan.experts()[token * top_k..][..top_k];
+                    let experts = &experts[token * top_k..][..top_k];
                     let d = &d[token * top_k..][..top_k];
                     let chosen = || experts.iter().zip(d).map(|(&e, &d)| (e as usize, d));
                     let total: f32 = chosen().map(|(e, _)| p[e]).sum();

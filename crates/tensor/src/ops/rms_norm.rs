@@ -11,7 +11,7 @@ use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
 use crate::tape::Source;
-use crate::{Result, Tape, Tensor, Var, math, parallel};
+use crate::{Device, Result, Tape, Tensor, Var, cuda, math, parallel};
 
 const OP: &str = "rms_norm";
 
@@ -22,8 +22,15 @@ pub fn rms_norm(tape: &mut Tape, x: &Var, weight: &Var, eps: f32) -> Result<Var>
     check::same_dtype(OP, x, &[("the weight", weight)])?;
     check::shape(OP, "the weight", weight.value(), &[width])?;
     let (x_value, w_value) = (x.value().clone(), weight.value().clone());
-    let (value, inverse) = float_dispatch!(OP, x.dtype(), forward(&x_value, &w_value, rows, eps))?;
     let (to_x, to_weight) = (x.source(), Weight::of(weight));
+    if let Device::Cuda(gpu) = check::device(OP, &[("x", &x_value), ("the weight", &w_value)])? {
+        let (value, inverse) = cuda::rms_norm::forward(&gpu, &x_value, &w_value, rows, eps)?;
+        return tape.record(value, &[x, weight], move |grad, walk| {
+            let kept = (&x_value, &w_value, &inverse);
+            cuda::rms_norm::backward(&gpu, &grad, kept, (to_x, &to_weight), walk)
+        });
+    }
+    let (value, inverse) = float_dispatch!(OP, x.dtype(), forward(&x_value, &w_value, rows, eps))?;
     tape.record(value, &[x, weight], move |grad, walk| {
         let call = Call { x: x_value, weight: w_value, inverse, to_x, to_weight };
         float_dispatch!(OP, grad.dtype(), backward(call, &grad, walk))

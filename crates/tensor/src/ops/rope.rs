@@ -11,7 +11,7 @@ use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::rope_table::Angles;
 use crate::simd::multiversion;
-use crate::{Error, Result, RopeTable, Tape, Tensor, Var, parallel};
+use crate::{Device, Error, Result, RopeTable, Tape, Tensor, Var, cuda, parallel};
 
 const OP: &str = "rope";
 
@@ -24,11 +24,20 @@ pub fn rope(tape: &mut Tape, x: &Var, positions: &Tensor, table: &RopeTable) -> 
         return Err(Error::shape(OP, "x", expected, x.shape()));
     }
     check::shape(OP, "positions", positions, &[tokens])?;
-    let list = positions.view_i32(OP, "positions")?;
-    if let Some(at) = list.iter().position(|&p| p < 0) {
+    let known = check::known(OP, "positions", positions)?;
+    if let Some((list, at)) = known.and_then(|l| Some((l, l.iter().position(|&p| p < 0)?))) {
         let text = format!("position {} of token {at} is negative", list[at]);
         return Err(Error::value(OP, text));
     }
+    if let Device::Cuda(gpu) = check::device(OP, &[("x", x.value()), ("positions", positions)])? {
+        let value = cuda::rope::forward(&gpu, x.value(), positions, table)?;
+        let (to_x, positions, table) = (x.source(), positions.clone(), table.clone());
+        return tape.record(value, &[x], move |mut grad, walk| {
+            cuda::rope::backward(&gpu, &mut grad, &positions, &table)?;
+            walk.give(to_x, grad)
+        });
+    }
+    let list = positions.view_i32(OP, "positions")?;
     let turn = Turn { angles: table.angles(list), positions: positions.clone(), heads, dim };
     let value = float_dispatch!(OP, x.dtype(), forward(x.value(), &turn))?;
     let to_x = x.source();

@@ -11,7 +11,7 @@ use crate::pool::Buffer;
 use crate::simd::multiversion;
 use crate::tape::Source;
 use crate::tensor::convert_slice;
-use crate::{Result, Tape, Tensor, Var, math, parallel};
+use crate::{Device, Result, Tape, Tensor, Var, cuda, math, parallel};
 
 const OP: &str = "scatter_rows";
 
@@ -28,9 +28,20 @@ pub fn scatter_rows(tape: &mut Tape, x: &Var, weights: &Var, plan: &ExpertPlan) 
         to_x: x.source(),
         to_weights: weights.source(),
     };
-    let value = float_dispatch!(OP, x.dtype(), forward(&call))?;
-    tape.record(value, &[x, weights], move |grad, walk| {
-        float_dispatch!(OP, grad.dtype(), backward(&call, &grad, walk))
+    let device = check::device(OP, &[("x", &call.x), ("the weights", &call.weights)])?;
+    plan.check(OP, &device)?;
+    let value = match &device {
+        Device::Cpu => float_dispatch!(OP, x.dtype(), forward(&call))?,
+        Device::Cuda(gpu) => cuda::expert_rows::scatter(gpu, &call.x, &call.weights, plan)?,
+    };
+    tape.record(value, &[x, weights], move |grad, walk| match &device {
+        Device::Cpu => float_dispatch!(OP, grad.dtype(), backward(&call, &grad, walk)),
+        Device::Cuda(gpu) => {
+            let kept = (&call.x, &call.weights);
+            let (d_x, d_weights) = cuda::expert_rows::scatter_grad(gpu, &grad, kept, &call.plan)?;
+            walk.give(call.to_weights, d_weights)?;
+            walk.give(call.to_x, d_x)
+        }
     })
 }
 
@@ -46,13 +57,14 @@ fn forward<E: Float>(call: &Call) -> Result<Tensor> {
     let Call { x, weights, plan, .. } = call;
     let width = x.shape()[1];
     let (xs, ws): (&[E], &[E]) = (x.view(OP, "x")?, weights.view(OP, "the weights")?);
+    let places = plan.on_cpu()?;
     let mut out = Buffer::<E>::stale(plan.tokens() * width);
     parallel::rows(&mut out, width, |first, rows| {
         let mut total = vec![0.0; width];
         for (i, row) in rows.chunks_exact_mut(width).enumerate() {
             let token = first + i;
             total.fill(0.0);
-            for (from, w) in plan.rows_of_token(token).zip(&ws[token * plan.top_k()..]) {
+            for (from, w) in places.rows_of_token(token).zip(&ws[token * plan.top_k()..]) {
                 add_scaled(&mut total, &xs[from * width..][..width], w.to_f32());
             }
             convert_slice(row, &total);
@@ -66,12 +78,13 @@ fn backward<E: Float>(call: &Call, grad: &Tensor, walk: &mut Backward) -> Result
     let width = x.shape()[1];
     let (xs, ws): (&[E], &[E]) = (x.view(OP, "x")?, weights.view(OP, "the weights")?);
     let grad: &[E] = grad.view(OP, "the gradient")?;
+    let places = plan.on_cpu()?;
 
     let mut d_weights = Buffer::<E>::stale(ws.len());
     parallel::rows(&mut d_weights, plan.top_k(), |first, rows| {
         for (i, d) in rows.chunks_exact_mut(plan.top_k()).enumerate() {
             let dy = &grad[(first + i) * width..][..width];
-            for (d, from) in d.iter_mut().zip(plan.rows_of_token(first + i)) {
+            for (d, from) in d.iter_mut().zip(places.rows_of_token(first + i)) {
                 *d = E::from_f32(product(dy, &xs[from * width..][..width]));
             }
         }
@@ -79,7 +92,7 @@ fn backward<E: Float>(call: &Call, grad: &Tensor, walk: &mut Backward) -> Result
     let mut d_x = Buffer::<E>::stale(xs.len());
     parallel::rows(&mut d_x, width, |first, rows| {
         for (i, dx) in rows.chunks_exact_mut(width).enumerate() {
-            let (token, w) = (plan.token_of_row(first + i), ws[plan.pair_of_row(first + i)]);
+            let (token, w) = (places.token_of_row(first + i), ws[places.pair_of_row(first + i)]);
             scaled(dx, &grad[token * width..][..width], w.to_f32());
         }
     });

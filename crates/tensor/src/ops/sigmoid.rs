@@ -5,16 +5,22 @@
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
-use crate::{Result, Tape, Tensor, Var, math, parallel};
+use crate::{Device, Result, Tape, Tensor, Var, cuda, math, parallel};
 
 const OP: &str = "sigmoid";
 
 /// The logistic function of every element.
 pub fn sigmoid(tape: &mut Tape, x: &Var) -> Result<Var> {
-    let value = float_dispatch!(OP, x.dtype(), forward(x.value()))?;
+    let value = match x.value().device() {
+        Device::Cpu => float_dispatch!(OP, x.dtype(), forward(x.value()))?,
+        Device::Cuda(gpu) => cuda::pointwise::sigmoid(&gpu, x.value())?,
+    };
     let (y, to_x) = (value.clone(), x.source());
     tape.record(value, &[x], move |mut grad, walk| {
-        float_dispatch!(OP, y.dtype(), backward(&mut grad, &y))?;
+        match y.device() {
+            Device::Cpu => float_dispatch!(OP, y.dtype(), backward(&mut grad, &y))?,
+            Device::Cuda(gpu) => cuda::pointwise::sigmoid_grad(&gpu, &mut grad, &y)?,
+        }
         walk.give(to_x, grad)
     })
 }

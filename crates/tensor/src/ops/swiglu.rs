@@ -9,7 +9,7 @@ use super::check;
 use crate::dtype::{Float, float_dispatch};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
-use crate::{Result, Tape, Tensor, Var, math, parallel};
+use crate::{Device, Result, Tape, Tensor, Var, cuda, math, parallel};
 
 const OP: &str = "swiglu";
 
@@ -17,12 +17,20 @@ const OP: &str = "swiglu";
 pub fn swiglu(tape: &mut Tape, gate: &Var, up: &Var) -> Result<Var> {
     check::same_dtype(OP, gate, &[("up", up)])?;
     check::shape(OP, "up", up.value(), gate.shape())?;
-    let value = float_dispatch!(OP, gate.dtype(), forward(gate.value(), up.value()))?;
+    let value = match check::device(OP, &[("gate", gate.value()), ("up", up.value())])? {
+        Device::Cpu => float_dispatch!(OP, gate.dtype(), forward(gate.value(), up.value()))?,
+        Device::Cuda(gpu) => cuda::pointwise::swiglu(&gpu, gate.value(), up.value())?,
+    };
     let (kept_gate, kept_up) = (gate.value().clone(), up.value().clone());
     let (to_gate, to_up) = (gate.source(), up.source());
     tape.record(value, &[gate, up], move |mut grad, walk| {
-        let dtype = kept_gate.dtype();
-        let d_gate = float_dispatch!(OP, dtype, backward(&mut grad, &kept_gate, &kept_up))?;
+        let (dtype, device) = (kept_gate.dtype(), kept_gate.device());
+        let d_gate = match device {
+            Device::Cpu => float_dispatch!(OP, dtype, backward(&mut grad, &kept_gate, &kept_up))?,
+            Device::Cuda(gpu) => {
+                cuda::pointwise::swiglu_grad(&gpu, &mut grad, &kept_gate, &kept_up)?
+            }
+        };
         drop((kept_gate, kept_up));
         walk.give(to_gate, d_gate)?;
         walk.give(to_up, grad)

@@ -1,0 +1,173 @@
+//! φ on a device: see `ops/compress.rs`; the average by kernels of its own, the other kinds by
+//! products of flattened blocks (`compress_phi.rs`).
+
+use tercet_cuda::{Args, Buffer, Gpu, Source};
+
+use super::cut::{threads, vector};
+use super::{at, kernel, stale};
+use crate::{DType, NsaSpec, Result, Tensor};
+
+const SOURCE: Source = Source::new("compress", include_str!("compress.cu"));
+
+/// Rows and tokens that a thread of the average takes; `compress.cu` has them too.
+const RUN: usize = 4;
+const TOKENS: usize = 16;
+
+/// Where blocks and tokens are: what every kernel of `compress.cu` takes.
+pub(crate) struct Blocks<'a> {
+    pub(super) gpu: &'a Gpu,
+    pub(super) dtype: DType,
+    pub(super) block: usize,
+    pub(super) stride: usize,
+    pub(super) heads: usize,
+    pub(super) dim: usize,
+    /// First token of every row, on the host.
+    pub(super) first_tokens: Vec<usize>,
+    pub(super) tokens: usize,
+    vector: usize,
+    sequences: usize,
+    tokens_at: Buffer,
+    rows_at: Buffer,
+}
+
+impl<'a> Blocks<'a> {
+    /// Of x `[T, K, C]`; `rows_at` are the B+1 offsets of the compressed rows.
+    pub(crate) fn new(
+        gpu: &'a Gpu,
+        x: &Tensor,
+        spec: &NsaSpec,
+        cu_seqlens: &[i32],
+        rows_at: &[usize],
+    ) -> Result<Self> {
+        let &[tokens, heads, dim] = x.shape() else {
+            return Err(crate::Error::shape("compress", "x", "[T, K, C]", x.shape()));
+        };
+        let stride = spec.compress_stride;
+        let starts = rows_at.windows(2).zip(cu_seqlens);
+        let first_tokens = starts
+            .flat_map(|(rows, &start)| (0..rows[1] - rows[0]).map(move |i| (start as usize, i)))
+            .map(|(start, i)| start + i * stride)
+            .collect();
+        let rows_at: Vec<i32> = rows_at.iter().map(|&row| row as i32).collect();
+        Ok(Blocks {
+            gpu,
+            dtype: x.dtype(),
+            block: spec.compress_block,
+            stride,
+            heads,
+            dim,
+            first_tokens,
+            tokens,
+            vector: vector(dim, x.dtype()),
+            sequences: cu_seqlens.len() - 1,
+            tokens_at: gpu.upload(cu_seqlens)?,
+            rows_at: gpu.upload(&rows_at)?,
+        })
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.first_tokens.len()
+    }
+
+    /// The offsets as arguments.
+    fn offsets(&self, args: Args) -> Args {
+        let args = args.ptr(self.tokens_at.ptr()).ptr(self.rows_at.ptr());
+        args.i32(self.sequences as i32)
+    }
+
+    /// Launches `entry` with a thread for each vector of `items` tokens or rows, of one head or
+    /// of all.
+    fn launch(&self, entry: &str, items: usize, heads: usize, args: Args) -> Result<()> {
+        if items * heads == 0 {
+            return Ok(());
+        }
+        let defines = [
+            ("BLOCK", self.block),
+            ("STRIDE", self.stride),
+            ("HEADS", self.heads),
+            ("DIM", self.dim),
+            ("VEC", self.vector),
+        ]
+        .map(|(name, value)| (name, value.to_string()));
+        let kernel = kernel(self.gpu, &SOURCE, entry, self.dtype, &defines)?;
+        let (grid, block) = threads(items * heads * (self.dim / self.vector));
+        // SAFETY: the callers pass tensors of the shapes that the entries name.
+        Ok(unsafe { kernel.launch(grid, block, 0, args) }?)
+    }
+
+    /// The averages `[N, K, C]` of x.
+    pub(crate) fn mean(&self, x: &Tensor) -> Result<Tensor> {
+        let out = stale(self.gpu, self.dtype, &[self.rows(), self.heads, self.dim])?;
+        let args = self.offsets(Args::new().ptr(at(x)?).ptr(at(&out)?)).len(self.rows());
+        let runs = self.rows().div_ceil(RUN);
+        self.launch("compress_mean_forward", runs, self.heads, args)?;
+        Ok(out)
+    }
+
+    /// The gradient of x from that of the averages.
+    pub(crate) fn mean_grad(&self, grad: &Tensor) -> Result<Tensor> {
+        let out = stale(self.gpu, self.dtype, &[self.tokens, self.heads, self.dim])?;
+        let args = self.offsets(Args::new().ptr(at(grad)?).ptr(at(&out)?)).len(self.tokens);
+        let runs = self.tokens.div_ceil(TOKENS);
+        self.launch("compress_mean_backward", runs, self.heads, args)?;
+        Ok(out)
+    }
+
+    /// Writes the flattened blocks of `count` rows from `first` on, `[K, count, l·C]`.
+    pub(super) fn gather(&self, x: &Tensor, to: u64, first: usize, count: usize) -> Result<()> {
+        let head_bytes = (count * self.block * self.dim * self.dtype.bytes()) as u64;
+        for head in 0..self.heads {
+            let to = to + head as u64 * head_bytes;
+            let args = self.offsets(Args::new().ptr(at(x)?).ptr(to));
+            let args = args.len(first).len(count).i32(head as i32);
+            self.launch("compress_gather", count * self.block, 1, args)?;
+        }
+        Ok(())
+    }
+
+    /// Adds up the gradients of flattened blocks, f32 `[K, count, l·C]` from row `lead` on, into
+    /// those of the tokens `range` of `d_x`.
+    pub(super) fn scatter(
+        &self,
+        d_blocks: u64,
+        (lead, count): (usize, usize),
+        d_x: &Tensor,
+        range: std::ops::Range<usize>,
+    ) -> Result<()> {
+        let head_bytes = (count * self.block * self.dim * size_of::<f32>()) as u64;
+        for head in 0..self.heads {
+            let from = d_blocks + head as u64 * head_bytes;
+            let args = self.offsets(Args::new().ptr(from).ptr(at(d_x)?)).len(lead);
+            let args = args.len(range.start).len(range.end).i32(head as i32);
+            self.launch("compress_scatter", range.len(), 1, args)?;
+        }
+        Ok(())
+    }
+
+    /// Writes `count` rows from `first` on of `out` `[N, K, C]`: y, f32 `[K, count, C]`, plus
+    /// shift, f32 `[K, C]`.
+    pub(super) fn finish(
+        &self,
+        (y, shift): (u64, u64),
+        out: &Tensor,
+        first: usize,
+        count: usize,
+    ) -> Result<()> {
+        let size = size_of::<f32>();
+        for head in 0..self.heads {
+            let y = y + (head * count * self.dim * size) as u64;
+            let shift = shift + (head * self.dim * size) as u64;
+            let args = Args::new().ptr(y).ptr(shift).ptr(at(out)?);
+            let args = args.len(first).len(count).i32(head as i32);
+            self.launch("compress_finish", count, 1, args)?;
+        }
+        Ok(())
+    }
+
+    /// The tokens whose last covering row is in `first..last`: with the other ranges of rows,
+    /// all tokens once.
+    pub(super) fn own_tokens(&self, first: usize, last: usize) -> std::ops::Range<usize> {
+        let from = if first == 0 { 0 } else { self.first_tokens[first] };
+        from..self.first_tokens.get(last).copied().unwrap_or(self.tokens)
+    }
+}
