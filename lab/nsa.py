@@ -69,9 +69,8 @@ class Selected:
         queries = 128 // self.gp
         tag = 4 + 4 * -(-queries // 32)
         lists = queries * 32 * 4
-        out = 8 * 16 * (pad(v) * 2 + 16)
-        stages = stages or (227 * 1024 - lists - out - 64) // (stage + tag + 16)
-        shared = stages * (stage + tag) + out + 8 + stages * 16 + lists
+        stages = stages or (227 * 1024 - lists - 64) // (stage + tag + 32)
+        shared = stages * (stage + tag) + 8 + stages * 32 + lists
         self.kernel = Kernel(source, "selected", {TYPES[dtype]: 1, "D": d, "V": v, "GP": self.gp, "SB": block, "STAGES": stages}, shared)
 
     def __call__(self, q, k, v, lengths, indices, branch=None, out=None, gate=None, gate_index=1, accumulate=0, lse=None):

@@ -96,6 +96,10 @@ DEVICE float exp2_approx(float x) {
     return y;
 }
 
+// A number that is the same in every lane, said so to the compiler: what is made of it then lives in
+// uniform registers, where wgmma wants its descriptors.
+DEVICE int uniform(int x) { return __shfl_sync(ALL_LANES, x, 0); }
+
 // Sum over a warp, the same bits in every lane.
 DEVICE float warp_sum(float x) {
 #pragma unroll

@@ -156,18 +156,18 @@ DEVICE void pack_probabilities(u32 (&p)[BN / 4], const float (&scores)[BN / 2]) 
     for (int i = 0; i < BN / 4; i++) p[i] = pack<Real>(scores[2 * i], scores[2 * i + 1]);
 }
 
+// Hides keys from `last_key` on (LATE) or before `first_key` from the thread's two rows.
+template <bool LATE>
 DEVICE void mask(float (&scores)[BN / 2], const Params& a, int position, int key) {
     int column = key + 2 * (threadIdx.x & 3);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        int p = position + 8 * r, first = first_key(a, p) - column, last = last_key(a, p) - column;
+        int p = position + 8 * r, edge = (LATE ? last_key(a, p) : first_key(a, p)) - column;
 #pragma unroll
         for (int j = 0; j < BN / 8; j++) {
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
-                int at = 8 * j + c;
-                if (at < first || at >= last) scores[4 * j + 2 * r + c] = -INF;
-            }
+            for (int c = 0; c < 2; c++)
+                if (LATE == (8 * j + c >= edge)) scores[4 * j + 2 * r + c] = -INF;
         }
     }
 }
@@ -176,7 +176,7 @@ DEVICE void mask(float (&scores)[BN / 2], const Params& a, int position, int key
 DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round, int n) {
     const Tile& tile = item.tile;
     int count = item.count, head = item.head;
-    int warpgroup = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    int warpgroup = uniform(threadIdx.x / 128) - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     int row = warp * 16 + lane / 4;  // and row + 8, of the warpgroup's 64
     int position = tile.position + warpgroup * 64;
     bool leader = lane == 0;
@@ -195,7 +195,8 @@ DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round,
         int whole_from = first_key(a, position + 63), whole_to = last_key(a, position);
         int key = item.first + (count - 1) * BN;
         auto trim = [&] {
-            if (key < whole_from || key + BN > whole_to) mask(scores, a, position + row, key);
+            if (key + BN > whole_to) mask<true>(scores, a, position + row, key);
+            if (MASK == WINDOW && key < whole_from) mask<false>(scores, a, position + row, key);
         };
         int turn = 1 + warpgroup, other = 2 - warpgroup, stage = n % STAGES;
 
@@ -210,14 +211,11 @@ DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round,
         soft.update(scores, a.scale_log2, shrink);
         pack_probabilities(p, scores);
         for (int i = 1; i < count; i++) {
-            int before = stage;
-            u32 before_parity = n / STAGES & 1;
-            n++;
-            stage = n % STAGES;
-            barrier_wait(&s.k_full[stage], n / STAGES & 1);
+            int stage = (n + i) % STAGES, before = (n + i - 1) % STAGES;
+            barrier_wait(&s.k_full[stage], (n + i) / STAGES & 1);
             named_sync(turn, 256);
             multiply_keys(scores, q, s.k[stage]);
-            barrier_wait(&s.v_full[before], before_parity);
+            barrier_wait(&s.v_full[before], (n + i - 1) / STAGES & 1);
             multiply_values(out, p, s.v[before], i > 1);
             named_arrive(other, 256);
             wgmma_wait<1>();
@@ -237,11 +235,12 @@ DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round,
             pack_probabilities(p, scores);
         }
         if (BESIDE && leader) barrier_arrive(&s.q_empty);
-        barrier_wait(&s.v_full[stage], n / STAGES & 1);
-        multiply_values(out, p, s.v[stage], count > 1);
+        int last = (n + count - 1) % STAGES;
+        barrier_wait(&s.v_full[last], (n + count - 1) / STAGES & 1);
+        multiply_values(out, p, s.v[last], count > 1);
         wgmma_wait<0>();
         wgmma_hold(out);
-        if (leader) barrier_arrive(&s.v_empty[stage]);
+        if (leader) barrier_arrive(&s.v_empty[last]);
     } else if (BESIDE && leader) {
         barrier_arrive(&s.q_empty);
     }
@@ -295,11 +294,12 @@ DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round,
 }
 
 DEVICE void consume(Shared& s, const Params& a) {
-    bool second = threadIdx.x >= 256;
+    bool second = uniform(threadIdx.x) >= 256;
     if (second) named_arrive(1, 256);  // the first warpgroup begins
     int n = 0, round = 0;
     for (int i = blockIdx.x; i < a.tile_count * a.heads; i += gridDim.x, round++) {
         Item item(a, i);
+        item.count = uniform(item.count);
         attend_item(s, a, item, round, n);
         n += item.count;
     }

@@ -142,49 +142,61 @@ DEVICE void store(const float (&d)[N / 2], const Params& a, const Work& w, int r
     }
 }
 
-// 128 keys: each warpgroup does everything for 64 of them.
-DEVICE void consume_own(Shared& s, const Params& a, const Work& w) {
-    int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    int row = warp * 16 + lane / 4;
-    bool leader = lane == 0;
-    Edge edge(a, w.tile, w.tile.index + warpgroup * 64, row);
+// dS = g·P·(dP − δ).
+DEVICE void scale_rest(u32 (&ds)[QUERIES / 4], const float (&p)[QUERIES / 2], const float (&dp)[QUERIES / 2],
+                       const float (&rows)[3][QUERIES]) {
+#pragma unroll
+    for (int j = 0; j < QUERIES / 8; j++) {
+        float2 delta = *(const float2*)&rows[2][8 * j + 2 * (threadIdx.x & 3)];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int x = 4 * j + 2 * r;
+            ds[x / 2] = pack<Real>(p[x] * (dp[x] - delta.x), p[x + 1] * (dp[x + 1] - delta.y));
+        }
+    }
+}
 
+// The block's tiles in order: position of the first query, stage, parity.
+struct Walk {
+    int first, last, count, tile, stage;
+    u32 parity;
+
+    DEVICE Walk(const Work& w)
+        : first(w.first), last(w.last), count((w.last - w.first) * w.heads), tile(w.last - 1), stage(0), parity(0) {}
+    DEVICE void step() {
+        if (--tile < first) tile = last - 1;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+// 128 keys: each warpgroup does everything for 64 of them. Exponentials run under dP, dS under dV.
+DEVICE void consume_own(Shared& s, const Params& a, const Work& w) {
+    int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    Edge edge(a, w.tile, w.tile.index + warpgroup * 64, row);
     float dk[D / 2], dv[V / 2], scores[QUERIES / 2], dp[QUERIES / 2];
     u32 p[QUERIES / 4], ds[QUERIES / 4];
     clear(dk);
     clear(dv);
-    int per_head = w.last - w.first, count = per_head * w.heads, t = w.last;
-    int stage = 0;
-    u32 parity = 0;
     u64 keys = descriptor_rows(s.k + warpgroup * 64 * 128), values = descriptor_rows(s.v + warpgroup * 64 * 128);
     barrier_wait(&s.keys_full, 0);
-    for (int i = 0; i < count; i++) {
-        if (--t < w.first) t = w.last - 1;
-        barrier_wait(&s.full[stage], parity);
-        multiply_rows<QUERIES, D, KEYS * 128, QUERIES * 128>(scores, keys, descriptor_rows(s.q[stage]));
-        multiply_rows<QUERIES, V, KEYS * 128, QUERIES * 128>(dp, values, descriptor_rows(s.o[stage]));
-        wgmma_wait<1>();  // scores are there, and the last tile's dK and dV
+    for (Walk at(w); at.count > 0; at.count--) {
+        barrier_wait(&s.full[at.stage], at.parity);
+        multiply_rows<QUERIES, D, KEYS * 128, QUERIES * 128>(scores, keys, descriptor_rows(s.q[at.stage]));
+        multiply_rows<QUERIES, V, KEYS * 128, QUERIES * 128>(dp, values, descriptor_rows(s.o[at.stage]));
+        wgmma_wait<1>();
         wgmma_hold(scores);
-        if (leader && i > 0) barrier_arrive(&s.empty[stage == 0 ? STAGES - 1 : stage - 1]);
-        edge.trim(scores, t * QUERIES);
-        exponentials(scores, s.rows[stage], a.scale_log2);
+        edge.trim(scores, at.tile * QUERIES);
+        exponentials(scores, s.rows[at.stage], a.scale_log2);
         pack_all(p, scores);
-        add_product<V, QUERIES>(dv, p, descriptor_columns(s.o[stage], QUERIES * 128));
+        add_product<V, QUERIES>(dv, p, descriptor_columns(s.o[at.stage], QUERIES * 128));
         wgmma_wait<1>();
         wgmma_hold(dp);
-#pragma unroll
-        for (int j = 0; j < QUERIES / 8; j++) {
-            float2 delta = *(const float2*)&s.rows[stage][2][8 * j + 2 * (lane & 3)];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int x = 4 * j + 2 * r;
-                ds[x / 2] = pack<Real>(scores[x] * (dp[x] - delta.x), scores[x + 1] * (dp[x + 1] - delta.y));
-            }
-        }
-        add_product<D, QUERIES>(dk, ds, descriptor_columns(s.q[stage], QUERIES * 128));
-        if (++stage == STAGES) stage = 0, parity ^= 1;
+        scale_rest(ds, scores, dp, s.rows[at.stage]);
+        add_product<D, QUERIES>(dk, ds, descriptor_columns(s.q[at.stage], QUERIES * 128));
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(&s.empty[at.stage]);
+        at.step();
     }
-    wgmma_wait<0>();
     wgmma_hold(dk);
     wgmma_hold(dv);
     store<D>(dk, a, w, warpgroup * 64 + row, a.scale, a.dk, a.dk_parts);
@@ -194,35 +206,35 @@ DEVICE void consume_own(Shared& s, const Params& a, const Work& w) {
 // 64 keys, warpgroup 0: scores, g·P, dV.
 DEVICE void consume_values(Shared& s, const Params& a, const Work& w) {
     int thread = threadIdx.x % 128, lane = threadIdx.x % 32, row = thread / 32 * 16 + lane / 4;
-    bool leader = lane == 0;
     Edge edge(a, w.tile, w.tile.index, row);
     float dv[V / 2], scores[QUERIES / 2];
     u32 p[QUERIES / 4];
     clear(dv);
-    int count = (w.last - w.first) * w.heads, t = w.last, stage = 0;
-    u32 parity = 0;
     u64 keys = descriptor_rows(s.k);
     barrier_wait(&s.keys_full, 0);
-    for (int i = 0; i < count; i++) {
-        if (--t < w.first) t = w.last - 1;
-        barrier_wait(&s.full[stage], parity);
-        multiply_rows<QUERIES, D, KEYS * 128, QUERIES * 128>(scores, keys, descriptor_rows(s.q[stage]));
+    int side = 0;
+    u32 turn = 1;
+    for (Walk at(w); at.count > 0; at.count--) {
+        barrier_wait(&s.full[at.stage], at.parity);
+        multiply_rows<QUERIES, D, KEYS * 128, QUERIES * 128>(scores, keys, descriptor_rows(s.q[at.stage]));
         wgmma_wait<0>();
         wgmma_hold(scores);
-        if (leader && i > 0) barrier_arrive(&s.empty[stage == 0 ? STAGES - 1 : stage - 1]);
-        edge.trim(scores, t * QUERIES);
-        exponentials(scores, s.rows[stage], a.scale_log2);
+        edge.trim(scores, at.tile * QUERIES);
+        exponentials(scores, s.rows[at.stage], a.scale_log2);
         pack_all(p, scores);
-        int side = i & 1;
-        barrier_wait(&s.p_empty[side], (i / 2 & 1) ^ 1);
+        add_product<V, QUERIES>(dv, p, descriptor_columns(s.o[at.stage], QUERIES * 128));
+        barrier_wait(&s.p_empty[side], turn);
 #pragma unroll
-        for (int c = 0; c < 4; c++) s.p[side][c][thread] = Vec<u32, 4>{{p[4 * c], p[4 * c + 1], p[4 * c + 2], p[4 * c + 3]}};
+        for (int c = 0; c < 4; c++)
+            s.p[side][c][thread] = Vec<u32, 4>{{p[4 * c], p[4 * c + 1], p[4 * c + 2], p[4 * c + 3]}};
         __syncwarp();
-        if (leader) barrier_arrive(&s.p_full[side]);
-        add_product<V, QUERIES>(dv, p, descriptor_columns(s.o[stage], QUERIES * 128));
-        if (++stage == STAGES) stage = 0, parity ^= 1;
+        if (lane == 0) barrier_arrive(&s.p_full[side]);
+        turn ^= side;
+        side ^= 1;
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(&s.empty[at.stage]);
+        at.step();
     }
-    wgmma_wait<0>();
     wgmma_hold(dv);
     store<V>(dv, a, w, row, 1.0f, a.dv, a.dv_parts);
 }
@@ -230,44 +242,39 @@ DEVICE void consume_values(Shared& s, const Params& a, const Work& w) {
 // 64 keys, warpgroup 1: dP, dS, dK.
 DEVICE void consume_keys(Shared& s, const Params& a, const Work& w) {
     int thread = threadIdx.x % 128, lane = threadIdx.x % 32, row = thread / 32 * 16 + lane / 4;
-    bool leader = lane == 0;
-    float dk[D / 2], dp[QUERIES / 2];
+    float dk[D / 2], dp[QUERIES / 2], p[QUERIES / 2];
     u32 ds[QUERIES / 4];
     clear(dk);
-    int count = (w.last - w.first) * w.heads, stage = 0;
-    u32 parity = 0;
     u64 values = descriptor_rows(s.v);
     barrier_wait(&s.keys_full, 0);
-    for (int i = 0; i < count; i++) {
-        barrier_wait(&s.full[stage], parity);
-        multiply_rows<QUERIES, V, KEYS * 128, QUERIES * 128>(dp, values, descriptor_rows(s.o[stage]));
-        wgmma_wait<0>();
-        wgmma_hold(dp);
-        if (leader && i > 0) barrier_arrive(&s.empty[stage == 0 ? STAGES - 1 : stage - 1]);
-        int side = i & 1;
-        barrier_wait(&s.p_full[side], i / 2 & 1);
+    int side = 0;
+    u32 turn = 0;
+    for (Walk at(w); at.count > 0; at.count--) {
+        barrier_wait(&s.full[at.stage], at.parity);
+        multiply_rows<QUERIES, V, KEYS * 128, QUERIES * 128>(dp, values, descriptor_rows(s.o[at.stage]));
+        barrier_wait(&s.p_full[side], turn);
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            Vec<u32, 4> p = s.p[side][c][thread];
+            Vec<u32, 4> four = s.p[side][c][thread];
 #pragma unroll
-            for (int i = 0; i < 4; i++) ds[4 * c + i] = p.at[i];
-        }
-        __syncwarp();
-        if (leader) barrier_arrive(&s.p_empty[side]);
-#pragma unroll
-        for (int j = 0; j < QUERIES / 8; j++) {
-            float2 delta = *(const float2*)&s.rows[stage][2][8 * j + 2 * (lane & 3)];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int x = 4 * j + 2 * r;
-                float2 p = unpack<Real>(ds[x / 2]);
-                ds[x / 2] = pack<Real>(p.x * (dp[x] - delta.x), p.y * (dp[x + 1] - delta.y));
+            for (int i = 0; i < 4; i++) {
+                float2 pair = unpack<Real>(four.at[i]);
+                p[8 * c + 2 * i] = pair.x;
+                p[8 * c + 2 * i + 1] = pair.y;
             }
         }
-        add_product<D, QUERIES>(dk, ds, descriptor_columns(s.q[stage], QUERIES * 128));
-        if (++stage == STAGES) stage = 0, parity ^= 1;
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&s.p_empty[side]);
+        turn ^= side;
+        side ^= 1;
+        wgmma_wait<0>();
+        wgmma_hold(dp);
+        scale_rest(ds, p, dp, s.rows[at.stage]);
+        add_product<D, QUERIES>(dk, ds, descriptor_columns(s.q[at.stage], QUERIES * 128));
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(&s.empty[at.stage]);
+        at.step();
     }
-    wgmma_wait<0>();
     wgmma_hold(dk);
     store<D>(dk, a, w, row, a.scale, a.dk, a.dk_parts);
 }

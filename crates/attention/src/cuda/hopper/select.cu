@@ -24,6 +24,9 @@ static constexpr int QUERIES_A_WARP = GP < 16 ? 16 / GP : 1;
 static constexpr int ROWS = 4 * CONSUMERS * QUERIES_A_WARP;  // rows of sums
 static constexpr int WIDTH = BEFORE + BN;
 
+// The warpgroups take turns at the tensor cores, so that one multiplies while the others rank.
+static constexpr int TURN = 4;
+
 struct Tile {
     int token, rows, position, key;
 };
@@ -192,7 +195,7 @@ struct Item {
 DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, int n) {
     const Tile& tile = item.tile;
     int kv_head = item.kv_head, count = item.count, kv_heads = a.heads / a.group;
-    int warpgroup = threadIdx.x / 128 - 1, warp = (threadIdx.x - 128) / 32, lane = threadIdx.x % 32;
+    int warpgroup = uniform(threadIdx.x / 128) - 1, warp = (threadIdx.x - 128) / 32, lane = threadIdx.x % 32;
     bool owner = warp % WARPS_A_QUERY == 0;
     int first_query = warp * 16 / GP;  // of this warp, within the tile
 
@@ -261,9 +264,11 @@ DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, i
     for (int i = 0; i < count; i++) {
         int stage = (n + i) % STAGES;
         barrier_wait(&s.k_full[stage], (n + i) / STAGES & 1);
+        named_sync(TURN + warpgroup, 256);
         multiply_keys(scores, q, s.k[stage]);
         wgmma_wait<0>();
         wgmma_hold(scores);
+        named_arrive(TURN + (warpgroup + 1) % CONSUMERS, 256);
         if (lane == 0) {
             barrier_arrive(&s.k_empty[stage]);
             if (i + 1 == count) barrier_arrive(&s.q_empty);
@@ -333,10 +338,14 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
         }
     } else {
         registers_grow<GP == 1 ? 224 : 152>();
+        int warpgroup = uniform(threadIdx.x / 128) - 1;
+        if (warpgroup == CONSUMERS - 1) named_arrive(TURN, 256);  // the first warpgroup begins
         for (int i = blockIdx.x; i < items; i += gridDim.x, round++) {
             Item item(a, i);
+            item.count = uniform(item.count);
             rank_item(s, a, item, round, n);
             n += item.count;
         }
+        if (warpgroup == 0) named_sync(TURN, 256);  // takes the last turn off the barrier
     }
 }

@@ -15,7 +15,6 @@ static constexpr int PANEL = 64, BN = 64, WARPS = 8, BM = 16 * WARPS;
 static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
 static constexpr int QUERIES = BM / GP, QUERIES_A_LANE = (QUERIES + 31) / 32;
 static constexpr int K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
-static constexpr int OUT_ROW = VP * 2 + 16;  // a staged row, padded against bank conflicts
 static constexpr bool KEEP_Q = DP + VP <= 320;
 static constexpr int NO_BLOCK = 0x7fffffff;
 
@@ -48,9 +47,8 @@ struct Tag {
 struct Shared {
     u8 k[STAGES][K_BYTES];
     u8 v[STAGES][V_BYTES];
-    u8 out[WARPS][16 * OUT_ROW];
     Tag tags[STAGES];
-    u64 full[STAGES], empty[STAGES];
+    u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
 // One warp: merges the lists, which lie in shared memory, and feeds the stages.
@@ -91,25 +89,50 @@ DEVICE void produce_item(Shared& s, const TensorMap* k, const TensorMap* v, cons
         for (int sub = 0; sub < SB / BN; sub++) {
             int key = block * SB + sub * BN;
             if (!last && key > tile.position + tile.rows - 1) break;
-            barrier_wait(&s.empty[stage], parity);
+            barrier_wait(&s.k_empty[stage], parity);
             if (lane == 0) {
                 s.tags[stage].key = last ? -1 : key;
 #pragma unroll
                 for (int u = 0; u < QUERIES_A_LANE; u++) s.tags[stage].wanted[u] = wanted[u];
                 if (last) {
-                    barrier_arrive(&s.full[stage]);
+                    barrier_arrive(&s.k_full[stage]);
                 } else {
-                    barrier_expect(&s.full[stage], K_BYTES + V_BYTES);
+                    barrier_expect(&s.k_full[stage], K_BYTES);
 #pragma unroll
                     for (int c = 0; c < DP / PANEL; c++)
-                        tma_load(s.k[stage] + c * BN * 128, k, &s.full[stage], c * PANEL, kv_head, tile.key + key);
+                        tma_load(s.k[stage] + c * BN * 128, k, &s.k_full[stage], c * PANEL, kv_head, tile.key + key);
+                }
+            }
+            barrier_wait(&s.v_empty[stage], parity);
+            if (lane == 0) {
+                if (last) {
+                    barrier_arrive(&s.v_full[stage]);
+                } else {
+                    barrier_expect(&s.v_full[stage], V_BYTES);
 #pragma unroll
                     for (int c = 0; c < VP / PANEL; c++)
-                        tma_load(s.v[stage] + c * BN * 128, v, &s.full[stage], c * PANEL, kv_head, tile.key + key);
+                        tma_load(s.v[stage] + c * BN * 128, v, &s.v_full[stage], c * PANEL, kv_head, tile.key + key);
                 }
             }
             if (++stage == STAGES) stage = 0, parity ^= 1;
             if (last) return;
+        }
+    }
+}
+
+// Lane t of four gives its x[i] to lane i and holds afterwards what the four had at t.
+DEVICE void transpose_quad(u32 (&x)[4]) {
+    int lane = threadIdx.x & 3;
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+        bool upper = lane & step;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & step) continue;
+            u32 give = upper ? x[i] : x[i + step];
+            u32 got = __shfl_xor_sync(ALL_LANES, give, step);
+            if (upper) x[i] = got;
+            else x[i + step] = got;
         }
     }
 }
@@ -152,7 +175,7 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
     int tile_row = lane % 8, tile_id = lane / 8;
     bool more = true;
     while (more) {
-        barrier_wait(&s.full[stage], parity);
+        barrier_wait(&s.k_full[stage], parity);
         int key = s.tags[stage].key;
         more = key >= 0;
         int limit[2];  // columns a row sees, less one
@@ -171,8 +194,8 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
             }
             mine = __any_sync(ALL_LANES, mine);
         }
+        float scores[BN / 8][4];
         if (mine) {
-            float scores[BN / 8][4];
 #pragma unroll
             for (int j = 0; j < BN / 8; j++) scores[j][0] = scores[j][1] = scores[j][2] = scores[j][3] = 0.0f;
             u32 keys = shared_address(s.k[stage]);
@@ -189,6 +212,11 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
                     mma_16_8_16(scores[2 * j + 1], x, b[2], b[3]);
                 }
             }
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&s.k_empty[stage]);
+        u32 p[BN / 4];
+        if (mine) {
             if (min(limit[0], limit[1]) < BN - 1 || GP < 16) {
 #pragma unroll
                 for (int j = 0; j < BN / 8; j++) {
@@ -224,28 +252,29 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
                 out[j][0] *= shrink[0], out[j][1] *= shrink[0];
                 out[j][2] *= shrink[1], out[j][3] *= shrink[1];
             }
+#pragma unroll
+            for (int j = 0; j < BN / 4; j++) p[j] = pack<Real>(scores[j / 2][j % 2 * 2], scores[j / 2][j % 2 * 2 + 1]);
+        }
+        barrier_wait(&s.v_full[stage], parity);
+        if (mine) {
             u32 values = shared_address(s.v[stage]);
 #pragma unroll
             for (int i = 0; i < BN / 16; i++) {
-                u32 p[4] = {pack<Real>(scores[2 * i][0], scores[2 * i][1]), pack<Real>(scores[2 * i][2], scores[2 * i][3]),
-                            pack<Real>(scores[2 * i + 1][0], scores[2 * i + 1][1]),
-                            pack<Real>(scores[2 * i + 1][2], scores[2 * i + 1][3])};
 #pragma unroll
                 for (int j = 0; j < VP / 16; j++) {
                     int row = 16 * i + 8 * (tile_id % 2) + tile_row, chunk = 2 * (j % 4) + tile_id / 2;
                     u32 b[4];
                     load_tiles_transposed(b, values + j / 4 * BN * 128 + row * 128 + ((chunk ^ (row & 7)) << 4));
-                    mma_16_8_16(out[2 * j], p, b[0], b[1]);
-                    mma_16_8_16(out[2 * j + 1], p, b[2], b[3]);
+                    mma_16_8_16(out[2 * j], (const u32(&)[4])p[4 * i], b[0], b[1]);
+                    mma_16_8_16(out[2 * j + 1], (const u32(&)[4])p[4 * i], b[2], b[3]);
                 }
             }
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(&s.empty[stage]);
+        if (lane == 0) barrier_arrive(&s.v_empty[stage]);
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
-    u8* staged = s.out[warp];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float total = sum[r];
@@ -256,33 +285,32 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
             float lse = (peak[r] * a.scale_log2 + log2f(total)) * 0.69314718055994531f;
             a.lse[place[r]] = total == 0.0f ? -INF : lse;
         }
-        u8* row = staged + (lane / 4 + 8 * r) * OUT_ROW + 4 * (lane % 4);
+        float gate = real[r] && a.out != nullptr ? widen(a.gate[place[r] * 3 + a.gate_index]) : 0.0f;
 #pragma unroll
-        for (int j = 0; j < VP / 8; j++)
-            *(u32*)(row + 16 * j) = pack<Real>(out[j][2 * r] * inverse, out[j][2 * r + 1] * inverse);
-    }
-    __syncwarp();
-#pragma unroll 4
-    for (int i = lane; i < 16 * (V / 8); i += 32) {
-        int row = i / (V / 8), chunk = i % (V / 8);
-        int at = warp * 16 + row, query = at / GP, head = at % GP;
-        if (query >= tile.rows || head >= a.group) continue;
-        i64 place = (i64)(tile.token + query) * a.heads + kv_head * a.group + head;
-        auto values = *(const Vec<Real, 8>*)(staged + row * OUT_ROW + 16 * chunk);
-        if (a.branch != nullptr) *(Vec<Real, 8>*)(a.branch + place * V + 8 * chunk) = values;
-        if (a.out == nullptr) continue;
-        float gate = widen(a.gate[place * 3 + a.gate_index]);
-        auto* target = (Vec<Real, 8>*)(a.out + place * V + 8 * chunk);
-        Vec<Real, 8> mix;
-        if (a.accumulate) mix = *target;
+        for (int j = 0; j < VP / 8; j += 4) {
+            // Four lanes hold four groups of 8 columns, a pair each; each gathers one whole group.
+            u32 x[4];
 #pragma unroll
-        for (int c = 0; c < 8; c++) {
-            float x = gate * widen(values.at[c]);
-            mix.at[c] = narrow<Real>(a.accumulate ? x + widen(mix.at[c]) : x);
+            for (int i = 0; i < 4; i++) x[i] = pack<Real>(out[j + i][2 * r] * inverse, out[j + i][2 * r + 1] * inverse);
+            transpose_quad(x);
+            int column = 8 * (j + lane % 4);
+            if (!real[r] || column >= V) continue;
+            i64 at = place[r] * V + column;
+            auto values = *(Vec<u32, 4>*)x;
+            if (a.branch != nullptr) *(Vec<u32, 4>*)(a.branch + at) = values;
+            if (a.out == nullptr) continue;
+            auto* target = (Vec<u32, 4>*)(a.out + at);
+            Vec<u32, 4> mix;
+            if (a.accumulate) mix = *target;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 y = unpack<Real>(values.at[i]), old = make_float2(0.0f, 0.0f);
+                if (a.accumulate) old = unpack<Real>(mix.at[i]);
+                mix.at[i] = pack<Real>(fmaf(gate, y.x, old.x), fmaf(gate, y.y, old.y));
+            }
+            *target = mix;
         }
-        *target = mix;
     }
-    __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
@@ -292,8 +320,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     int* lists = (int*)(raw + sizeof(Shared));
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(&s.full[i], 1);
-            barrier_init(&s.empty[i], WARPS);
+            barrier_init(&s.k_full[i], 1);
+            barrier_init(&s.v_full[i], 1);
+            barrier_init(&s.k_empty[i], WARPS);
+            barrier_init(&s.v_empty[i], WARPS);
         }
         barrier_fence_init();
     }

@@ -115,18 +115,12 @@ DEVICE void gather_rows(Shared& s, const Params& a, const Walk& w, int half) {
         if (++done == STAGES) done = 0;
     };
     for (int i = 0; i < w.steps; i++) {
-        int token[8];
-#pragma unroll
+        barrier_wait(&s.empty[stage], parity);
+#pragma unroll 2
         for (int r = 0; r < 8; r++) {
             int row = half * 32 + 4 * r + lane / 8, n = i * QUERIES + row / GP;
-            token[r] = n < w.count && row % GP < G ? w.list[n] : -1;
-        }
-        barrier_wait(&s.empty[stage], parity);
-#pragma unroll
-        for (int r = 0; r < 8; r++) {
-            int row = half * 32 + 4 * r + lane / 8;
-            bool here = token[r] >= 0;
-            i64 place = here ? (i64)token[r] * a.heads + w.head + row % GP : 0;
+            bool here = n < w.count && row % GP < G;
+            i64 place = here ? (i64)w.list[n] * a.heads + w.head + row % GP : 0;
             int offset = row * 128 + ((chunk ^ (row & 7)) << 4);
 #pragma unroll
             for (int p = 0; p < DP / PANEL; p++) {
@@ -214,15 +208,14 @@ DEVICE void write_sums(const float (&d)[N / 2], float factor, int row, int rows,
 }
 
 template <bool DO_K, bool DO_V>
-DEVICE void consume(Shared& s, const Params& a, const Walk& w, int from, int by, int kv_head, int key, int rows,
-                    float* sums) {
+DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by) {
     int thread = threadIdx.x % 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
     float dk[DO_K ? D / 2 : 1], dv[DO_V ? V / 2 : 1];
     clear(dk);
     clear(dv);
     float scale_log2 = a.scale * 1.4426950408889634f;
     barrier_wait(&s.keys_full, 0);
-    for (int i = from; i < w.steps; i += by) {
+    for (int i = from; i < steps; i += by) {
         int stage = i % STAGES;
         float scores[COLUMNS / 2], d_p[DO_K ? COLUMNS / 2 : 1];
         barrier_wait(&s.full[stage], i / STAGES & 1);
@@ -301,7 +294,11 @@ DEVICE void consume(Shared& s, const Params& a, const Walk& w, int from, int by,
             for (int i = 0; i < V / 2; i++) dv[i] = mail[i * 128 + thread] + dv[i];
         }
     }
-    i64 place = (i64)key * a.kv_heads + kv_head;
+    // Read again, not kept: registers are short in the loop.
+    Item item = a.items[blockIdx.x / PARTS];
+    int part = blockIdx.x % PARTS, rows = item.keys - part * KEYS;
+    i64 place = (i64)(item.key + part * KEYS) * a.kv_heads + item.kv_head;
+    float* sums = item.slot < 0 ? nullptr : a.sums + ((i64)item.slot * PARTS + part) * KEYS * (D + V);
     if (DO_K && (!DO_V || from == 0)) {
         if constexpr (DO_K) write_sums<D>(dk, a.scale, row, rows, a.dk + place * D, (i64)a.kv_heads * D, sums);
     } else {
@@ -365,12 +362,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     } else {
         registers_grow<224>();
         int warpgroup = threadIdx.x / 128 - 1;
-        float* sums = item.slot < 0 ? nullptr : a.sums + ((i64)item.slot * PARTS + part) * KEYS * (D + V);
         if constexpr (SPLIT) {
-            if (warpgroup == 0) consume<false, true>(s, a, w, 0, 1, item.kv_head, key, rows, sums);
-            else consume<true, false>(s, a, w, 0, 1, item.kv_head, key, rows, sums);
+            if (warpgroup == 0) consume<false, true>(s, a, w.steps, 0, 1);
+            else consume<true, false>(s, a, w.steps, 0, 1);
         } else {
-            consume<true, true>(s, a, w, warpgroup, 2, item.kv_head, key, rows, sums);
+            consume<true, true>(s, a, w.steps, warpgroup, 2);
         }
     }
 }
