@@ -10,6 +10,7 @@ use crate::compile::Modules;
 use crate::error::check;
 use crate::matmul::Blas;
 use crate::memory::Books;
+use crate::profile::Profile;
 use crate::{DeviceInfo, Result, device};
 
 /// A device, its context and one stream, on which everything happens in order. Clones are the
@@ -30,6 +31,7 @@ pub(crate) struct Inner {
     pub(crate) blas: Mutex<Option<Blas>>,
     pub(crate) books: Mutex<Books>,
     pub(crate) arena: Mutex<Option<Arc<Arena>>>,
+    pub(crate) profile: Profile,
 }
 
 // SAFETY: the driver's handles may be used from any thread once the context is made current
@@ -83,6 +85,7 @@ impl Gpu {
             blas: Mutex::new(None),
             books: Mutex::default(),
             arena: Mutex::new(None),
+            profile: Profile::default(),
         };
         let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the device is valid; each call writes to the handle given. On an error `inner`

@@ -46,6 +46,8 @@ enum Arg {
     Word(u32),
     Long(u64),
     Map(Box<TensorMap>),
+    /// Words of eight bytes, as every alignment here divides eight.
+    Struct(Vec<u64>),
 }
 
 impl Args {
@@ -101,11 +103,23 @@ impl Args {
         self
     }
 
+    /// A struct by value, `#[repr(C)]` and the kernel's field for field; aligned to 8 at most.
+    pub fn value<T: Copy>(mut self, value: T) -> Self {
+        const { assert!(align_of::<T>() <= 8) };
+        let mut words = vec![0u64; size_of::<T>().div_ceil(8)];
+        // SAFETY: the words have room for the value; they are only ever read as its bytes by the
+        // driver.
+        unsafe { words.as_mut_ptr().cast::<T>().write(value) };
+        self.0.push(Arg::Struct(words));
+        self
+    }
+
     fn pointers(&mut self) -> Vec<*mut c_void> {
         let pointer = |arg: &mut Arg| match arg {
             Arg::Word(x) => (&raw mut *x).cast(),
             Arg::Long(x) => (&raw mut *x).cast(),
             Arg::Map(x) => (&raw mut x.0).cast(),
+            Arg::Struct(x) => x.as_mut_ptr().cast(),
         };
         self.0.iter_mut().map(pointer).collect()
     }
@@ -133,6 +147,15 @@ impl Kernel {
         Ok(())
     }
 
+    /// Lets a kernel compiled for clusters have more blocks in one than every device takes (8).
+    pub fn allow_large_clusters(&self) -> Result<()> {
+        self.gpu.bind()?;
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        // SAFETY: the function is alive as long as its module, which is never unloaded.
+        let result = unsafe { sys::cuFuncSetAttribute(self.function.raw, attribute, 1) };
+        check("cuFuncSetAttribute", result)
+    }
+
     /// Enqueues the kernel. A grid with a zero is nothing to do.
     ///
     /// # Safety
@@ -151,35 +174,38 @@ impl Kernel {
         self.set_shared(shared)?;
         self.gpu.bind()?;
         let mut pointers = args.pointers();
-        // SAFETY: the pointers lead to the values in `args`, which the call copies; the rest is
-        // promised by the caller.
-        let result = unsafe {
-            sys::cuLaunchKernel(
-                self.function.raw,
-                grid[0],
-                grid[1],
-                grid[2],
-                block[0],
-                block[1],
-                block[2],
-                shared,
-                self.gpu.0.stream,
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
-        check("cuLaunchKernel", result).map_err(|e| {
-            let name = &self.function.name;
-            match e {
-                Error::Call { call, reason } => {
-                    let reason = format!(
-                        "{reason}: {name}, grid {grid:?}, block {block:?}, shared {shared}"
-                    );
-                    Error::Call { call, reason }
-                }
-                other => other,
-            }
-        })
+        let name = &self.function.name;
+        self.gpu.timed(
+            || name.clone(),
+            || {
+                // SAFETY: the pointers lead to the values in `args`, which the call copies; the
+                // rest is promised by the caller.
+                let result = unsafe {
+                    sys::cuLaunchKernel(
+                        self.function.raw,
+                        grid[0],
+                        grid[1],
+                        grid[2],
+                        block[0],
+                        block[1],
+                        block[2],
+                        shared,
+                        self.gpu.0.stream,
+                        pointers.as_mut_ptr(),
+                        std::ptr::null_mut(),
+                    )
+                };
+                check("cuLaunchKernel", result).map_err(|e| match e {
+                    Error::Call { call, reason } => {
+                        let reason = format!(
+                            "{reason}: {name}, grid {grid:?}, block {block:?}, shared {shared}"
+                        );
+                        Error::Call { call, reason }
+                    }
+                    other => other,
+                })
+            },
+        )
     }
 
     /// Registers of a thread.

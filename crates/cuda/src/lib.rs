@@ -22,6 +22,7 @@ mod kernel;
 mod library;
 mod matmul;
 mod memory;
+mod profile;
 mod tensor_map;
 mod timing;
 
@@ -36,6 +37,7 @@ pub use kernel::{Args, Kernel};
 pub use library::{Library, look_for};
 pub use matmul::{Matmul, Number};
 pub use memory::{Label, MemoryUse};
+pub use profile::KernelTime;
 pub use tensor_map::{Swizzle, TensorMap};
 
 /// Result of every fallible call of this crate.

@@ -214,25 +214,30 @@ impl Gpu {
             if p.bias != 0 {
                 set(plan.desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias)?;
             }
-            let result = sys::cublasLtMatmul(
-                handle,
-                plan.desc,
-                (&raw const one).cast(),
-                p.b as *const c_void,
-                plan.layouts[0],
-                p.a as *const c_void,
-                plan.layouts[1],
-                (&raw const beta).cast(),
-                p.c as *const c_void,
-                plan.layouts[2],
-                p.c as *mut c_void,
-                plan.layouts[2],
-                &plan.algo,
-                blas.workspace as *mut c_void,
-                WORKSPACE,
-                self.0.stream.cast(),
-            );
-            status("cublasLtMatmul", result, p)
+            self.timed(
+                || product_name(p),
+                || {
+                    let result = sys::cublasLtMatmul(
+                        handle,
+                        plan.desc,
+                        (&raw const one).cast(),
+                        p.b as *const c_void,
+                        plan.layouts[0],
+                        p.a as *const c_void,
+                        plan.layouts[1],
+                        (&raw const beta).cast(),
+                        p.c as *const c_void,
+                        plan.layouts[2],
+                        p.c as *mut c_void,
+                        plan.layouts[2],
+                        &plan.algo,
+                        blas.workspace as *mut c_void,
+                        WORKSPACE,
+                        self.0.stream.cast(),
+                    );
+                    status("cublasLtMatmul", result, p)
+                },
+            )
         }
     }
 
@@ -280,19 +285,15 @@ fn status(call: &'static str, result: Status, p: &Matmul) -> Result<()> {
     if result == Status::CUBLAS_STATUS_SUCCESS {
         return Ok(());
     }
+    Err(Error::Call { call, reason: format!("{result:?}: {}", product_name(p)) })
+}
+
+fn product_name(p: &Matmul) -> String {
     let transposed = |t: bool| if t { "ᵀ" } else { "" };
-    let reason = format!(
-        "{result:?}: a{} [{}, {}] · b{} [{}, {}], {:?} to {:?}",
-        transposed(p.trans_a),
-        p.m,
-        p.k,
-        transposed(p.trans_b),
-        p.k,
-        p.n,
-        p.input,
-        p.output
-    );
-    Err(Error::Call { call, reason })
+    let (a, b, add) =
+        (transposed(p.trans_a), transposed(p.trans_b), if p.add { "+=" } else { "=" });
+    let (Matmul { m, n, k, input, output, .. }, times) = (p, p.batch.0);
+    format!("[{m}, {n}] {output:?} {add} a{a}·b{b} over {k} {input:?}, {times} times")
 }
 
 /// Sets an attribute of a product.

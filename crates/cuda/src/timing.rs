@@ -16,10 +16,14 @@ fn elapsed() -> Result<Elapsed> {
         .map_err(|e| Error::Call { call: "cuEventElapsedTime", reason: e.to_string() })
 }
 
-struct Event(sys::CUevent);
+/// A moment of the stream.
+pub(crate) struct Event(sys::CUevent);
+
+// SAFETY: the handle may be used from any thread once the context is current there.
+unsafe impl Send for Event {}
 
 impl Event {
-    fn record(gpu: &Gpu) -> Result<Event> {
+    pub(crate) fn record(gpu: &Gpu) -> Result<Event> {
         let mut event = std::ptr::null_mut();
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT as u32;
         // SAFETY: the context is current and the stream alive; the handle is written before use.
@@ -51,13 +55,17 @@ impl Gpu {
         work()?;
         self.bind()?;
         let end = Event::record(self)?;
-        let mut milliseconds = 0.0;
-        // SAFETY: both events are alive and recorded.
-        unsafe {
-            check("cuEventSynchronize", sys::cuEventSynchronize(end.0))?;
-            let result = elapsed()?(&mut milliseconds, start.0, end.0);
-            check("cuEventElapsedTime", result)?;
-        }
-        Ok(milliseconds)
+        // SAFETY: the event is alive and recorded.
+        check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(end.0) })?;
+        Ok(between(&start, &end)?)
     }
+}
+
+/// Milliseconds between two events that have both happened.
+pub(crate) fn between(start: &Event, end: &Event) -> Result<f32> {
+    let mut milliseconds = 0.0;
+    // SAFETY: both events are alive and recorded.
+    let result = unsafe { elapsed()?(&mut milliseconds, start.0, end.0) };
+    check("cuEventElapsedTime", result)?;
+    Ok(milliseconds)
 }
