@@ -1,5 +1,6 @@
 """The operators that users call."""
 
+import operator
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -33,7 +34,11 @@ def _spec(spec: Optional[Spec]) -> Spec:
 
 
 def _scale(scale: Optional[float], q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is not None:
+        return float(scale)
+    if q.shape[-1] == 0:
+        raise ValueError(f"q: shape {list(q.shape)}, expected a key dim of at least 1")
+    return q.shape[-1] ** -0.5
 
 
 def _offsets(cu_seqlens: Offsets) -> Optional[Tensor]:
@@ -42,8 +47,9 @@ def _offsets(cu_seqlens: Offsets) -> Optional[Tensor]:
         return None
     if not isinstance(cu_seqlens, Tensor):
         try:
-            cu_seqlens = torch.tensor(list(cu_seqlens), dtype=torch.int64)
-        except (TypeError, ValueError, RuntimeError) as error:
+            numbers = [operator.index(offset) for offset in cu_seqlens]
+            cu_seqlens = torch.tensor(numbers, dtype=torch.int64)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"cu_seqlens: {error}") from None
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: dtype {cu_seqlens.dtype}, expected int32 or int64")
