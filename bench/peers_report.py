@@ -197,6 +197,8 @@ def markdown(results):
         out += ["## Break-even\n", break_even(results)]
         out += ["## Memory above the inputs, forward alone (GiB)\n"]
         out += [table(lengths, "forward_bytes", "GiB", gib)]
+        out += ["## Memory above inputs and output, forward alone, as a share of q + k + v + o\n"]
+        out += [table(lengths, "extra", "share", lambda share: f"{share:.0%}")]
         out += ["## Memory above the inputs, training (GiB)\n"]
         out += [table(lengths, "training_bytes", "GiB", gib)]
     if rows("decode"):

@@ -164,6 +164,7 @@ def training(peer, cell, timer):
         result["forward_bytes"] = memory.peak()
     io = sum(x.numel() * x.element_size() for x in (*case.leaves, out))
     result["io_bytes"] = io
+    result["extra"] = max(result["forward_bytes"] - out.numel() * out.element_size(), 0) / io
     grads = None
     memory = Memory()
     try:
@@ -184,7 +185,7 @@ def training(peer, cell, timer):
         del out
         both = lambda: torch.autograd.grad(run(), leaves, case.d_out)
         result["both"] = timer(both, seconds)
-    if cell.get("overlap"):
+    if cell.get("overlap") and hasattr(peer, "choice"):
         q, k, v, gate = (x.detach() for x in (*case.leaves, case.gate))
         result["overlap"] = formula.overlap(case.shape(peer.spec), q, k, v, gate)
     return result

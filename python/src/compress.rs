@@ -15,7 +15,7 @@ pub enum Params<'py> {
     /// One matrix.
     Linear([Tensor<'py>; 2]),
     /// Two layers, and M.
-    Mlp([Tensor<'py>; 5], usize),
+    Mlp(Box<[Tensor<'py>; 5]>, usize),
 }
 
 impl<'py> Params<'py> {
@@ -54,7 +54,7 @@ impl<'py> Params<'py> {
                     read(3, "phi.bias2", &[heads, dim], "[K, C]")?,
                     read(4, "phi.pe", &[heads, block, dim], "[K, l, C]")?,
                 ];
-                Ok(Self::Mlp(params, hidden))
+                Ok(Self::Mlp(Box::new(params), hidden))
             }
             n => Err(refuse("phi", format!("{n} tensors, expected 0, 2 or 5"))),
         }
@@ -65,14 +65,17 @@ impl<'py> Params<'py> {
         Ok(match self {
             Self::Mean => Phi::Mean,
             Self::Linear([weight, pe]) => Phi::Linear { weight: weight.slice()?, pe: pe.slice()? },
-            Self::Mlp([weight1, bias1, weight2, bias2, pe], hidden) => Phi::Mlp {
-                weight1: weight1.slice()?,
-                bias1: bias1.slice()?,
-                weight2: weight2.slice()?,
-                bias2: bias2.slice()?,
-                pe: pe.slice()?,
-                hidden: *hidden,
-            },
+            Self::Mlp(tensors, hidden) => {
+                let [weight1, bias1, weight2, bias2, pe] = &**tensors;
+                Phi::Mlp {
+                    weight1: weight1.slice()?,
+                    bias1: bias1.slice()?,
+                    weight2: weight2.slice()?,
+                    bias2: bias2.slice()?,
+                    pe: pe.slice()?,
+                    hidden: *hidden,
+                }
+            }
         })
     }
 
@@ -82,13 +85,16 @@ impl<'py> Params<'py> {
             Self::Linear([weight, pe]) => {
                 PhiGrads::Linear { weight: weight.slice_mut()?, pe: pe.slice_mut()? }
             }
-            Self::Mlp([weight1, bias1, weight2, bias2, pe], _) => PhiGrads::Mlp {
-                weight1: weight1.slice_mut()?,
-                bias1: bias1.slice_mut()?,
-                weight2: weight2.slice_mut()?,
-                bias2: bias2.slice_mut()?,
-                pe: pe.slice_mut()?,
-            },
+            Self::Mlp(tensors, _) => {
+                let [weight1, bias1, weight2, bias2, pe] = &mut **tensors;
+                PhiGrads::Mlp {
+                    weight1: weight1.slice_mut()?,
+                    bias1: bias1.slice_mut()?,
+                    weight2: weight2.slice_mut()?,
+                    bias2: bias2.slice_mut()?,
+                    pe: pe.slice_mut()?,
+                }
+            }
         })
     }
 }

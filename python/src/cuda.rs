@@ -1,8 +1,9 @@
 //! Devices and what is kept on them between calls.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use tercet_attention::cuda::{Batch, Gpu, NsaBatch, Number, Plan, Slice};
@@ -12,47 +13,52 @@ use crate::call::no_kernels;
 use crate::dlpack::{DType, Tensor};
 use crate::error::value_error;
 
-/// Sequence offsets kept on each stream; a model's layers share theirs.
-const KEPT: usize = 32;
+/// Sequence offsets kept for each device; a model's layers share theirs.
+const KEPT: usize = 256;
 
 /// Offsets on the device, by what they were made of.
 type Kept<T> = Vec<(Vec<i32>, Arc<T>)>;
 
-/// One stream of one device.
-#[derive(Clone)]
-pub struct Stream {
-    gpu: Gpu,
-    batches: Arc<Mutex<Kept<Batch>>>,
-    nsa_batches: Arc<Mutex<Kept<NsaBatch>>>,
+/// One device. Offsets are made on a stream of its own and waited for, so that any stream may read
+/// them, one that is being captured included.
+struct Device {
+    home: Gpu,
+    streams: HashMap<u64, Gpu>,
+    batches: Kept<Batch>,
+    nsa_batches: Kept<NsaBatch>,
+    /// Whether a graph of PyTorch's was captured here.
+    captured: bool,
 }
 
-/// All streams that were used, and the folder of compiled kernels.
+/// All devices that were used, and the folder of compiled kernels.
 #[derive(Default)]
-struct Streams {
-    open: HashMap<(usize, u64), Stream>,
+struct Devices {
+    open: HashMap<usize, Device>,
     cache: Option<PathBuf>,
 }
 
-static STREAMS: Mutex<Option<Streams>> = Mutex::new(None);
+static DEVICES: Mutex<Option<Devices>> = Mutex::new(None);
 
-/// A lock whose data is consistent between statements, so that a panic elsewhere spoils nothing.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// One stream of one device.
+pub struct Stream {
+    ordinal: usize,
+    gpu: Gpu,
 }
 
-fn with_streams<T>(f: impl FnOnce(&mut Streams) -> T) -> T {
-    f(lock(&STREAMS).get_or_insert_default())
+/// The devices; what they hold is consistent between statements, so that a panic spoils nothing.
+fn with_devices<T>(f: impl FnOnce(&mut Devices) -> T) -> T {
+    f(DEVICES.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default())
 }
 
 /// Keeps compiled kernels in `folder`; `None` for not at all.
 #[pyfunction]
 #[pyo3(signature = (folder))]
 pub fn use_cache(folder: Option<PathBuf>) {
-    with_streams(|streams| {
-        for stream in streams.open.values() {
-            stream.gpu.use_cache(folder.clone());
+    with_devices(|devices| {
+        for device in devices.open.values() {
+            device.home.use_cache(folder.clone());
         }
-        streams.cache = folder;
+        devices.cache = folder;
     });
 }
 
@@ -60,8 +66,8 @@ pub fn use_cache(folder: Option<PathBuf>) {
 #[pyfunction]
 pub fn memory(ordinal: usize) -> PyResult<(u64, u64, u64)> {
     let (mut used, mut peak, mut reserved) = (0, 0, 0);
-    for stream in streams_of(ordinal) {
-        let memory = stream.gpu.memory_use().map_err(|e| value_error(e.into()))?;
+    for gpu in streams_of(ordinal) {
+        let memory = gpu.memory_use().map_err(|e| value_error(e.into()))?;
         used += memory.used;
         peak += memory.peak;
         reserved += memory.reserved;
@@ -72,48 +78,67 @@ pub fn memory(ordinal: usize) -> PyResult<(u64, u64, u64)> {
 /// Starts the peak of `memory` anew and gives kept memory back to the device.
 #[pyfunction]
 pub fn reset_memory(ordinal: usize) -> PyResult<()> {
-    for stream in streams_of(ordinal) {
-        stream.gpu.trim().map_err(|e| value_error(e.into()))?;
-        stream.gpu.reset_peak();
+    for gpu in streams_of(ordinal) {
+        gpu.trim().map_err(|e| value_error(e.into()))?;
+        gpu.reset_peak();
     }
     Ok(())
+}
+
+/// Says that PyTorch captures a graph on the device.
+#[pyfunction]
+pub fn capturing(ordinal: usize) -> PyResult<()> {
+    with_devices(|devices| devices.device(ordinal).map(|device| device.captured = true))
 }
 
 /// Why the folder of compiled kernels could not be used, once.
 #[pyfunction]
 pub fn cache_warning() -> Option<String> {
-    let streams: Vec<Stream> = with_streams(|streams| streams.open.values().cloned().collect());
-    streams.iter().find_map(|stream| stream.gpu.cache_warning())
+    with_devices(|devices| devices.open.values().find_map(|device| device.home.cache_warning()))
 }
 
-fn streams_of(ordinal: usize) -> Vec<Stream> {
-    with_streams(|streams| {
-        let of = streams.open.iter().filter(|((device, _), _)| *device == ordinal);
-        of.map(|(_, stream)| stream.clone()).collect()
+fn streams_of(ordinal: usize) -> Vec<Gpu> {
+    with_devices(|devices| {
+        let device = devices.open.get(&ordinal);
+        device.map_or(Vec::new(), |device| {
+            device.streams.values().chain([&device.home]).cloned().collect()
+        })
     })
+}
+
+impl Devices {
+    fn device(&mut self, ordinal: usize) -> PyResult<&mut Device> {
+        let cache = &self.cache;
+        match self.open.entry(ordinal) {
+            Entry::Occupied(known) => Ok(known.into_mut()),
+            Entry::Vacant(new) => {
+                let home = Gpu::open(ordinal).map_err(|error| value_error(error.into()))?;
+                home.use_cache(cache.clone());
+                let (streams, batches, nsa_batches) = Default::default();
+                let captured = false;
+                Ok(new.insert(Device { home, streams, batches, nsa_batches, captured }))
+            }
+        }
+    }
 }
 
 impl Stream {
     /// The stream at the address `raw`, which PyTorch made on device `ordinal`.
     pub fn get(ordinal: usize, raw: u64) -> PyResult<Self> {
-        with_streams(|streams| {
-            if let Some(stream) = streams.open.get(&(ordinal, raw)) {
-                return Ok(stream.clone());
-            }
-            let sibling = streams.open.iter().find(|((device, _), _)| *device == ordinal);
-            // SAFETY: `torch.cuda.current_stream().cuda_stream` is a stream of the device's
-            // primary context, and PyTorch keeps its streams for ever.
-            let gpu = unsafe {
-                match sibling {
-                    Some((_, stream)) => stream.gpu.with_stream(raw),
-                    None => Gpu::on_stream(ordinal, raw),
+        with_devices(|devices| {
+            let device = devices.device(ordinal)?;
+            let gpu = match device.streams.get(&raw) {
+                Some(gpu) => gpu.clone(),
+                None => {
+                    // SAFETY: `torch.cuda.current_stream().cuda_stream` is a stream of the device's
+                    // primary context, and PyTorch keeps its streams for ever.
+                    let gpu = unsafe { device.home.with_stream(raw) }
+                        .map_err(|error| value_error(error.into()))?;
+                    device.streams.insert(raw, gpu.clone());
+                    gpu
                 }
-            }
-            .map_err(|error| value_error(error.into()))?;
-            gpu.use_cache(streams.cache.clone());
-            let stream = Stream { gpu, batches: Arc::default(), nsa_batches: Arc::default() };
-            streams.open.insert((ordinal, raw), stream.clone());
-            Ok(stream)
+            };
+            Ok(Stream { ordinal, gpu })
         })
     }
 
@@ -130,7 +155,11 @@ impl Stream {
 
     /// Sequence offsets on the device.
     pub fn batch(&self, cu_seqlens: &[i32]) -> PyResult<Arc<Batch>> {
-        keep(&self.batches, cu_seqlens.to_vec(), || Batch::new(&self.gpu, cu_seqlens))
+        with_devices(|devices| {
+            let device = devices.device(self.ordinal)?;
+            let make = |home: &Gpu| Batch::new(home, cu_seqlens);
+            keep(device, |device| &mut device.batches, cu_seqlens.to_vec(), make)
+        })
     }
 
     /// Sequence and block offsets on the device.
@@ -148,28 +177,43 @@ impl Stream {
         let mut key: Vec<i32> =
             numbers.iter().map(|&n| i32::try_from(n).unwrap_or(i32::MAX)).collect();
         key.extend_from_slice(cu_seqlens);
-        keep(&self.nsa_batches, key, || NsaBatch::new(&self.gpu, spec, cu_seqlens))
+        with_devices(|devices| {
+            let device = devices.device(self.ordinal)?;
+            let make = |home: &Gpu| NsaBatch::new(home, spec, cu_seqlens);
+            keep(device, |device| &mut device.nsa_batches, key, make)
+        })
     }
 }
 
-/// What `key` was made into before, or `make()`; the least recently used goes.
+/// What `key` was made into before, or `make()`. When there are too many the older half goes, after
+/// all streams have come to an end; where a graph of PyTorch's may read them, they stay for ever.
 fn keep<T>(
-    kept: &Mutex<Kept<T>>,
+    device: &mut Device,
+    kept: impl Fn(&mut Device) -> &mut Kept<T>,
     key: Vec<i32>,
-    make: impl FnOnce() -> tercet_attention::Result<T>,
+    make: impl FnOnce(&Gpu) -> tercet_attention::Result<T>,
 ) -> PyResult<Arc<T>> {
-    let mut kept = lock(kept);
-    if let Some(at) = kept.iter().position(|(known, _)| *known == key) {
-        let entry = kept.remove(at);
+    let known = kept(device);
+    if let Some(at) = known.iter().position(|(known, _)| *known == key) {
+        let entry = known.remove(at);
         let found = entry.1.clone();
-        kept.push(entry);
+        known.push(entry);
         return Ok(found);
     }
-    let made = Arc::new(make().map_err(value_error)?);
-    if kept.len() == KEPT {
-        kept.remove(0);
+    let full = known.len() == KEPT;
+    let made = Arc::new(make(&device.home).map_err(value_error)?);
+    let wait = |gpu: &Gpu| gpu.synchronize().map_err(|error| value_error(error.into()));
+    wait(&device.home)?;
+    if full && !device.captured {
+        device.streams.values().try_for_each(wait)?;
     }
-    kept.push((key, made.clone()));
+    let captured = device.captured;
+    let known = kept(device);
+    if full {
+        let old = known.drain(..KEPT / 2).map(|(_, old)| old);
+        if captured { old.for_each(std::mem::forget) } else { drop(old) }
+    }
+    known.push((key, made.clone()));
     Ok(made)
 }
 

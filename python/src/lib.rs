@@ -25,7 +25,7 @@ mod _native {
         backward as compress_backward, compressed_blocks, forward as compress_forward,
     };
     #[pymodule_export]
-    use super::cuda::{cache_warning, memory, reset_memory, use_cache};
+    use super::cuda::{cache_warning, capturing, memory, reset_memory, use_cache};
     #[pymodule_export]
     use super::nsa::{backward as nsa_backward, forward as nsa_forward};
     use super::*;

@@ -43,7 +43,7 @@ def cache_folder() -> Optional[str]:
 
 
 def warn_once_about_cache() -> None:
-    """Says why compiled kernels could not be kept, if so."""
+    """Says why compiled kernels could not be kept, if so; the reason is handed out once."""
     reason = _native.cache_warning()
     if reason:
         warnings.warn(reason, RuntimeWarning, stacklevel=3)

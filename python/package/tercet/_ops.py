@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from . import _native
-from ._cuda import prepare_cuda
+from ._cuda import prepare_cuda, warn_once_about_cache
 from .spec import blocks_of
 
 # Inputs arrive as they were given: a graph compiler may not choose other strides for them.
@@ -38,6 +38,9 @@ def stream_of(tensor: Tensor) -> int:
     if tensor.device.type != "cuda":
         return 0
     prepare_cuda()
+    warn_once_about_cache()
+    if torch.cuda.is_current_stream_capturing():
+        _native.capturing(tensor.device.index)
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
