@@ -7,11 +7,13 @@
 // the first add to what is there. That rounds once a branch, as adding separate gradients would, and
 // needs no f32 buffer of q's shape.
 //
-// Constants: see backward.cuh, BN (keys a tile), K_STAGES, V_STAGES. Grid: any number of blocks,
+// Constants: see backward.cuh, BN (keys a tile), STAGES. Grid: any number of blocks,
 // best one a multiprocessor. Block: 384 threads.
 #include "backward.cuh"
 
 static constexpr int BM = 128, CONSUMERS = 2;
+// Wide heads have no registers for the last dS and the exponentials at once.
+static constexpr int PENDING = D > 192 ? 1 : 2;
 static constexpr int Q_BYTES = BM * DP * 2, O_BYTES = BM * VP * 2, K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
 
 // Queries `token..token+rows` at positions `position..` of a sequence whose keys start at row `key`.
@@ -33,13 +35,12 @@ struct Params {
 struct Shared {
     u8 q[Q_BYTES];
     u8 o[O_BYTES];  // dOut
-    u8 k[K_STAGES][K_BYTES];
-    u8 v[V_STAGES][V_BYTES];
-    u64 q_full, q_empty, k_full[K_STAGES], k_empty[K_STAGES], v_full[V_STAGES], v_empty[V_STAGES];
+    u8 k[STAGES][K_BYTES];
+    u8 v[STAGES][V_BYTES];
+    u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
 // A ring of stages and the parity of the pass through it.
-template <int STAGES>
 struct Ring {
     int stage = 0;
     u32 parity = 0;
@@ -70,8 +71,7 @@ struct Work {
 
 DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* o, const TensorMap* k, const TensorMap* v,
                     const Params& a) {
-    Ring<K_STAGES> keys;
-    Ring<V_STAGES> values;
+    Ring keys, values;
     Work w;
     // The last rounds may leave some blocks one tile short: work ends at the first round without.
     for (int n = 0; w.find(a, n); n++) {
@@ -106,8 +106,7 @@ DEVICE void consume(Shared& s, const Params& a) {
     int row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8
     bool leader = lane == 0;
     u64 q = descriptor_rows(s.q + warpgroup * 64 * 128), o = descriptor_rows(s.o + warpgroup * 64 * 128);
-    Ring<K_STAGES> keys;
-    Ring<V_STAGES> values;
+    Ring keys, values;
     Work w;
     for (int n = 0; w.find(a, n); n++) {
         float dq[D / 2], scores[BN / 2], dp[BN / 2], lse[2], delta[2];
@@ -167,7 +166,7 @@ DEVICE void consume(Shared& s, const Params& a) {
                 begin_scores();
                 add_product<D, BN>(dq, ds, descriptor_columns(s.k[last], BN * 128));
                 begin_dp();
-                wgmma_wait<2>();
+                wgmma_wait<PENDING>();
                 exponentials();
                 settle();
                 if (leader) barrier_arrive(&s.k_empty[last]);
@@ -199,11 +198,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x == 0) {
         barrier_init(&s.q_full, 1);
         barrier_init(&s.q_empty, CONSUMERS * 4);
-        for (int i = 0; i < K_STAGES; i++) {
+        for (int i = 0; i < STAGES; i++) {
             barrier_init(&s.k_full[i], 1);
             barrier_init(&s.k_empty[i], CONSUMERS * 4);
-        }
-        for (int i = 0; i < V_STAGES; i++) {
             barrier_init(&s.v_full[i], 1);
             barrier_init(&s.v_empty[i], CONSUMERS * 4);
         }
