@@ -1,20 +1,24 @@
 //! The operator's own tests on a GPU, as lines of text:
-//! `cargo run --release -p tercet-attention --example selftest_cuda -- [--long] [FOLDER…]`, the
-//! folders holding golden cases.
+//! `cargo run --release -p tercet-attention --example selftest_cuda -- [--long] [PART…] [FOLDER…]`;
+//! folders hold golden cases, numbers say which parts to run (all, when there is none).
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use tercet_attention::cuda::Gpu;
-use tercet_attention::selftest::{Golden, run_cuda};
+use tercet_attention::selftest::{Golden, cuda_parts};
 
 fn main() -> ExitCode {
     let mut long = false;
     let mut golden = Vec::new();
+    let mut wanted: Vec<usize> = Vec::new();
     for argument in std::env::args().skip(1) {
         match &argument[..] {
             "--long" => long = true,
-            folder => golden.extend(read(Path::new(folder))),
+            other => match other.parse() {
+                Ok(part) => wanted.push(part),
+                Err(_) => golden.extend(read(Path::new(other))),
+            },
         }
     }
     let gpu = match Gpu::open(0) {
@@ -27,11 +31,17 @@ fn main() -> ExitCode {
     println!("{}, {} golden cases", gpu.info().name, golden.len());
     let (mut rows, mut failed) = (0, 0);
     let start = std::time::Instant::now();
-    run_cuda(&gpu, &golden, long, &mut |row| {
-        rows += 1;
-        failed += usize::from(!row.pass);
-        println!("{:7.2} s {row}", start.elapsed().as_secs_f64());
-    });
+    for (i, (name, part)) in cuda_parts(&gpu, &golden, long).into_iter().enumerate() {
+        if !wanted.is_empty() && !wanted.contains(&i) {
+            continue;
+        }
+        println!("part {i}: {name}");
+        part(&mut |row| {
+            rows += 1;
+            failed += usize::from(!row.pass);
+            println!("{:7.2} s {row}", start.elapsed().as_secs_f64());
+        });
+    }
     println!("{failed} of {rows} failed");
     ExitCode::from(u8::from(failed > 0))
 }

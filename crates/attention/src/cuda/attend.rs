@@ -150,11 +150,12 @@ impl Grads {
 }
 
 impl Branch<'_> {
-    /// sequences, count, heads, kv_heads, scale.
+    /// sequences, count, heads, kv_heads, dim_k, dim_v, scale.
     pub fn arguments(&self, args: Args) -> Args {
-        let Dims { heads, kv_heads, .. } = self.plan.dims;
+        let Dims { heads, kv_heads, key_dim, value_dim } = self.plan.dims;
         let args = args.ptr(self.batch.table.ptr()).i32(int(self.batch.count()));
-        args.i32(int(heads)).i32(int(kv_heads)).f32(self.scale)
+        let args = args.i32(int(heads)).i32(int(kv_heads));
+        args.i32(int(key_dim)).i32(int(value_dim)).f32(self.scale)
     }
 
     /// q, k, v.

@@ -2,19 +2,16 @@
 
 use tercet_cuda::Args;
 
-use super::plain::{self, Tile};
+use super::plain;
 use super::{Plan, Slice};
 use crate::Result;
 
 /// Warps of a block; each takes one row.
 const WARPS: usize = 8;
 
-/// The kernels here have no tiles; these are constants of the others.
-const NO_TILE: Tile = Tile { rows: 16, keys: 16 };
-
 fn launch(plan: &Plan, entry: &str, rows: usize, args: Args) -> Result<()> {
-    let kernel = plain::kernel(plan, &plain::GATE, entry, NO_TILE, &[])?;
-    let args = args.len(rows);
+    let kernel = plain::flat_kernel(plan, &plain::GATE, entry)?;
+    let args = args.len(rows).i32(plain::int(plan.dims.value_dim));
     // SAFETY: the callers below pass the entry's arguments; lengths were checked and addresses
     // are the caller's promise.
     unsafe { plain::launch(&kernel, rows.div_ceil(WARPS), 32 * WARPS as u32, 0, args) }

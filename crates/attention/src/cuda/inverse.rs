@@ -4,7 +4,7 @@ use tercet_cuda::{Args, Buffer, Label};
 
 use super::Slice;
 use super::attend::Branch;
-use super::plain::{self, INVERSE, Tile, int, items};
+use super::plain::{self, INVERSE, int, items};
 use crate::{NsaSpec, Result};
 
 /// Most chunks that tokens are cut into, and fewest tokens of one: the histograms of all chunks
@@ -38,8 +38,7 @@ impl Inverse {
         let starts = gpu.alloc_for((entries + 1) * 8, label("starts of the inverse index"))?;
         let queries = gpu.alloc_for(indices.len() * 4, label("inverse index"))?;
 
-        let tile = Tile { rows: 16, keys: 16 };
-        let kernel = |entry| plain::kernel(plan, &INVERSE, entry, tile, &[]);
+        let kernel = |entry| plain::flat_kernel(plan, &INVERSE, entry);
         let shape = |args: Args| {
             let args = args.ptr(batch.table.ptr()).i32(int(batch.count())).i32(int(batch.tokens));
             let args = args.i32(int(chunk)).i32(int(kv_heads)).i32(int(spec.select_count));

@@ -19,21 +19,49 @@ use crate::{Compressor, Dims, NsaSpec};
 /// Repeats that must be bit-equal.
 const REPEATS: usize = 50;
 
+/// A part of the suites that runs by itself: its name, and what hears of every row.
+pub type Part<'a> = (String, Box<dyn Fn(&mut dyn FnMut(Row)) + 'a>);
+
 /// Runs all suites on a device; `each` hears of every row as it is done.
 pub fn run_cuda(gpu: &Gpu, golden: &[Golden], long: bool, each: &mut dyn FnMut(Row)) {
-    let device = Device::new(gpu);
-    let ways = [
-        device.way::<f32>("cuda f32", Storage::F32),
-        device.way::<bf16>("cuda bf16", Storage::Bf16),
-        device.way::<f16>("cuda f16", Storage::F16),
-    ];
-    run(&ways, golden, long, each);
-    for way in &ways[1..] {
-        usual(way, long, each);
+    for (_, part) in cuda_parts(gpu, golden, long) {
+        part(each);
     }
+}
+
+/// The suites on a device in parts, for whoever wants some of them.
+pub fn cuda_parts<'a>(gpu: &Gpu, golden: &'a [Golden], long: bool) -> Vec<Part<'a>> {
+    let device = Device::new(gpu);
     let plain = device.clone().plain();
+    let ways = || {
+        [
+            device.way::<f32>("cuda f32", Storage::F32),
+            device.way::<bf16>("cuda bf16", Storage::Bf16),
+            device.way::<f16>("cuda f16", Storage::F16),
+        ]
+    };
+    let mut parts: Vec<Part> = Vec::new();
+    for way in ways() {
+        let name = format!("suites, {}", way.name);
+        parts.push((
+            name,
+            Box::new(move |each| run(std::slice::from_ref(&way), golden, long, each)),
+        ));
+    }
+    let [f32, bf16, f16] = ways();
+    let plain = plain.way::<bf16>("cuda bf16, plain", Storage::Bf16);
+    for way in [bf16, f16, plain] {
+        let name = format!("usual dims, {}", way.name);
+        parts.push((name, Box::new(move |each| usual(&way, long, each))));
+    }
+    let name = "only devices".to_string();
+    parts.push((name, Box::new(move |each| only_devices(&device, &f32, each))));
+    parts
+}
+
+/// What only a device can get wrong.
+fn only_devices(device: &Device, f32: &Way, each: &mut dyn FnMut(Row)) {
     let misaligned = device.clone().misaligned();
-    usual(&plain.way::<bf16>("cuda bf16, plain", Storage::Bf16), long, each);
     for way in [
         misaligned.way::<f32>("cuda f32, unaligned", Storage::F32),
         misaligned.way::<bf16>("cuda bf16, unaligned", Storage::Bf16),
@@ -41,19 +69,19 @@ pub fn run_cuda(gpu: &Gpu, golden: &[Golden], long: bool, each: &mut dyn FnMut(R
         let case = Case::random(&default_like(), dims(8, 2, 64, 64), &[70, 200], 90);
         each(twice("addresses of one number's alignment", &way, &case));
     }
-    for (what, device) in [("cuda f32", &device), ("cuda f32, unaligned", &misaligned)] {
+    for (what, device) in [("cuda f32", device), ("cuda f32, unaligned", &misaligned)] {
         each(Row::of("hostile", format!("indices of any kind · {what}"), |tally| {
             hostile_indices(device, tally)
         }));
     }
-    for way in &ways {
+    for way in [f32, &device.way::<bf16>("cuda bf16", Storage::Bf16)] {
         each(Row::of("bitwise", format!("{REPEATS} repeats · {}", way.name), |_| repeats(way)));
         each(Row::of("bitwise", format!("permuted batch · {}", way.name), |_| permuted(way)));
     }
-    each(Row::of("hostile", "thousands of selected blocks · cuda f32", |tally| {
-        many_blocks(&ways[0], tally)
+    each(Row::of("hostile", "a hundred selected blocks · cuda f32", |tally| {
+        many_blocks(f32, tally)
     }));
-    each(Row::of("property", "memory of inference · cuda bf16", |tally| memory(&device, tally)));
+    each(Row::of("property", "memory of inference · cuda bf16", |tally| memory(device, tally)));
 }
 
 fn twice(what: &str, way: &Way, case: &Case) -> Row {

@@ -30,7 +30,7 @@ mod ways;
 
 pub use bounds::*;
 pub use case::*;
-pub use cuda_suite::run_cuda;
+pub use cuda_suite::{Part, cuda_parts, run_cuda};
 pub use exact::*;
 pub use fast::*;
 pub use golden::Golden;

@@ -43,9 +43,10 @@ struct Softmax {
 
     // One tile of keys, whose positions stand in t.key. row(k) is the row of key k of the tile.
     template <class Row>
-    DEVICE void add(const Tiles& t, const Real* k, const Real* v, Row row, const Range (&see)[M], float scale) {
+    DEVICE void add(const Tiles& t, const Real* k, const Real* v, int dim_k, int dim_v, Row row,
+                    const Range (&see)[M], float scale) {
         int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
-        load_rows<DIM_K, KEYS>(t.kv, k, row);
+        load_rows<DIM_K, KEYS>(t.kv, k, dim_k, row);
         __syncthreads();
         float s[M][N];
         multiply<DIM_K>(t.q, t.kv, s);
@@ -78,7 +79,7 @@ struct Softmax {
                 for (int c = 0; c < 4; c++) o[i][g][c] *= shrink;
         }
         __syncthreads();
-        bool bad = load_rows<DIM_V, KEYS>(t.kv, v, row);
+        bool bad = load_rows<DIM_V, KEYS>(t.kv, v, dim_v, row);
         if (__syncthreads_or(bad)) {
             accumulate_seen<DIM_V, KEYS>(t.p, t.kv, o, [&](int i, int k) {
                 return t.key[k] >= see[i].from && t.key[k] < see[i].to;
@@ -91,7 +92,7 @@ struct Softmax {
 
     // Row i's result goes to vector number at(i) of [T, H]; negative: nowhere.
     template <class At>
-    DEVICE void write(const Output& to, At at, float scale) {
+    DEVICE void write(const Output& to, int dim_v, At at, float scale) {
         int tx = threadIdx.x % SIDE;
 #pragma unroll
         for (int i = 0; i < M; i++) {
@@ -100,9 +101,9 @@ struct Softmax {
             i64 row = at(i);
             if (row < 0) continue;
             if (tx == 0 && to.lse) to.lse[row] = total == 0.0f ? -INF : fmaf(scale, max[i], logf(total));
-            each_column<DIM_V>([&](int column, int g, int c) {
+            each_column<DIM_V>(dim_v, [&](int column, int g, int c) {
                 Real x = narrow<Real>(o[i][g][c] * inverse);
-                i64 place = row * DIM_V + column;
+                i64 place = row * dim_v + column;
                 if (to.branch) to.branch[place] = x;
                 if (to.out) {
                     float y = widen(to.gate[row * 3 + to.index]) * widen(x);
@@ -113,9 +114,11 @@ struct Softmax {
     }
 };
 
-KERNEL __launch_bounds__(THREADS)
+#if !defined(ONE_ENTRY) || defined(ENTRY_attend)
+KERNEL __launch_bounds__(THREADS, 1)
     attend(const Real* q, const Real* k, const Real* v, Real* branch, float* lse, Real* out, const Real* gate,
-           int index, int add, const Sequence* sequences, int count, int heads, int kv_heads, float scale,
+           int index, int add, const Sequence* sequences, int count, int heads, int kv_heads, int dim_k,
+           int dim_v, float scale,
            int kind, int window, int block, int stride) {
     Output to = {branch, lse, out, gate, index, add};
     Mask mask = {kind, window, block, stride};
@@ -137,7 +140,7 @@ KERNEL __launch_bounds__(THREADS)
         if (row >= rows) return -1;
         return (s.query + row / group) * heads + kv_head * group + row % group;
     };
-    load_rows<DIM_K, ROWS>(t.q, q, row_of);
+    load_rows<DIM_K, ROWS>(t.q, q, dim_k, row_of);
     Range see[M];
 #pragma unroll
     for (int i = 0; i < M; i++) {
@@ -154,15 +157,18 @@ KERNEL __launch_bounds__(THREADS)
         auto row = [&](int n) -> i64 {
             return start + n < keys ? (i64)(first_key + start + n) * kv_heads + kv_head : -1;
         };
-        softmax.add(t, k, v, row, see, scale);
+        softmax.add(t, k, v, dim_k, dim_v, row, see, scale);
     }
-    softmax.write(to, [&](int i) { return row_of(ty + SIDE * i); }, scale);
+    softmax.write(to, dim_v, [&](int i) { return row_of(ty + SIDE * i); }, scale);
 }
+#endif
 
+#if !defined(ONE_ENTRY) || defined(ENTRY_selected)
 // One query and up to ROWS heads of one group a block. `t.rest` holds the list of its blocks.
-KERNEL __launch_bounds__(THREADS)
+KERNEL __launch_bounds__(THREADS, 1)
     selected(const Real* q, const Real* k, const Real* v, Real* branch, float* lse, Real* out, const Real* gate,
-             int index, int add, const Sequence* sequences, int count, int heads, int kv_heads, float scale,
+             int index, int add, const Sequence* sequences, int count, int heads, int kv_heads, int dim_k,
+           int dim_v, float scale,
              const int* indices, int length, int block) {
     Output to = {branch, lse, out, gate, index, add};
     extern __shared__ float shared[];
@@ -177,7 +183,7 @@ KERNEL __launch_bounds__(THREADS)
         int head = part * ROWS + n;
         return head < group ? (i64)query * heads + kv_head * group + head : -1;
     };
-    load_rows<DIM_K, ROWS>(t.q, q, row_of);
+    load_rows<DIM_K, ROWS>(t.q, q, dim_k, row_of);
     Range see[M];
 #pragma unroll
     for (int i = 0; i < M; i++) see[i] = {0, row_of(ty + SIDE * i) < 0 ? 0 : min(position + 1, s.keys)};
@@ -206,7 +212,8 @@ KERNEL __launch_bounds__(THREADS)
             int key = t.key[n];
             return key == MAX_INT ? -1 : (i64)(s.key + key) * kv_heads + kv_head;
         };
-        softmax.add(t, k, v, row, see, scale);
+        softmax.add(t, k, v, dim_k, dim_v, row, see, scale);
     }
-    softmax.write(to, [&](int i) { return row_of(ty + SIDE * i); }, scale);
+    softmax.write(to, dim_v, [&](int i) { return row_of(ty + SIDE * i); }, scale);
 }
+#endif

@@ -53,9 +53,9 @@ struct QuerySums {
 
     // Loads the rows' q, dO, lse and Δ; at(n) is row n of the tile in [T, H], negative for none.
     template <class At>
-    DEVICE QuerySums(const QueryTiles& t, const Real* q, const Upstream& up, At at) {
-        load_rows<DIM_K, ROWS>(t.q, q, at);
-        load_rows<DIM_V, ROWS>(t.d_o, up.d_out, at, [&](int n) { return up.gate_of(at(n)); });
+    DEVICE QuerySums(const QueryTiles& t, const Real* q, const Upstream& up, int dim_k, int dim_v, At at) {
+        load_rows<DIM_K, ROWS>(t.q, q, dim_k, at);
+        load_rows<DIM_V, ROWS>(t.d_o, up.d_out, dim_v, at, [&](int n) { return up.gate_of(at(n)); });
 #pragma unroll
         for (int i = 0; i < M; i++) {
             i64 row = at(threadIdx.x / SIDE + SIDE * i);
@@ -67,10 +67,11 @@ struct QuerySums {
 
     // One tile of keys, whose positions stand in t.key.
     template <class Row>
-    DEVICE void add(const QueryTiles& t, const Real* k, const Real* v, Row row, float scale) {
+    DEVICE void add(const QueryTiles& t, const Real* k, const Real* v, int dim_k, int dim_v, Row row,
+                    float scale) {
         int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
-        bool bad = load_rows<DIM_K, KEYS>(t.k, k, row);
-        load_rows<DIM_V, KEYS>(t.v, v, row);
+        bool bad = load_rows<DIM_K, KEYS>(t.k, k, dim_k, row);
+        load_rows<DIM_V, KEYS>(t.v, v, dim_v, row);
         bad = __syncthreads_or(bad);
         float s[M][N], d_p[M][N];
         multiply<DIM_K>(t.q, t.k, s);
@@ -96,13 +97,13 @@ struct QuerySums {
     }
 
     template <class At>
-    DEVICE void write(const QueryGrad& to, At at, float scale) {
+    DEVICE void write(const QueryGrad& to, int dim_k, At at, float scale) {
 #pragma unroll
         for (int i = 0; i < M; i++) {
             i64 row = at(threadIdx.x / SIDE + SIDE * i);
             if (row < 0) continue;
-            each_column<DIM_K>([&](int column, int g, int c) {
-                i64 place = row * DIM_K + column;
+            each_column<DIM_K>(dim_k, [&](int column, int g, int c) {
+                i64 place = row * dim_k + column;
                 float x = scale * d_q[i][g][c];
                 if (!to.first) x += to.sum[place];
                 if (to.last) to.d_q[place] = narrow<Real>(x);
@@ -112,11 +113,12 @@ struct QuerySums {
     }
 };
 
-KERNEL __launch_bounds__(THREADS)
+#if !defined(ONE_ENTRY) || defined(ENTRY_attend_queries)
+KERNEL __launch_bounds__(THREADS, 1)
     attend_queries(const Real* q, const Real* k, const Real* v, const Real* d_out, const Real* gate, int index,
         const float* lse, const float* delta, Real* d_q, float* sum, int first_branch, int last_branch,
         const Sequence* sequences, int count,
-        int heads, int kv_heads, float scale, int kind, int window, int mask_block, int stride) {
+        int heads, int kv_heads, int dim_k, int dim_v, float scale, int kind, int window, int mask_block, int stride) {
     Upstream up = {d_out, gate, index, lse, delta};
     QueryGrad to = {d_q, sum, first_branch, last_branch};
     Mask mask = {kind, window, mask_block, stride};
@@ -135,7 +137,7 @@ KERNEL __launch_bounds__(THREADS)
         if (row >= rows) return -1;
         return (s.query + row / group) * heads + kv_head * group + row % group;
     };
-    QuerySums sums(t, q, up, row_of);
+    QuerySums sums(t, q, up, dim_k, dim_v, row_of);
 #pragma unroll
     for (int i = 0; i < M; i++) {
         i64 row = first + ty + SIDE * i;
@@ -149,17 +151,19 @@ KERNEL __launch_bounds__(THREADS)
         auto row = [&](int n) -> i64 {
             return start + n < keys ? (i64)(first_key + start + n) * kv_heads + kv_head : -1;
         };
-        sums.add(t, k, v, row, scale);
+        sums.add(t, k, v, dim_k, dim_v, row, scale);
     }
-    sums.write(to, row_of, scale);
+    sums.write(to, dim_k, row_of, scale);
 }
+#endif
 
+#if !defined(ONE_ENTRY) || defined(ENTRY_selected_queries)
 // One query and up to ROWS heads of one group a block.
-KERNEL __launch_bounds__(THREADS)
+KERNEL __launch_bounds__(THREADS, 1)
     selected_queries(const Real* q, const Real* k, const Real* v, const Real* d_out, const Real* gate, int index,
         const float* lse, const float* delta, Real* d_q, float* sum, int first_branch, int last_branch,
         const Sequence* sequences, int count,
-        int heads, int kv_heads, float scale, const int* indices, int length, int block) {
+        int heads, int kv_heads, int dim_k, int dim_v, float scale, const int* indices, int length, int block) {
     Upstream up = {d_out, gate, index, lse, delta};
     QueryGrad to = {d_q, sum, first_branch, last_branch};
     extern __shared__ float shared[];
@@ -173,7 +177,7 @@ KERNEL __launch_bounds__(THREADS)
         int head = part * ROWS + n;
         return head < group ? (i64)query * heads + kv_head * group + head : -1;
     };
-    QuerySums sums(t, q, up, row_of);
+    QuerySums sums(t, q, up, dim_k, dim_v, row_of);
 #pragma unroll
     for (int i = 0; i < M; i++) sums.see[i] = {0, row_of(ty + SIDE * i) < 0 ? 0 : min(position + 1, s.keys)};
 
@@ -199,10 +203,11 @@ KERNEL __launch_bounds__(THREADS)
             int key = t.key[n];
             return key == MAX_INT ? -1 : (i64)(s.key + key) * kv_heads + kv_head;
         };
-        sums.add(t, k, v, row, scale);
+        sums.add(t, k, v, dim_k, dim_v, row, scale);
     }
-    sums.write(to, row_of, scale);
+    sums.write(to, dim_k, row_of, scale);
 }
+#endif
 
 // Keys are rows of this product: thread (ty, tx) has keys ty + 16·i and query rows tx + 16·j.
 struct KeyTiles {
@@ -227,10 +232,10 @@ struct KeyTiles {
 template <class Row, class Position, class KeyRow>
 DEVICE void keys_of(const KeyTiles& t, const Real* q, const Real* k, const Real* v, const Upstream& up,
                     i64 rows, Row row, Position position, KeyRow key_row, int first, int end, int keys,
-                    const Mask& mask, float scale, Real* d_k, Real* d_v) {
+                    const Mask& mask, float scale, Real* d_k, Real* d_v, int dim_k, int dim_v) {
     int ty = threadIdx.x / SIDE, tx = threadIdx.x % SIDE;
-    load_rows<DIM_K, KEYS>(t.k, k, key_row);
-    load_rows<DIM_V, KEYS>(t.v, v, key_row);
+    load_rows<DIM_K, KEYS>(t.k, k, dim_k, key_row);
+    load_rows<DIM_V, KEYS>(t.v, v, dim_v, key_row);
     float sum_k[N][Width<DIM_K>::groups][4], sum_v[N][Width<DIM_V>::groups][4];
     clear<DIM_K>(sum_k);
     clear<DIM_V>(sum_v);
@@ -243,8 +248,8 @@ DEVICE void keys_of(const KeyTiles& t, const Real* q, const Real* k, const Real*
             t.lse[n] = r < 0 ? -INF : up.lse[r];
             t.delta[n] = r < 0 ? 0.0f : up.delta[r];
         }
-        bool bad = load_rows<DIM_K, ROWS>(t.q, q, at);
-        bad |= load_rows<DIM_V, ROWS>(t.d_o, up.d_out, at, [&](int n) { return up.gate_of(at(n)); });
+        bool bad = load_rows<DIM_K, ROWS>(t.q, q, dim_k, at);
+        bad |= load_rows<DIM_V, ROWS>(t.d_o, up.d_out, dim_v, at, [&](int n) { return up.gate_of(at(n)); });
         bad = __syncthreads_or(bad);
         auto sees = [&](int i, int n) -> bool {
             int key = first + ty + SIDE * i, p = t.position[n];
@@ -299,20 +304,21 @@ DEVICE void keys_of(const KeyTiles& t, const Real* q, const Real* k, const Real*
     for (int i = 0; i < N; i++) {
         i64 r = key_row(ty + SIDE * i);
         if (r < 0) continue;
-        each_column<DIM_K>([&](int column, int g, int c) {
-            d_k[r * DIM_K + column] = narrow<Real>(scale * sum_k[i][g][c]);
+        each_column<DIM_K>(dim_k, [&](int column, int g, int c) {
+            d_k[r * dim_k + column] = narrow<Real>(scale * sum_k[i][g][c]);
         });
-        each_column<DIM_V>([&](int column, int g, int c) {
-            d_v[r * DIM_V + column] = narrow<Real>(sum_v[i][g][c]);
+        each_column<DIM_V>(dim_v, [&](int column, int g, int c) {
+            d_v[r * dim_v + column] = narrow<Real>(sum_v[i][g][c]);
         });
     }
 }
 
-KERNEL __launch_bounds__(THREADS)
+#if !defined(ONE_ENTRY) || defined(ENTRY_attend_keys)
+KERNEL __launch_bounds__(THREADS, 1)
     attend_keys(const Real* q, const Real* k, const Real* v, const Real* d_out, const Real* gate, int index,
         const float* lse, const float* delta, Real* d_k, Real* d_v,
         const Sequence* sequences, int count,
-        int heads, int kv_heads, float scale, int kind, int window, int mask_block, int stride) {
+        int heads, int kv_heads, int dim_k, int dim_v, float scale, int kind, int window, int mask_block, int stride) {
     Upstream up = {d_out, gate, index, lse, delta};
     Mask mask = {kind, window, mask_block, stride};
     extern __shared__ float shared[];
@@ -337,16 +343,18 @@ KERNEL __launch_bounds__(THREADS)
         [&](i64 n) -> i64 { return (s.query + from + n / group) * heads + kv_head * group + n % group; },
         [&](i64 n) -> int { return s.position + from + (int)(n / group); },
         [&](int n) -> i64 { return first + n < end ? (i64)(first_key + first + n) * kv_heads + kv_head : -1; },
-        first, end, keys, mask, scale, d_k, d_v);
+        first, end, keys, mask, scale, d_k, d_v, dim_k, dim_v);
 }
+#endif
 
+#if !defined(ONE_ENTRY) || defined(ENTRY_selected_keys)
 // `starts` [K, J + 1] and `queries` are the inverse index of `inverse.cu`; a block of `block` keys
 // is `parts` tiles.
-KERNEL __launch_bounds__(THREADS)
+KERNEL __launch_bounds__(THREADS, 1)
     selected_keys(const Real* q, const Real* k, const Real* v, const Real* d_out, const Real* gate, int index,
         const float* lse, const float* delta, Real* d_k, Real* d_v,
         const Sequence* sequences, int count,
-        int heads, int kv_heads, float scale, const i64* starts, const int* queries,
+        int heads, int kv_heads, int dim_k, int dim_v, float scale, const i64* starts, const int* queries,
         int blocks, int block, int parts) {
     Upstream up = {d_out, gate, index, lse, delta};
     extern __shared__ float shared[];
@@ -364,5 +372,6 @@ KERNEL __launch_bounds__(THREADS)
         [&](i64 n) -> i64 { return (i64)(s.query + list[n / group]) * heads + kv_head * group + n % group; },
         [&](i64 n) -> int { return s.position + list[n / group]; },
         [&](int n) -> i64 { return first + n < end ? (s.key + first + n) * kv_heads + kv_head : -1; },
-        (int)first, (int)end, s.keys, Mask{0, 0, 1, 1}, scale, d_k, d_v);
+        (int)first, (int)end, s.keys, Mask{0, 0, 1, 1}, scale, d_k, d_v, dim_k, dim_v);
 }
+#endif

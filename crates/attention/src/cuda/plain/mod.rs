@@ -62,9 +62,37 @@ pub(in super::super) fn group_tiles(group: usize) -> Vec<Tile> {
     shapes.map(|(rows, keys)| Tile { rows, keys }).to_vec()
 }
 
+/// The dim that a kernel is compiled for: few kernels serve all dims.
+fn compiled(dim: usize) -> usize {
+    if dim <= 32 { 32 } else { dim.next_multiple_of(64) }
+}
+
 /// f32s between rows of a shared tile; `Width<DIM>::row` of `tile.cuh`.
 pub(in super::super) fn width(dim: usize) -> usize {
-    4 * (dim.div_ceil(4) | 1)
+    4 * (compiled(dim) / 4 | 1)
+}
+
+/// How many numbers may be loaded at once from these addresses: 16 bytes of them, or one.
+fn vector(plan: &Plan, addresses: &[u64]) -> usize {
+    let most = 16 / plan.number.bytes();
+    let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
+    let whole = (plan.dims.key_dim | plan.dims.value_dim).is_multiple_of(most);
+    if aligned && whole { most } else { 1 }
+}
+
+fn real(number: Number) -> (&'static str, String) {
+    let name = match number {
+        Number::F32 => "REAL_F32",
+        Number::BF16 => "REAL_BF16",
+        Number::F16 => "REAL_F16",
+    };
+    (name, "1".into())
+}
+
+/// A kernel for this plan's type, without tiles.
+pub(in super::super) fn flat_kernel(plan: &Plan, source: &Source, entry: &str) -> Result<Kernel> {
+    let defines = [real(plan.number), ("VECTOR", "1".into())];
+    Ok(plan.gpu.kernel(source, entry, &defines)?)
 }
 
 /// A kernel for this plan's type and dims, a tile, and memory at these addresses.
@@ -75,20 +103,17 @@ pub(in super::super) fn kernel(
     tile: Tile,
     addresses: &[u64],
 ) -> Result<Kernel> {
-    let real = match plan.number {
-        Number::F32 => "REAL_F32",
-        Number::BF16 => "REAL_BF16",
-        Number::F16 => "REAL_F16",
-    };
-    let aligned = addresses.iter().all(|address| address % 16 == 0);
-    let vector = if aligned { 16 / plan.number.bytes() } else { 1 };
+    // Constants differ between the entries of a source: only the one that is wanted is compiled.
+    let only = format!("ENTRY_{entry}");
     let defines = [
-        (real, "1".to_string()),
-        ("DIM_K", plan.dims.key_dim.to_string()),
-        ("DIM_V", plan.dims.value_dim.to_string()),
+        real(plan.number),
+        ("ONE_ENTRY", "1".into()),
+        (&only, "1".into()),
+        ("DIM_K", compiled(plan.dims.key_dim).to_string()),
+        ("DIM_V", compiled(plan.dims.value_dim).to_string()),
         ("ROWS", tile.rows.to_string()),
         ("KEYS", tile.keys.to_string()),
-        ("VECTOR", vector.to_string()),
+        ("VECTOR", vector(plan, addresses).to_string()),
     ];
     Ok(plan.gpu.kernel(source, entry, &defines)?)
 }

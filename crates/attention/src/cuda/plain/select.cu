@@ -78,9 +78,10 @@ struct Heap {
 };
 
 // `indices` [T, K, n]. `spill` [T, K, free] takes the scores of heaps too large for shared memory.
-KERNEL __launch_bounds__(THREADS)
+KERNEL __launch_bounds__(THREADS, 1)
     select_blocks(const Real* q, const Real* k, const float* lse, int* indices, float* spill,
-                  const Sequence* sequences, int count, int heads, int kv_heads, float scale, int compress_block,
+                  const Sequence* sequences, int count, int heads, int kv_heads, int dim_k, int dim_v,
+                  float scale, int compress_block,
                   int compress_stride, int select_block, int select_count, int initial, int local_count) {
     Spec spec = {compress_block, compress_stride, select_block, select_count, initial, local_count};
     extern __shared__ float shared[];
@@ -132,7 +133,7 @@ KERNEL __launch_bounds__(THREADS)
     int block = start / r, offset = start % r;
     float now = 0.0f, next = 0.0f;
     for (int from = start; from < end; from += KEYS) {
-        load_rows<DIM_K, KEYS>(k_tile, k, [&](int n) -> i64 {
+        load_rows<DIM_K, KEYS>(k_tile, k, dim_k, [&](int n) -> i64 {
             return from + n < s.blocks ? (i64)(s.block + from + n) * kv_heads + kv_head : -1;
         });
         for (int part = 0; part < parts; part++) {
@@ -141,7 +142,7 @@ KERNEL __launch_bounds__(THREADS)
                 if (n >= queries * packed || query > last || head >= group) return -1;
                 return (i64)(s.query + query) * heads + kv_head * group + head;
             };
-            if (from == start || parts > 1) load_rows<DIM_K, ROWS>(q_tile, q, row_of);
+            if (from == start || parts > 1) load_rows<DIM_K, ROWS>(q_tile, q, dim_k, row_of);
             __syncthreads();
             float scores[M][N];
             multiply<DIM_K>(q_tile, k_tile, scores);

@@ -2,8 +2,9 @@
 // registers, sequences, masks. 16 × 16 threads; thread (ty, tx) has rows ty + 16·i and columns
 // tx + 16·j of a product.
 //
-// Constants: DIM_K and DIM_V (head dims), ROWS and KEYS (a tile's query rows and keys, multiples
-// of 16), VECTOR (numbers that may be loaded at once, a power of two).
+// Constants: DIM_K and DIM_V (head dims or a little more, multiples of 32, so that few kernels serve
+// all dims; the dims themselves are arguments), ROWS and KEYS (a tile's query rows and keys,
+// multiples of 16), VECTOR (numbers that may be loaded at once, a power of two up to 8).
 #pragma once
 #include "types.cuh"
 
@@ -14,11 +15,8 @@ static constexpr int MAX_INT = 0x7fffffff;
 // column lie in different banks.
 template <int DIM>
 struct Width {
-    static constexpr int padded = (DIM + 3) / 4 * 4;
-    static constexpr int row = 4 * ((DIM + 3) / 4 | 1);
-    static constexpr int groups = (padded / 4 + SIDE - 1) / SIDE;  // float4s a thread has of a row
-    static constexpr int even = DIM & -DIM;
-    static constexpr int vector = even < VECTOR ? even : VECTOR;
+    static constexpr int row = 4 * (DIM / 4 | 1);
+    static constexpr int groups = (DIM / 4 + SIDE - 1) / SIDE;  // float4s a thread has of a row
 };
 
 // Queries `query..query+queries` are positions `position..` of a sequence whose keys are rows
@@ -86,40 +84,36 @@ DEVICE Range observers(const Mask& m, int from, int to) {
 
 DEVICE bool not_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) == 0x7f800000u; }
 
-// Loads vectors number at(r) of `source` into the rows of a tile, times factor(r); zeros where
-// at(r) is negative. Returns whether this thread met an infinity or NaN.
+// Loads vectors number at(r) of `source`, `dim` numbers each, into the rows of a tile, times
+// factor(r); zeros where at(r) is negative and beyond `dim`. Returns whether this thread met an
+// infinity or NaN.
 template <int DIM, int COUNT, class At, class Factor>
-DEVICE bool load_rows(float* tile, const Real* source, At at, Factor factor) {
-    constexpr int N = Width<DIM>::vector, PIECES = DIM / N;
+DEVICE bool load_rows(float* tile, const Real* source, int dim, At at, Factor factor) {
+    constexpr int PIECES = DIM / VECTOR;
     bool bad = false;
     for (int i = threadIdx.x; i < COUNT * PIECES; i += THREADS) {
-        int row = i / PIECES, column = i % PIECES * N;
+        int row = i / PIECES, column = i % PIECES * VECTOR;
         i64 from = at(row);
         float* to = tile + row * Width<DIM>::row + column;
-        if (from >= 0) {
-            Vec<Real, N> x = *(const Vec<Real, N>*)(source + from * DIM + column);
+        if (from >= 0 && column < dim) {
+            Vec<Real, VECTOR> x = *(const Vec<Real, VECTOR>*)(source + from * dim + column);
             float times = factor(row);
 #pragma unroll
-            for (int j = 0; j < N; j++) {
+            for (int j = 0; j < VECTOR; j++) {
                 float y = widen(x.at[j]) * times;
                 bad |= not_finite(y);
                 to[j] = y;
             }
         } else {
 #pragma unroll
-            for (int j = 0; j < N; j++) to[j] = 0.0f;
+            for (int j = 0; j < VECTOR; j++) to[j] = 0.0f;
         }
-    }
-    constexpr int REST = Width<DIM>::padded - DIM, STEP = REST > 0 ? REST : 1;
-    if (REST > 0) {
-        for (int i = threadIdx.x; i < COUNT * REST; i += THREADS)
-            tile[i / STEP * Width<DIM>::row + DIM + i % STEP] = 0.0f;
     }
     return bad;
 }
 template <int DIM, int COUNT, class At>
-DEVICE bool load_rows(float* tile, const Real* source, At at) {
-    return load_rows<DIM, COUNT>(tile, source, at, [](int) { return 1.0f; });
+DEVICE bool load_rows(float* tile, const Real* source, int dim, At at) {
+    return load_rows<DIM, COUNT>(tile, source, dim, at, [](int) { return 1.0f; });
 }
 
 // s = a·bᵀ of two tiles.
@@ -132,7 +126,7 @@ DEVICE void multiply(const float* a, const float* b, float (&s)[M][N]) {
 #pragma unroll
         for (int j = 0; j < N; j++) s[i][j] = 0.0f;
 #pragma unroll 4
-    for (int c = 0; c < Width<DIM>::padded; c += 4) {
+    for (int c = 0; c < DIM; c += 4) {
         float4 x[M], y[N];
 #pragma unroll
         for (int i = 0; i < M; i++) x[i] = *(const float4*)(a + (ty + SIDE * i) * W + c);
@@ -169,7 +163,7 @@ DEVICE void accumulate(const float* p, const float* v, float (&o)[M][Width<DIM>:
 #pragma unroll
             for (int g = 0; g < G; g++) {
                 int column = 4 * (tx + SIDE * g);
-                if (column >= Width<DIM>::padded) column = 0;
+                if (column >= DIM) column = 0;
                 float4 x = *(const float4*)(v + (k + n) * W + column);
 #pragma unroll
                 for (int i = 0; i < M; i++) {
@@ -198,7 +192,7 @@ DEVICE void accumulate_seen(const float* p, const float* v, float (&o)[M][Width<
 #pragma unroll
             for (int g = 0; g < G; g++) {
                 int column = 4 * (tx + SIDE * g);
-                if (column >= Width<DIM>::padded) column = 0;
+                if (column >= DIM) column = 0;
 #pragma unroll
                 for (int c = 0; c < 4; c++)
                     o[i][g][c] = fmaf(weight, v[k * W + column + c], o[i][g][c]);
@@ -217,16 +211,16 @@ DEVICE void clear(float (&o)[M][Width<DIM>::groups][4]) {
             for (int c = 0; c < 4; c++) o[i][g][c] = 0.0f;
 }
 
-// Calls f(column, g, c) for the thread's columns of a row of DIM numbers.
+// Calls f(column, g, c) for the thread's columns of a row of `dim` numbers.
 template <int DIM, class F>
-DEVICE void each_column(F f) {
+DEVICE void each_column(int dim, F f) {
     int tx = threadIdx.x % SIDE;
 #pragma unroll
     for (int g = 0; g < Width<DIM>::groups; g++)
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             int column = 4 * (tx + SIDE * g) + c;
-            if (column < DIM) f(column, g, c);
+            if (column < dim) f(column, g, c);
         }
 }
 
