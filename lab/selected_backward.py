@@ -23,6 +23,14 @@ def structure(fields):
     return kind(*[0 if v is None else v.data_ptr() if isinstance(v, torch.Tensor) else v for _, v in fields])
 
 
+def sequence_table(lengths):
+    rows, token = [], 0
+    for n in lengths:
+        rows.append((token, n, 0, token, n, 0, 0, 0))
+        token += n
+    return torch.tensor(rows, dtype=torch.int32, device="cuda")
+
+
 class Inverse:
     """The queries of every block, and the work items of the keys' kernel."""
 
@@ -33,11 +41,7 @@ class Inverse:
 
     def __call__(self, indices, lengths, block):
         t, kv, listed = indices.shape
-        rows, token = [], 0
-        for n in lengths:
-            rows.append((token, n, 0, token, n, 0, 0, 0))
-            token += n
-        self.table = torch.tensor(rows, dtype=torch.int32, device="cuda")
+        self.table = sequence_table(lengths)
         j = t // block + len(lengths)
         bins, pairs = kv * j, t * kv * listed
         piece = max(64, -(-t // 256))
@@ -72,7 +76,7 @@ class Keys:
         keys = 64 * (pad(d) + pad(v)) * 2
         stages = stages or min(6, (SHARED_LIMIT - keys - 128) // (stage + 16))
         defines = {TYPES[dtype]: 1, "D": d, "V": v, "MASK": 0, "G": group, "SB": block, "STAGES": stages}
-        self.kernel = Kernel(source, "selected_backward_keys", defines, keys + stages * (stage + 16) + 8)
+        self.kernel = Kernel(source, "selected_backward_keys", defines, keys + stages * (stage + 16) + 16)
         self.sum = Kernel(source, "selected_backward_keys_sum", defines)
         self.parts, self.group = block // 64, group
 
@@ -114,17 +118,13 @@ class Queries:
     def __call__(self, q, k, v, d_out, lse, delta, indices, lengths, dq, total=None, first=1, last=1, gate=None, gated=0,
                  scale=None):
         (t, h, d), kv = q.shape, k.shape[1]
-        tiles, token = [], 0
-        for n in lengths:
-            tiles += [(token + p, min(self.queries, n - p), p, token) for p in range(0, n, self.queries)]
-            token += n
-        table = torch.tensor(tiles, dtype=torch.int32, device="cuda")
-        params = structure([("tiles", table), ("q", q), ("d_out", d_out), ("gate", gate), ("lse", lse), ("delta", delta),
-                            ("indices", indices), ("dq", dq), ("sum", total), ("tile_count", len(tiles)), ("heads", h),
+        table, tiles = sequence_table(lengths), t // self.queries + len(lengths)
+        params = structure([("sequences", table), ("q", q), ("d_out", d_out), ("gate", gate), ("lse", lse), ("delta", delta),
+                            ("indices", indices), ("dq", dq), ("sum", total), ("sequence_count", len(lengths)), ("tile_count", tiles), ("heads", h),
                             ("group", h // kv), ("gate_index", 1), ("gated", gated), ("first", first), ("last", last),
                             ("scale", scale or 1 / math.sqrt(d))])
         maps = Map(k, (64, 1, 32)), Map(v, (64, 1, 32))
-        return lambda: (self.kernel((len(tiles) * kv,), (self.threads,), *maps, params), table)
+        return lambda: (self.kernel((tiles * kv,), (self.threads,), *maps, params), table)
 
 
 def choose(lengths, kv, block, count, neighbours=1, noise=0.0, seed=1):

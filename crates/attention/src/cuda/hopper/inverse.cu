@@ -12,11 +12,7 @@
 //
 // Blocks of all sequences are numbered together: sequence b's begin at ⌊key/l'⌋ + b; some numbers
 // belong to nobody.
-#include "types.cuh"
-
-struct Sequence {
-    int query, queries, position, key, keys, block, blocks, spare;
-};
+#include "selected.cuh"
 
 struct Sequences {
     const Sequence* at;
@@ -24,29 +20,6 @@ struct Sequences {
     int block_tokens;  // l'
     DEVICE int first_block(int b) const { return at[b].key / block_tokens + b; }
 };
-
-// A run of one block's queries: what one CTA of the keys' gradient owns.
-struct alignas(16) Item {
-    int key, keys, kv_head;  // the block's first row of k, and how many of its rows there are
-    int origin;              // position p's query is row origin + p; key row `key` has position `position`
-    int position;
-    int count;               // queries; −1: the item is not needed
-    int slot, slots;         // where its partial sums go (−1: it is the block's only item), of how many
-    i64 first;               // into the list of queries
-    int run, spare;          // which of the block's items this is
-};
-
-// The last sequence with start(b) <= x.
-template <class Start>
-DEVICE int find(int count, int x, Start start) {
-    int low = 0, high = count - 1;
-    while (low < high) {
-        int middle = (low + high + 1) / 2;
-        if (start(middle) <= x) low = middle;
-        else high = middle - 1;
-    }
-    return low;
-}
 
 // Whether the lane's entry counts; `last` is the greatest that counted so far.
 DEVICE bool counts(int block, int current, int& last) {

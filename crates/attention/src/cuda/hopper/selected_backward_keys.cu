@@ -13,6 +13,7 @@
 // Constants: D, V, MASK 0, G (heads a group, 1 to 64), SB (l', a multiple of 64), STAGES. Grid: items ·
 // (SB/64). Block: 384 threads.
 #include "backward.cuh"
+#include "selected.cuh"
 
 static constexpr int KEYS = 64, COLUMNS = 64, PARTS = SB / KEYS;
 static constexpr int GP = G <= 1 ? 1 : G <= 2 ? 2 : G <= 4 ? 4 : G <= 8 ? 8 : G <= 16 ? 16 : G <= 32 ? 32 : 64;
@@ -23,16 +24,6 @@ static constexpr bool BY_TMA = GP >= 8;
 static constexpr int Q_BYTES = COLUMNS * DP * 2, O_BYTES = COLUMNS * VP * 2;
 static constexpr int PANELS = DP / PANEL + VP / PANEL;
 static constexpr int AHEAD = 4;
-
-struct alignas(16) Item {
-    int key, keys, kv_head;
-    int origin;
-    int position;
-    int count;
-    int slot, slots;
-    i64 first;
-    int run, spare;
-};
 
 struct Params {
     const Item* items;
@@ -57,6 +48,7 @@ struct Shared {
     float lse[STAGES][COLUMNS], gate[STAGES][COLUMNS], delta[STAGES][COLUMNS];  // lse in base 2
     int last[STAGES][COLUMNS];  // the last key of the tile that the column sees
     u64 keys_full, full[STAGES], empty[STAGES];
+    Issued issued;  // steps
 };
 
 DEVICE void copy_16(void* target, const void* source, int bytes) {
@@ -89,7 +81,10 @@ DEVICE void gather_boxes(Shared& s, const TensorMap* q, const TensorMap* o, cons
             int token = coming[i];
             coming[i] = fetch(group + i + AHEAD);
             barrier_wait(&s.empty[stage], parity);
-            if (lane == 0) barrier_expect(&s.full[stage], QUERIES * G * (DP + VP) * 2);
+            if (lane == 0) {
+                barrier_expect(&s.full[stage], QUERIES * G * (DP + VP) * 2);
+                s.issued.publish(group + i + 1);
+            }
             __syncwarp();
 #pragma unroll
             for (int p = lane / QUERIES; p < PANELS; p += 32 / QUERIES) {
@@ -116,6 +111,7 @@ DEVICE void gather_rows(Shared& s, const Params& a, const Walk& w, int half) {
     };
     for (int i = 0; i < w.steps; i++) {
         barrier_wait(&s.empty[stage], parity);
+        if (half == 0 && lane == 0) s.issued.publish(i + 1);
 #pragma unroll 2
         for (int r = 0; r < 8; r++) {
             int row = half * 32 + 4 * r + lane / 8, n = i * QUERIES + row / GP;
@@ -213,11 +209,13 @@ DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by) {
     float dk[DO_K ? D / 2 : 1], dv[DO_V ? V / 2 : 1];
     clear(dk);
     clear(dv);
+    u32 issued = 0;
     float scale_log2 = a.scale * 1.4426950408889634f;
     barrier_wait(&s.keys_full, 0);
     for (int i = from; i < steps; i += by) {
         int stage = i % STAGES;
         float scores[COLUMNS / 2], d_p[DO_K ? COLUMNS / 2 : 1];
+        if (by > 1) s.issued.wait(i, issued);
         barrier_wait(&s.full[stage], i / STAGES & 1);
         multiply_rows<COLUMNS, D, KEYS * 128, COLUMNS * 128>(scores, descriptor_rows(s.k), descriptor_rows(s.q[stage]));
         if constexpr (DO_K) {
@@ -326,6 +324,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     if (threadIdx.x == 0) {
         barrier_init(&s.keys_full, 1);
+        s.issued.count = 0;
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&s.full[i], BY_TMA ? 1 + 64 : 64 + 64);
             barrier_init(&s.empty[i], SPLIT ? 8 : 4);

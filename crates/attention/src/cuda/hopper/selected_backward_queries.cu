@@ -13,6 +13,7 @@
 // K blocks. Block: 128 threads and the warps that compute.
 #include "backward.cuh"
 #include "mma.cuh"
+#include "selected.cuh"
 
 static constexpr int KEYS = 32;
 static constexpr bool KEEP = D + V <= 256;               // q and dOut stay in registers, else in shared memory
@@ -22,12 +23,13 @@ static constexpr int ENTRIES = QUERIES * S;
 static constexpr int K_BYTES = KEYS * DP * 2, V_BYTES = KEYS * VP * 2;
 static constexpr int RELEASES = 840;  // the least number that 1 to 8 divide
 
+// Queries `token..token+rows` at positions `position..` of a sequence whose keys start at row `key`.
 struct Tile {
     int token, rows, position, key;
 };
 
 struct Params {
-    const Tile* tiles;
+    const Sequence* sequences;
     const Real* q;        // [T, H, D]
     const Real* d_out;    // [T, H, V]
     const Real* gate;     // [T, H, 3], or null: 1
@@ -36,7 +38,7 @@ struct Params {
     const i32* indices;   // [T, K, S], ascending, then −1
     Real* dq;             // [T, H, D]
     float* sum;           // [T, H, D] where branches add up before the last one rounds into dq; or null: in dq
-    int tile_count, heads, group, gate_index, gated;
+    int sequence_count, tile_count, heads, group, gate_index, gated;
     int first, last;      // whether this branch is the first, the last, that adds to dQ
     float scale;
 };
@@ -52,6 +54,7 @@ struct Shared {
     u32 order[ENTRIES];          // entries in the order of fetching: entry | users << 16
     u32 begin[ENTRIES];          // their first stage, counted from the start
     u32 total;
+    Issued issued;  // stages
 };
 
 // Stages of a block: those that reach past the last query are left out.
@@ -150,13 +153,14 @@ DEVICE void order_entries(Shared& s, const Tile& tile) {
 // One thread.
 DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Tile& tile, int kv_head) {
     int stage = 0;
-    u32 parity = 1;
+    u32 parity = 1, issued = 0;
     for (u32 n = 0; n < s.total; n++) {
         int entry = s.order[n] & 0xffff, block = s.lists[entry % QUERIES][entry / QUERIES];
         int count = stages_of(tile, block), row = tile.key + block * SB;
         for (int i = 0; i < count; i++, row += KEYS) {
             barrier_wait(&s.empty[stage], parity);
             barrier_expect(&s.full[stage], K_BYTES + V_BYTES);
+            s.issued.publish(++issued);
 #pragma unroll
             for (int c = 0; c < DP / PANEL; c++)
                 tma_load(s.k[stage] + c * KEYS * 128, k, &s.full[stage], c * PANEL, kv_head, row);
@@ -255,6 +259,7 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
     for (int j = 0; j < D / 8; j++) dq[j][0] = dq[j][1] = dq[j][2] = dq[j][3] = 0.0f;
 
     int total = s.total;
+    u32 issued = 0;
     for (int base = 0; base < total; base += 32) {
         u32 order = base + lane < total ? s.order[base + lane] : 0;
         u32 own = base + lane < total ? mine(s, order & 0xffff, warp) : 0;
@@ -273,6 +278,7 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
             }
             for (int i = 0; i < count; i++, at++) {
                 int stage = at % STAGES;
+                s.issued.wait(at, issued);
                 barrier_wait(&s.full[stage], at / STAGES & 1);
                 u32 keys = shared_address(s.k[stage]), values = shared_address(s.v[stage]);
                 float scores[KEYS / 8][4], d_p[KEYS / 8][4];
@@ -343,9 +349,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                               const __grid_constant__ Params a) {
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
-    Tile tile = a.tiles[a.tile_count - 1 - blockIdx.x % a.tile_count];
-    int kv_head = blockIdx.x / a.tile_count;
+    // Every sequence starts a new tile; sequence b's are numbered from ⌊query/QUERIES⌋ + b, and some numbers
+    // belong to nobody.
+    int number = a.tile_count - 1 - blockIdx.x % a.tile_count, kv_head = blockIdx.x / a.tile_count;
+    auto first_tile = [&](int b) { return a.sequences[b].query / QUERIES + b; };
+    int b = find(a.sequence_count, number, first_tile), start = (number - first_tile(b)) * QUERIES;
+    Sequence sequence = a.sequences[b];
+    if (start >= sequence.queries) return;
+    Tile tile = {sequence.query + start, min(QUERIES, sequence.queries - start), sequence.position + start, sequence.key};
     if (threadIdx.x == 0) {
+        s.issued.count = 0;
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&s.full[i], 1);
             barrier_init(&s.empty[i], RELEASES);
