@@ -71,7 +71,7 @@ fn compressors(cases: &mut Vec<Case>) {
         let (weight2, bias2) = ([kv_heads, hidden, dim], [kv_heads, dim]);
         let inputs = all_of(&[&x, &weight1, &bias1, &weight2, &bias2, &pe], 110);
         let name = format!("compress mlp {x:?}, {hidden} wide");
-        cases.push(Case::new(name, inputs, 1, terms, |tape, x, _| {
+        let mlp = Case::new(name, inputs, 1, terms, |tape, x, _| {
             let phi = Phi::Mlp {
                 weight1: x[1].clone(),
                 bias1: x[2].clone(),
@@ -82,6 +82,9 @@ fn compressors(cases: &mut Vec<Case>) {
             let offsets = [0, 150, 170, 300];
             let spec = NsaSpec { compressor: Compressor::Mlp, ..NsaSpec::default() };
             Ok(vec![ops::compress(tape, &x[0], &phi, &spec, &offsets)?])
-        }));
+        });
+        // The hidden layer, its activation and its gradient are stored in bf16: half a unit of
+        // 2⁻⁸ each.
+        cases.push(mlp.stored(3.0 / 512.0));
     }
 }

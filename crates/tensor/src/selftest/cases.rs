@@ -56,7 +56,9 @@ fn elementwise(cases: &mut Vec<Case>) {
 }
 
 fn products(cases: &mut Vec<Case>) {
-    for [rows, outer, inner] in [[1, 8, 16], [7, 13, 29], [130, 96, 257], [600, 384, 512]] {
+    for [rows, outer, inner] in
+        [[1, 8, 16], [7, 13, 29], [130, 96, 257], [600, 384, 512], [24, 16, 9000]]
+    {
         let shapes: [&[usize]; 3] = [&[rows, inner], &[outer, inner], &[outer]];
         let name = format!("linear [{rows}, {inner}] to {outer}");
         let terms = inner.max(outer).max(rows);
