@@ -17,6 +17,7 @@ pub(super) fn run(device: &Device, each: &mut dyn FnMut(Row)) {
     row("shared storage is not written", sharing);
     row("recomputation gives the same bits", recomputation);
     row("a loss scaled, gradients scaled", scaling);
+    row("a captured graph reads new numbers", graphs);
     row("tensors of two devices are refused", two_devices);
     row("empty tensors", empty);
 }
@@ -136,6 +137,32 @@ fn scaling(device: &Device) -> Result<Check<()>> {
     // Powers of two round nothing.
     let (one, two) = (run(0.25, 1.0)?, run(1.0, 0.25)?);
     Ok(ensure(!one.is_empty() && one == two, || "the factor is not where it belongs".into()))
+}
+
+fn graphs(device: &Device) -> Result<Check<()>> {
+    let Device::Cuda(gpu) = device else { return Ok(Ok(())) };
+    let (old, new) = (tensor(&[70, 48], 1)?, tensor(&[70, 48], 5)?);
+    let (x, w) = (old.to_device(device)?, tensor(&[48, 48], 2)?.to_device(device)?);
+    let run = |x: &Tensor| -> Result<Tensor> {
+        let mut tape = Tape::inference();
+        let vars = [tape.leaf(x.clone()), tape.leaf(w.clone())];
+        let y = ops::gelu(&mut tape, &network(&mut tape, &vars)?[0], ops::Gelu::Tanh)?;
+        Ok(y.value().clone())
+    };
+    let expected = [bits(&run(&x)?)?, bits(&run(&new.to_device(device)?)?)?];
+    let (graph, y) = gpu.capture(|| run(&x))?;
+    let mut got = Vec::new();
+    for numbers in [&old, &new] {
+        x.overwrite(numbers)?;
+        // What is allocated in between must not be where the graph works.
+        let other = tensor(&[70, 48], 6)?.to_device(device)?;
+        graph.launch()?;
+        got.push(bits(&y)?);
+        if bits(&other)? != bits(&tensor(&[70, 48], 6)?)? {
+            return Ok(ensure(false, || "the graph wrote into another tensor".into()));
+        }
+    }
+    Ok(ensure(got == expected, || "other bits than without a graph".into()))
 }
 
 fn two_devices(device: &Device) -> Result<Check<()>> {
