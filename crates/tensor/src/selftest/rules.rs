@@ -146,7 +146,8 @@ fn graphs(device: &Device) -> Result<Check<()>> {
     let run = |x: &Tensor| -> Result<Tensor> {
         let mut tape = Tape::inference();
         let vars = [tape.leaf(x.clone()), tape.leaf(w.clone())];
-        let y = ops::gelu(&mut tape, &network(&mut tape, &vars)?[0], ops::Gelu::Tanh)?;
+        let y = network(&mut tape, &vars)?;
+        let y = ops::gelu(&mut tape, &y[0], ops::Gelu::Tanh)?;
         Ok(y.value().clone())
     };
     let expected = [bits(&run(&x)?)?, bits(&run(&new.to_device(device)?)?)?];
