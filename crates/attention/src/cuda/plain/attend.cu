@@ -105,10 +105,10 @@ struct Softmax {
                 Real x = narrow<Real>(o[i][g][c] * inverse);
                 i64 place = row * dim_v + column;
                 if (to.branch) to.branch[place] = x;
-                if (to.out) {
-                    float y = widen(to.gate[row * 3 + to.index]) * widen(x);
-                    to.out[place] = narrow<Real>(to.add ? widen(to.out[place]) + y : y);
-                }
+                if (!to.out) return;
+                // One rounding, whatever a compiler makes of the cases.
+                float before = to.add ? widen(to.out[place]) : 0.0f;
+                to.out[place] = narrow<Real>(fmaf(widen(to.gate[row * 3 + to.index]), widen(x), before));
             });
         }
     }
