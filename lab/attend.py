@@ -14,19 +14,16 @@ LOG2E = 1.4426950408889634
 
 
 def tile_keys(d, v):
-    """Keys a tile (BN) that fit in shared memory and registers."""
-    if d <= 128 and v <= 128 or (d <= 192 and v <= 128):
-        return 128
-    return 64
+    """Keys a tile (BN): the most that shared memory holds twice beside q and the staged output."""
+    pad = lambda x: -(-x // 64) * 64
+    for bn in (128, 112, 64, 32):
+        if 128 * pad(d) * 2 + 4 * bn * (pad(d) + pad(v)) + 128 * (2 * v + 16) + 80 <= 227 * 1024:
+            return bn, 128 * pad(d) * 2 + 4 * bn * (pad(d) + pad(v)) + 128 * (2 * v + 16) + 80
 
 
 class Attend:
     def __init__(self, d, v, mask, dtype=torch.bfloat16, source=SOURCE):
-        pad = lambda x: -(-x // 64) * 64
-        self.bn, self.mask = tile_keys(d, v), mask
-        stages = 2 * self.bn * 2 * (pad(d) + pad(v))
-        beside = 128 * (pad(d) + pad(v)) * 2 + stages <= 220 * 1024
-        shared = 128 * (pad(d) + pad(v) if beside else max(pad(d), pad(v))) * 2 + stages + 8 + 80
+        (self.bn, shared), self.mask = tile_keys(d, v), mask
         defines = {TYPES[dtype]: 1, "D": d, "V": v, "BN": self.bn, "MASK": mask}
         self.kernel = Kernel(source, "attend", defines, shared)
 

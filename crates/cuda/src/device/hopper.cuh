@@ -85,6 +85,21 @@ DEVICE void tma_load(void* target, const TensorMap* map, u64* barrier, int colum
         : "memory");
 }
 
+// Copies `bytes` (a multiple of 16) out of shared memory, or adds them to the numbers there, each sum
+// rounded once. The thread commits what it started and may wait until it has been read.
+DEVICE void bulk_store(void* target, const void* source, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
+                 "r"(shared_address(source)), "r"(bytes)
+                 : "memory");
+}
+DEVICE void bulk_add(void* target, const void* source, u32 bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz." REAL_PTX " [%0], [%1], %2;" ::"l"(target),
+                 "r"(shared_address(source)), "r"(bytes)
+                 : "memory");
+}
+DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 // Ordinary writes to shared memory become visible to wgmma and to the copy engine.
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -120,6 +135,7 @@ DEVICE void wgmma_hold(float (&d)[N]) {
 #define REGS_16 REGS_8 "," R8(8, 9, 10, 11, 12, 13, 14, 15)
 #define REGS_32 REGS_16 "," R8(16, 17, 18, 19, 20, 21, 22, 23) "," R8(24, 25, 26, 27, 28, 29, 30, 31)
 #define REGS_48 REGS_32 "," R8(32, 33, 34, 35, 36, 37, 38, 39) "," R8(40, 41, 42, 43, 44, 45, 46, 47)
+#define REGS_56 REGS_48 "," R8(48, 49, 50, 51, 52, 53, 54, 55)
 #define REGS_64 REGS_48 "," R8(48, 49, 50, 51, 52, 53, 54, 55) "," R8(56, 57, 58, 59, 60, 61, 62, 63)
 #define REGS_96                                                                                          \
     REGS_64 "," R8(64, 65, 66, 67, 68, 69, 70, 71) "," R8(72, 73, 74, 75, 76, 77, 78, 79) "," R8(        \
@@ -137,6 +153,7 @@ DEVICE void wgmma_hold(float (&d)[N]) {
 #define OUTS_16 OUTS_8, D8(8)
 #define OUTS_32 OUTS_16, D8(16), D8(24)
 #define OUTS_48 OUTS_32, D8(32), D8(40)
+#define OUTS_56 OUTS_48, D8(48)
 #define OUTS_64 OUTS_48, D8(48), D8(56)
 #define OUTS_96 OUTS_64, D8(64), D8(72), D8(80), D8(88)
 #define OUTS_128 OUTS_96, D8(96), D8(104), D8(112), D8(120)
@@ -173,6 +190,7 @@ struct Wgmma;
 #define RS_TB_16 "22"
 #define RS_TB_32 "38"
 #define RS_TB_48 "54"
+#define RS_TB_56 "62"
 #define RS_TB_64 "70"
 #define RS_TB_96 "102"
 #define RS_TB_128 "134"
@@ -180,6 +198,7 @@ WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
 WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
 WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 WGMMA(96, 48, 48, 49, 50, 51, 52, 53)
+WGMMA(112, 56, 56, 57, 58, 59, 60, 61)
 WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 WGMMA(192, 96, 96, 97, 98, 99, 100, 101)
 WGMMA(256, 128, 128, 129, 130, 131, 132, 133)

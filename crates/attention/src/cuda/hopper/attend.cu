@@ -15,9 +15,8 @@
 static constexpr int BM = 128, PANEL = 64, STAGES = 2, CONSUMERS = 2;
 static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
 static constexpr int K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
-// The output is staged beside q where there is room, else where q was.
-static constexpr bool BESIDE = BM * (DP + VP) * 2 + STAGES * (K_BYTES + V_BYTES) <= 220 * 1024;
-static constexpr int Q_BYTES = BM * (BESIDE || DP > VP ? DP : VP) * 2, OUT_BYTES = BESIDE ? BM * VP * 2 : 0;
+static constexpr int Q_BYTES = BM * DP * 2;
+static constexpr int OUT_PITCH = V * 2 + 16;  // bytes of a staged row, padded against bank conflicts
 static constexpr int COMPRESSED = 1, WINDOW = 2;  // 0 is causal
 
 // Queries `token..token+rows` at positions `position..` of a sequence whose keys start at row `key`.
@@ -43,7 +42,7 @@ struct Shared {
     u8 q[Q_BYTES];
     u8 k[STAGES][K_BYTES];
     u8 v[STAGES][V_BYTES];
-    u8 out[OUT_BYTES + 8];
+    u8 out[BM][OUT_PITCH];
     u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
@@ -234,62 +233,55 @@ DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round,
             }
             pack_probabilities(p, scores);
         }
-        if (BESIDE && leader) barrier_arrive(&s.q_empty);
+        if (leader) barrier_arrive(&s.q_empty);
         int last = (n + count - 1) % STAGES;
         barrier_wait(&s.v_full[last], (n + count - 1) / STAGES & 1);
         multiply_values(out, p, s.v[last], count > 1);
         wgmma_wait<0>();
         wgmma_hold(out);
         if (leader) barrier_arrive(&s.v_empty[last]);
-    } else if (BESIDE && leader) {
+    } else if (leader) {
         barrier_arrive(&s.q_empty);
     }
 
-    u8* staged = BESIDE ? s.out : s.q;
-    named_sync(3 + warpgroup, 128);  // nobody still reads what was staged before
+    float scale[2], gate[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float sum = soft.sum[r];
         sum += __shfl_xor_sync(ALL_LANES, sum, 1);
         sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-        float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        scale[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
         int at = warpgroup * 64 + row + 8 * r;
-        if (a.lse != nullptr && lane % 4 == 0 && at < tile.rows) {
-            float lse = (soft.peak[r] * a.scale_log2 + log2f(sum)) * 0.69314718055994531f;
-            a.lse[(i64)(tile.token + at) * a.heads + head] = sum == 0.0f ? -INF : lse;
-        }
-        // Staged as [panel][128 rows][64], swizzled like the inputs, in this warpgroup's own rows.
-#pragma unroll
-        for (int j = 0; j < VP / 8; j++) {
-            u32 pair = pack<Real>(out[4 * j + 2 * r] * inverse, out[4 * j + 2 * r + 1] * inverse);
-            u8* place = staged + (j / 8) * BM * 128 + at * 128 + (((j % 8) ^ (at & 7)) << 4) + (lane & 3) * 4;
-            *(u32*)place = pair;
-        }
-    }
-    named_sync(3 + warpgroup, 128);
-    for (int i = thread; i < 64 * (V / 8); i += 128) {
-        int at = warpgroup * 64 + i / (V / 8), chunk = i % (V / 8);
-        if (at >= tile.rows) break;
-        const u8* place = staged + (chunk / 8) * BM * 128 + at * 128 + (((chunk % 8) ^ (at & 7)) << 4);
-        auto values = *(const Vec<Real, 8>*)place;
+        bool real = at < tile.rows;
         i64 query = (i64)(tile.token + at) * a.heads + head;
-        if (a.branch != nullptr) *(Vec<Real, 8>*)(a.branch + query * V + chunk * 8) = values;
-        if (a.out == nullptr) continue;
-        float gate = widen(a.gate[query * 3 + a.gate_index]);
-        auto* target = (Vec<Real, 8>*)(a.out + query * V + chunk * 8);
-        Vec<Real, 8> sum;
-        if (a.accumulate) sum = *target;
-#pragma unroll
-        for (int c = 0; c < 8; c++) {
-            float x = gate * widen(values.at[c]);
-            sum.at[c] = narrow<Real>(a.accumulate ? x + widen(sum.at[c]) : x);
+        gate[r] = real && a.out != nullptr ? widen(a.gate[query * 3 + a.gate_index]) : 0.0f;
+        if (a.lse != nullptr && lane % 4 == 0 && real) {
+            float lse = (soft.peak[r] * a.scale_log2 + log2f(sum)) * 0.69314718055994531f;
+            a.lse[query] = sum == 0.0f ? -INF : lse;
         }
-        *target = sum;
     }
-    if (!BESIDE) {
+    // The rows leave through the copy engine: the branch's own output, the gated one, or both.
+    for (int gated = 0; gated < 2; gated++) {
+        Real* target = gated ? a.out : a.branch;
+        if (target == nullptr) continue;
+        bulk_wait_read();
+        named_sync(3 + warpgroup, 128);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float factor = gated ? scale[r] * gate[r] : scale[r];
+            u8* staged = s.out[warpgroup * 64 + row + 8 * r] + 4 * (lane & 3);
+#pragma unroll
+            for (int j = 0; j < V / 8; j++)
+                *(u32*)(staged + 16 * j) = pack<Real>(out[4 * j + 2 * r] * factor, out[4 * j + 2 * r + 1] * factor);
+        }
         fence_proxy_async();
-        __syncwarp();
-        if (leader) barrier_arrive(&s.q_empty);
+        named_sync(3 + warpgroup, 128);
+        int at = warpgroup * 64 + thread;
+        if (thread >= 64 || at >= tile.rows) continue;
+        Real* place = target + ((i64)(tile.token + at) * a.heads + head) * V;
+        if (gated && a.accumulate) bulk_add(place, s.out[at], V * 2);
+        else bulk_store(place, s.out[at], V * 2);
+        bulk_commit();
     }
 }
 
@@ -304,6 +296,7 @@ DEVICE void consume(Shared& s, const Params& a) {
         n += item.count;
     }
     if (!second) named_sync(1, 256);  // takes the second's last turn off the barrier
+    bulk_wait_read();
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)

@@ -171,7 +171,7 @@ struct Walk {
 
 // 128 keys: each warpgroup does everything for 64 of them. Exponentials run under dP, dS under dV.
 DEVICE void consume_own(Shared& s, const Params& a, const Work& w) {
-    int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    int warpgroup = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     Edge edge(a, w.tile, w.tile.index + warpgroup * 64, row);
     float dk[D / 2], dv[V / 2], scores[QUERIES / 2], dp[QUERIES / 2];
     u32 p[QUERIES / 4], ds[QUERIES / 4];

@@ -102,7 +102,7 @@ DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* o, const Ten
 }
 
 DEVICE void consume(Shared& s, const Params& a) {
-    int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    int warpgroup = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
     int row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8
     bool leader = lane == 0;
     u64 q = descriptor_rows(s.q + warpgroup * 64 * 128), o = descriptor_rows(s.o + warpgroup * 64 * 128);

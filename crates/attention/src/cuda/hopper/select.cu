@@ -24,9 +24,6 @@ static constexpr int QUERIES_A_WARP = GP < 16 ? 16 / GP : 1;
 static constexpr int ROWS = 4 * CONSUMERS * QUERIES_A_WARP;  // rows of sums
 static constexpr int WIDTH = BEFORE + BN;
 
-// The warpgroups take turns at the tensor cores, so that one multiplies while the others rank.
-static constexpr int TURN = 4;
-
 struct Tile {
     int token, rows, position, key;
 };
@@ -222,8 +219,8 @@ DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, i
     u64 q = descriptor_rows(s.q + warpgroup * 64 * 128);
     float scores[BN / 2];
 
-    // Probabilities of tile i from its products, then its blocks.
-    auto rank = [&](float (&p)[BN / 2], int i) {
+    // Probabilities of tile i from its products, summed over heads.
+    auto weigh = [&](float (&p)[BN / 2], int i) {
         int column = i * BN + 2 * (lane & 3);
         bool trim = (i + 1) * BN > whole;
 #pragma unroll
@@ -234,6 +231,9 @@ DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, i
                 if (column + 8 * (j / 4) + j % 2 >= seen[j / 2 % 2]) p[j] = 0.0f;
         }
         sum_heads(s, p, warp);
+    };
+    // The blocks of tile i from those sums.
+    auto rank = [&](int i) {
         if (WARPS_A_QUERY > 1) named_sync(1 + warpgroup, 128);
         else __syncwarp();
         if (owner) {
@@ -264,17 +264,17 @@ DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, i
     for (int i = 0; i < count; i++) {
         int stage = (n + i) % STAGES;
         barrier_wait(&s.k_full[stage], (n + i) / STAGES & 1);
-        named_sync(TURN + warpgroup, 256);
         multiply_keys(scores, q, s.k[stage]);
+        if (i > 0) rank(i - 1);  // while the products run
         wgmma_wait<0>();
         wgmma_hold(scores);
-        named_arrive(TURN + (warpgroup + 1) % CONSUMERS, 256);
         if (lane == 0) {
             barrier_arrive(&s.k_empty[stage]);
             if (i + 1 == count) barrier_arrive(&s.q_empty);
         }
-        rank(scores, i);
+        weigh(scores, i);
     }
+    if (count > 0) rank(count - 1);
     if (count == 0 && lane == 0) barrier_arrive(&s.q_empty);
 
     if (!owner) return;
@@ -338,14 +338,11 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
         }
     } else {
         registers_grow<GP == 1 ? 224 : 152>();
-        int warpgroup = uniform(threadIdx.x / 128) - 1;
-        if (warpgroup == CONSUMERS - 1) named_arrive(TURN, 256);  // the first warpgroup begins
         for (int i = blockIdx.x; i < items; i += gridDim.x, round++) {
             Item item(a, i);
             item.count = uniform(item.count);
             rank_item(s, a, item, round, n);
             n += item.count;
         }
-        if (warpgroup == 0) named_sync(TURN, 256);  // takes the last turn off the barrier
     }
 }

@@ -15,6 +15,7 @@ static constexpr int PANEL = 64, BN = 64, WARPS = 8, BM = 16 * WARPS;
 static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
 static constexpr int QUERIES = BM / GP, QUERIES_A_LANE = (QUERIES + 31) / 32;
 static constexpr int K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
+static constexpr int OUT_PITCH = V * 2 + 16;  // bytes of a staged row, padded against bank conflicts
 static constexpr bool KEEP_Q = DP + VP <= 320;
 static constexpr int NO_BLOCK = 0x7fffffff;
 
@@ -47,6 +48,7 @@ struct Tag {
 struct Shared {
     u8 k[STAGES][K_BYTES];
     u8 v[STAGES][V_BYTES];
+    u8 out[WARPS][16][OUT_PITCH];
     Tag tags[STAGES];
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
@@ -116,23 +118,6 @@ DEVICE void produce_item(Shared& s, const TensorMap* k, const TensorMap* v, cons
             }
             if (++stage == STAGES) stage = 0, parity ^= 1;
             if (last) return;
-        }
-    }
-}
-
-// Lane t of four gives its x[i] to lane i and holds afterwards what the four had at t.
-DEVICE void transpose_quad(u32 (&x)[4]) {
-    int lane = threadIdx.x & 3;
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-        bool upper = lane & step;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (i & step) continue;
-            u32 give = upper ? x[i] : x[i + step];
-            u32 got = __shfl_xor_sync(ALL_LANES, give, step);
-            if (upper) x[i] = got;
-            else x[i + step] = got;
         }
     }
 }
@@ -275,41 +260,41 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
+    float scale[2], gate[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float total = sum[r];
         total += __shfl_xor_sync(ALL_LANES, total, 1);
         total += __shfl_xor_sync(ALL_LANES, total, 2);
-        float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+        scale[r] = total == 0.0f ? 0.0f : 1.0f / total;
+        gate[r] = real[r] && a.out != nullptr ? widen(a.gate[place[r] * 3 + a.gate_index]) : 0.0f;
         if (real[r] && a.lse != nullptr && lane % 4 == 0) {
             float lse = (peak[r] * a.scale_log2 + log2f(total)) * 0.69314718055994531f;
             a.lse[place[r]] = total == 0.0f ? -INF : lse;
         }
-        float gate = real[r] && a.out != nullptr ? widen(a.gate[place[r] * 3 + a.gate_index]) : 0.0f;
+    }
+    // The rows leave through the copy engine: the branch's own output, the gated one, or both.
+    for (int gated = 0; gated < 2; gated++) {
+        Real* target = gated ? a.out : a.branch;
+        if (target == nullptr) continue;
+        bulk_wait_read();
+        __syncwarp();
 #pragma unroll
-        for (int j = 0; j < VP / 8; j += 4) {
-            // Four lanes hold four groups of 8 columns, a pair each; each gathers one whole group.
-            u32 x[4];
+        for (int r = 0; r < 2; r++) {
+            float factor = gated ? scale[r] * gate[r] : scale[r];
+            u8* staged = s.out[warp][lane / 4 + 8 * r] + 4 * (lane % 4);
 #pragma unroll
-            for (int i = 0; i < 4; i++) x[i] = pack<Real>(out[j + i][2 * r] * inverse, out[j + i][2 * r + 1] * inverse);
-            transpose_quad(x);
-            int column = 8 * (j + lane % 4);
-            if (!real[r] || column >= V) continue;
-            i64 at = place[r] * V + column;
-            auto values = *(Vec<u32, 4>*)x;
-            if (a.branch != nullptr) *(Vec<u32, 4>*)(a.branch + at) = values;
-            if (a.out == nullptr) continue;
-            auto* target = (Vec<u32, 4>*)(a.out + at);
-            Vec<u32, 4> mix;
-            if (a.accumulate) mix = *target;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float2 y = unpack<Real>(values.at[i]), old = make_float2(0.0f, 0.0f);
-                if (a.accumulate) old = unpack<Real>(mix.at[i]);
-                mix.at[i] = pack<Real>(fmaf(gate, y.x, old.x), fmaf(gate, y.y, old.y));
-            }
-            *target = mix;
+            for (int j = 0; j < V / 8; j++)
+                *(u32*)(staged + 16 * j) = pack<Real>(out[j][2 * r] * factor, out[j][2 * r + 1] * factor);
         }
+        fence_proxy_async();
+        __syncwarp();
+        int row = warp * 16 + lane, its_query = row / GP, its_head = row % GP;
+        if (lane >= 16 || its_query >= tile.rows || its_head >= a.group) continue;
+        Real* at = target + ((i64)(tile.token + its_query) * a.heads + kv_head * a.group + its_head) * V;
+        if (gated && a.accumulate) bulk_add(at, s.out[warp][lane], V * 2);
+        else bulk_store(at, s.out[warp][lane], V * 2);
+        bulk_commit();
     }
 }
 
@@ -342,5 +327,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         u32 parity = 0;
         for (int i = blockIdx.x; i < items; i += gridDim.x)
             consume_item(s, a, tile(i), i / a.tile_count, stage, parity);
+        bulk_wait_read();
     }
 }

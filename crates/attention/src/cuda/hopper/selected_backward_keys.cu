@@ -32,11 +32,11 @@ struct Params {
     const Real* d_out;   // [T, H, V]
     const Real* gate;    // [T, H, 3], or null: 1
     const float* lse;    // [T, H], natural log
-    const float* delta;  // [T, H]: dOut·O of the branch, times the gate if `gated`
+    const float* delta;  // [T, H]: gate · dOut·O of the branch
     Real* dk;            // [T, K, D]
     Real* dv;            // [T, K, V]
     float* sums;         // [slots, SB/64, 64, D + V]
-    int tokens, heads, kv_heads, gate_index, gated;
+    int tokens, heads, kv_heads, gate_index;
     float scale;
 };
 
@@ -171,7 +171,8 @@ DEVICE void gather_columns(Shared& s, const Params& a, const Walk& w, int half) 
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             if (group + i >= w.steps) break;
-            if (a.gated) delta[i] = gate[i] == 0.0f ? 0.0f : delta[i] / gate[i];
+            // What gP·(dP − δ) wants is dOut·O.
+            delta[i] = gate[i] == 0.0f ? 0.0f : delta[i] / gate[i];
             barrier_wait(&s.empty[stage], parity);
             // A row that saw nothing weighs nothing.
             s.lse[stage][column] = lse[i] == -INF ? INF : lse[i] * 1.4426950408889634f;

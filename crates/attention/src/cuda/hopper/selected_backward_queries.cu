@@ -34,11 +34,11 @@ struct Params {
     const Real* d_out;    // [T, H, V]
     const Real* gate;     // [T, H, 3], or null: 1
     const float* lse;     // [T, H], natural log
-    const float* delta;   // [T, H]: dOut·O of the branch, times the gate if `gated`
+    const float* delta;   // [T, H]: gate · dOut·O of the branch
     const i32* indices;   // [T, K, S], ascending, then −1
     Real* dq;             // [T, H, D]
     float* sum;           // [T, H, D] where branches add up before the last one rounds into dq; or null: in dq
-    int sequence_count, tile_count, heads, group, gate_index, gated;
+    int sequence_count, tile_count, heads, group, gate_index;
     int first, last;      // whether this branch is the first, the last, that adds to dQ
     float scale;
 };
@@ -248,7 +248,7 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
         if (lse[r] == -INF) lse[r] = INF;  // a row that saw nothing weighs nothing
         gate[r] = !real[r] ? 0.0f : a.gate != nullptr ? widen(a.gate[place[r] * 3 + a.gate_index]) : 1.0f;
         delta[r] = real[r] ? a.delta[place[r]] : 0.0f;
-        if (a.gated) delta[r] = gate[r] == 0.0f ? 0.0f : delta[r] / gate[r];
+        delta[r] = gate[r] == 0.0f ? 0.0f : delta[r] / gate[r];  // dOut·O alone
     }
     Rows<D> q;
     Rows<V> o;

@@ -1,0 +1,356 @@
+//! Gradients of the selected branch on Hopper: the inverse index, dK and dV, dQ.
+
+use tercet_cuda::{Args, Buffer, Kernel, Label, Number, Source, Swizzle, TensorMap};
+
+use super::super::attend::{Branch, Grads, Upstream};
+use super::super::plain::{self, int, items};
+use super::super::{Plan, Slice};
+use crate::{Dims, NsaSpec, Result};
+
+const HEADERS: &[(&str, &str)] =
+    &[("backward.cuh", include_str!("backward.cuh")), ("selected.cuh", include_str!("selected.cuh"))];
+static INVERSE: Source =
+    Source { name: "inverse", text: include_str!("inverse.cu"), headers: HEADERS };
+static KEYS: Source = Source {
+    name: "selected_backward_keys",
+    text: include_str!("selected_backward_keys.cu"),
+    headers: HEADERS,
+};
+static QUERIES: Source = Source {
+    name: "selected_backward_queries",
+    text: include_str!("selected_backward_queries.cu"),
+    headers: HEADERS,
+};
+
+/// Most pieces that tokens are cut into, and fewest tokens of one: the histograms of all pieces
+/// stay a fraction of the indices.
+const PIECES: usize = 256;
+const PIECE: usize = 64;
+/// Into about how many work items all lists together are cut, and the shortest that is cut.
+const CHUNKS: usize = 512;
+const CHUNK: usize = 256;
+/// Keys of a tile that owns dK and dV.
+const KEY_TILE: usize = 64;
+/// Bytes of an `Item` of `selected.cuh`.
+const ITEM: usize = 48;
+/// Keys of a stage of the queries' kernel.
+const KEY_STAGE: usize = 32;
+/// Shared memory that may hold counters of blocks.
+const COUNTERS: usize = 48 << 10;
+
+/// Whether these kernels serve a call.
+pub(in super::super) fn serves(branch: &Branch, spec: &NsaSpec, up: Upstream, grads: Grads) -> bool {
+    let aligned = [
+        branch.q.ptr(),
+        branch.k.ptr(),
+        branch.v.ptr(),
+        up.d_out.ptr(),
+        grads.q.ptr(),
+        grads.k.ptr(),
+        grads.v.ptr(),
+    ];
+    branch.plan.hopper()
+        && branch.plan.dims.group() <= 64
+        && spec.select_block.is_multiple_of(KEY_TILE)
+        && aligned.iter().all(|address| address.is_multiple_of(16))
+        && QueryShape::new(branch.plan, spec).stages >= 2
+}
+
+/// Backward of the selected branch; [`serves`] must hold and there must be tokens.
+pub(in super::super) fn selected_grads(
+    branch: &Branch,
+    spec: &NsaSpec,
+    indices: Slice,
+    up: Upstream,
+    grads: Grads,
+) -> Result<()> {
+    query_grads(branch, spec, indices, up, grads)?;
+    let inverse = Inverse::new(branch, spec, indices)?;
+    key_grads(branch, spec, &inverse, up, grads)
+}
+
+fn label(what: &'static str, shape: &[usize]) -> Label {
+    Label::shaped(what, shape)
+}
+
+/// Head dims as shared memory holds them, in panels of 64.
+fn padded(dims: Dims) -> usize {
+    dims.key_dim.next_multiple_of(64) + dims.value_dim.next_multiple_of(64)
+}
+
+fn real(number: Number) -> (&'static str, String) {
+    let name = match number {
+        Number::F32 => "REAL_F32",
+        Number::BF16 => "REAL_BF16",
+        Number::F16 => "REAL_F16",
+    };
+    (name, "1".into())
+}
+
+/// Boxes of 64 columns, `heads` heads and `rows` rows of `[rows, heads, dim]`.
+fn boxes(plan: &Plan, slice: Slice, [rows, heads, dim]: [usize; 3], size: [usize; 2]) -> Result<TensorMap> {
+    let bytes = plan.number.bytes();
+    let dims = [dim as u64, heads as u64, rows as u64];
+    let strides = [(dim * bytes) as u64, (heads * dim * bytes) as u64];
+    let size = [64, size[1] as u32, size[0] as u32];
+    Ok(TensorMap::tiled(plan.number, slice.ptr(), &dims, &strides, &size, Swizzle::B128)?)
+}
+
+/// Sequences of `inverse.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Sequences {
+    at: u64,
+    count: i32,
+    block_tokens: i32,
+}
+
+/// The queries of every block, and the work items of the keys' kernel.
+struct Inverse {
+    queries: Buffer,
+    items: Buffer,
+    /// How many items there may be.
+    capacity: usize,
+    /// How many partial sums there may be.
+    slots: usize,
+}
+
+impl Inverse {
+    fn new(branch: &Branch, spec: &NsaSpec, indices: Slice) -> Result<Self> {
+        let (plan, batch) = (branch.plan, branch.batch);
+        let (gpu, kv_heads) = (&plan.gpu, plan.dims.kv_heads);
+        let blocks = items(batch.tokens, spec.select_block, batch.count());
+        let (bins, pairs) = (kv_heads * blocks, indices.len());
+        let piece = batch.tokens.div_ceil(PIECES).max(PIECE);
+        let pieces = batch.tokens.div_ceil(piece);
+        let chunk = (pairs / CHUNKS).next_power_of_two().max(CHUNK);
+        let (capacity, slots) = (bins + pairs / chunk, 2 * (pairs / chunk));
+
+        let shape = [pieces, kv_heads, blocks];
+        let counts = gpu.alloc_for(pieces * bins * 4, label("histograms of chosen blocks", &shape))?;
+        let totals = gpu.alloc_for(bins * 4, label("sizes of the inverse index", &[bins]))?;
+        let starts = gpu.alloc_for((bins + 1) * 8, label("starts of the inverse index", &[bins]))?;
+        let queries = gpu.alloc_for(pairs * 4, label("inverse index", &[pairs]))?;
+        let table = gpu.alloc_for(capacity * ITEM, label("work items of keys", &[capacity]))?;
+
+        let sequences = Sequences {
+            at: batch.table.ptr(),
+            count: int(batch.count()),
+            block_tokens: int(spec.select_block),
+        };
+        let kernel = |entry| -> Result<Kernel> {
+            Ok(plan.gpu.kernel(&INVERSE, entry, &[real(plan.number)])?)
+        };
+        let lists = || {
+            let args = Args::new().value(sequences).ptr(indices.ptr()).i32(int(batch.tokens));
+            let args = args.i32(int(kv_heads)).i32(int(spec.select_count)).i32(int(blocks));
+            args.i32(int(piece)).ptr(counts.ptr())
+        };
+        let grid = [int(pieces) as u32, int(kv_heads) as u32, 1];
+        let shared = if blocks * 4 <= COUNTERS { blocks * 4 } else { 0 };
+        // SAFETY: the kernels' arguments; the buffers were sized above, the indices' length checked
+        // by the caller, and whatever they hold is passed over unless it is a block of its query's.
+        unsafe {
+            kernel("inverse_count")?.launch(grid, [256, 1, 1], 0, lists())?;
+            let args = Args::new().ptr(counts.ptr()).ptr(totals.ptr());
+            let args = args.i32(int(pieces)).i32(int(bins));
+            plain::launch(&kernel("inverse_pieces")?, bins.div_ceil(128), 128, 0, args)?;
+            let args = Args::new().value(sequences).ptr(totals.ptr()).ptr(starts.ptr());
+            let args = args.ptr(table.ptr()).i32(int(capacity)).i32(int(chunk));
+            let args = args.i32(int(kv_heads)).i32(int(blocks));
+            plain::launch(&kernel("inverse_blocks")?, 1, 1024, 0, args)?;
+            let args = lists().ptr(starts.ptr()).ptr(queries.ptr()).i32((shared > 0).into());
+            kernel("inverse_fill")?.launch(grid, [32, 1, 1], shared as u32, args)?;
+        }
+        Ok(Inverse { queries, items: table, capacity, slots })
+    }
+}
+
+/// `Params` of `selected_backward_keys.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct KeyParams {
+    items: u64,
+    queries: u64,
+    q: u64,
+    d_out: u64,
+    gate: u64,
+    lse: u64,
+    delta: u64,
+    d_k: u64,
+    d_v: u64,
+    sums: u64,
+    tokens: i32,
+    heads: i32,
+    kv_heads: i32,
+    gate_index: i32,
+    scale: f32,
+}
+
+fn key_grads(
+    branch: &Branch,
+    spec: &NsaSpec,
+    inverse: &Inverse,
+    up: Upstream,
+    grads: Grads,
+) -> Result<()> {
+    let (plan, tokens) = (branch.plan, branch.batch.tokens);
+    let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
+    let (parts, group) = (spec.select_block / KEY_TILE, plan.dims.group());
+    let rows = [inverse.slots, parts * KEY_TILE, key_dim + value_dim];
+    let sums = rows.iter().product::<usize>() * 4;
+    let sums = plan.gpu.alloc_for(sums, label("partial sums of keys' gradients", &rows))?;
+
+    // A stage: rows of q and dOut, and four numbers of each.
+    let (tile, stage) = (KEY_TILE * padded(plan.dims) * 2, KEY_TILE * padded(plan.dims) * 2 + 1024);
+    let most = plan.gpu.info().shared_per_block_optin as usize;
+    let stages = ((most - tile - 128) / (stage + 16)).min(6);
+    let shared = (tile + stages * (stage + 16) + 16) as u32;
+    let defines = [
+        real(plan.number),
+        ("D", key_dim.to_string()),
+        ("V", value_dim.to_string()),
+        ("MASK", "0".into()),
+        ("G", group.to_string()),
+        ("SB", spec.select_block.to_string()),
+        ("STAGES", stages.to_string()),
+    ];
+    let (gate, gate_index) = up.gate.map_or((0, 0), |(gate, index)| (gate.ptr(), int(index)));
+    let params = KeyParams {
+        items: inverse.items.ptr(),
+        queries: inverse.queries.ptr(),
+        q: branch.q.ptr(),
+        d_out: up.d_out.ptr(),
+        gate,
+        lse: up.lse.ptr(),
+        delta: up.delta,
+        d_k: grads.k.ptr(),
+        d_v: grads.v.ptr(),
+        sums: sums.ptr(),
+        tokens: int(tokens),
+        heads: int(heads),
+        kv_heads: int(kv_heads),
+        gate_index,
+        scale: branch.scale,
+    };
+    let args = Args::new()
+        .map(boxes(plan, branch.q, [tokens, heads, key_dim], [1, group])?)
+        .map(boxes(plan, up.d_out, [tokens, heads, value_dim], [1, group])?)
+        .map(boxes(plan, branch.k, [tokens, kv_heads, key_dim], [KEY_TILE, 1])?)
+        .map(boxes(plan, branch.v, [tokens, kv_heads, value_dim], [KEY_TILE, 1])?)
+        .value(params);
+    let blocks = inverse.capacity * parts;
+    let kernel = plan.gpu.kernel(&KEYS, "selected_backward_keys", &defines)?;
+    let sum = plan.gpu.kernel(&KEYS, "selected_backward_keys_sum", &defines)?;
+    // SAFETY: the kernels' arguments; lengths were checked and addresses are the caller's promise.
+    // The buffers are freed in the stream's order, after the kernels.
+    unsafe {
+        plain::launch(&kernel, blocks, 384, shared, args)?;
+        plain::launch(&sum, blocks, 256, 0, Args::new().value(params))
+    }
+}
+
+/// How the queries' kernel is cut for a plan and spec.
+struct QueryShape {
+    warps: usize,
+    /// Heads of a group, padded.
+    heads: usize,
+    /// Queries of a tile.
+    queries: usize,
+    stages: usize,
+    shared: usize,
+}
+
+impl QueryShape {
+    fn new(plan: &Plan, spec: &NsaSpec) -> Self {
+        let dims = plan.dims;
+        let both = dims.key_dim + dims.value_dim;
+        let warps = if both <= 384 { 8 } else { 4 };
+        let (rows, heads) = (16 * warps, dims.group().next_power_of_two());
+        let queries = rows / heads;
+        // Lists: four bytes an entry, a bit a query, and eight bytes of order; q and dOut where
+        // registers do not hold them.
+        let words = queries.div_ceil(32);
+        let lists = queries * spec.select_count * (4 + 4 * words + 8) + 64;
+        let held = if both <= 256 { 32 } else { rows * padded(dims) * 2 };
+        let stage = KEY_STAGE * padded(dims) * 2 + 16;
+        let most = plan.gpu.info().shared_per_block_optin as usize;
+        let stages = (most.saturating_sub(held + lists) / stage).min(24);
+        QueryShape { warps, heads, queries, stages, shared: stages * stage + held + lists }
+    }
+}
+
+/// `Params` of `selected_backward_queries.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct QueryParams {
+    sequences: u64,
+    q: u64,
+    d_out: u64,
+    gate: u64,
+    lse: u64,
+    delta: u64,
+    indices: u64,
+    d_q: u64,
+    sum: u64,
+    sequence_count: i32,
+    tile_count: i32,
+    heads: i32,
+    group: i32,
+    gate_index: i32,
+    first: i32,
+    last: i32,
+    scale: f32,
+}
+
+fn query_grads(
+    branch: &Branch,
+    spec: &NsaSpec,
+    indices: Slice,
+    up: Upstream,
+    grads: Grads,
+) -> Result<()> {
+    let (plan, batch) = (branch.plan, branch.batch);
+    let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
+    let shape = QueryShape::new(plan, spec);
+    let defines = [
+        real(plan.number),
+        ("D", key_dim.to_string()),
+        ("V", value_dim.to_string()),
+        ("MASK", "0".into()),
+        ("GP", shape.heads.to_string()),
+        ("SB", spec.select_block.to_string()),
+        ("S", spec.select_count.to_string()),
+        ("STAGES", shape.stages.to_string()),
+    ];
+    let tiles = items(batch.tokens, shape.queries, batch.count());
+    let (gate, gate_index) = up.gate.map_or((0, 0), |(gate, index)| (gate.ptr(), int(index)));
+    let params = QueryParams {
+        sequences: batch.table.ptr(),
+        q: branch.q.ptr(),
+        d_out: up.d_out.ptr(),
+        gate,
+        lse: up.lse.ptr(),
+        delta: up.delta,
+        indices: indices.ptr(),
+        d_q: grads.q.ptr(),
+        sum: grads.sum,
+        sequence_count: int(batch.count()),
+        tile_count: int(tiles),
+        heads: int(heads),
+        group: int(plan.dims.group()),
+        gate_index,
+        first: grads.first.into(),
+        last: grads.last.into(),
+        scale: branch.scale,
+    };
+    let tokens = batch.tokens;
+    let args = Args::new()
+        .map(boxes(plan, branch.k, [tokens, kv_heads, key_dim], [KEY_STAGE, 1])?)
+        .map(boxes(plan, branch.v, [tokens, kv_heads, value_dim], [KEY_STAGE, 1])?)
+        .value(params);
+    let kernel = plan.gpu.kernel(&QUERIES, "selected_backward_queries", &defines)?;
+    let threads = 128 + 32 * shape.warps as u32;
+    // SAFETY: the kernel's arguments; lengths were checked and addresses are the caller's promise.
+    unsafe { plain::launch(&kernel, tiles * kv_heads, threads, shape.shared as u32, args) }
+}
