@@ -20,7 +20,9 @@ const VARLEN: [&[u8]; 2] = [
 ///
 /// Suites: golden (stored float64 results), property (random shapes against float64, facts that
 /// hold whatever the numbers are), bitwise (the same bits again, for any threads, beside anything),
-/// hostile (NaN, huge and tiny numbers, inputs that lie). Leaves with 1 when anything fails.
+/// hostile (NaN, huge and tiny numbers, inputs that lie), ops (each tensor operation, forward and
+/// backward), model (small decoders: gradients, recomputation, decoding). Leaves with 1 when
+/// anything fails.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -44,7 +46,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let only_json = args.json.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let mut table = Table::new(!only_json);
     table.say(&format!("tercet {} on {device}", env!("CARGO_PKG_VERSION")));
-    suites(&device, &golden, args.long, &mut |row| table.add(row))?;
+    suites(&device, &golden, args.long, &mut |row| table.add(row));
     table.totals();
     if let Some(path) = &args.json {
         let json = table.json(&device.to_string())?;
@@ -67,21 +69,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn suites(
-    device: &Choice,
-    golden: &[Golden],
-    long: bool,
-    each: &mut dyn FnMut(Row),
-) -> anyhow::Result<()> {
+fn suites(device: &Choice, golden: &[Golden], long: bool, each: &mut dyn FnMut(Row)) {
     match device {
-        Choice::Cuda(_) => return Err(user("the device's suites are not here yet")),
+        Choice::Cuda(gpu) => selftest::run_cuda(gpu, golden, long, each),
         Choice::Cpu => {
-            let ways = [Way::reference(), Way::cpu_f32(), Way::cpu_bf16()];
-            selftest::run(&ways[1..], golden, long, each);
-            selftest::facts(&ways[0], each);
+            selftest::run(&[Way::cpu_f32(), Way::cpu_bf16()], golden, long, each);
+            selftest::facts(&Way::reference(), each);
         }
     }
-    Ok(())
+    let tensors = device.tensors();
+    tercet_tensor::selftest(&tensors, each);
+    tercet_model::selftest(&tensors, each);
 }
 
 /// The embedded case and those of a folder.

@@ -103,6 +103,19 @@ impl Model {
             let vars = ops::NsaVars { q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate };
             return Ok(ops::attention_nsa(tape, &vars, spec, &inputs.cu_seqlens)?);
         };
+        if let Some(turns) = site.step {
+            let new = NsaNew {
+                q: q.value(),
+                k_cmp: k_raw.value(),
+                v_cmp: v_raw.value(),
+                k_slc: k_slc.value(),
+                v_slc: v_slc.value(),
+                k_win: k_win.value(),
+                v_win: v_win.value(),
+                gate: gate.value(),
+            };
+            return Ok(tape.leaf(cache.step(&inputs.positions, &new, turns)?));
+        }
         let (k_cmp, v_cmp, starts) =
             cache.compress(self.config(), [k_raw.value(), v_raw.value()], [&phi_k, &phi_v])?;
         let k_cmp = tape.leaf(k_cmp);

@@ -3,10 +3,12 @@
 use half::bf16;
 use tercet_attention::Element;
 use tercet_attention::cpu::{CompressTail, DenseCache, NsaCache, NsaStep, Phi};
-use tercet_tensor::{DType, Device, Tape, Tensor, ops};
+use tercet_tensor::{DType, Device, Gpu, Tape, Tensor, ops};
 
 use crate::batch::{Inputs, block_starts, tensor_i32};
+use crate::cache_cuda::{CudaDense, CudaNsa};
 use crate::config::ModelConfig;
+use crate::decode_graph::DecodeGraph;
 use crate::decoder::Site;
 use crate::{Error, Model, Result};
 
@@ -14,12 +16,17 @@ use crate::{Error, Model, Result};
 /// that activations stay small beside the weights.
 const PREFILL_CHUNK: usize = 512;
 
+/// The same on a GPU.
+const CUDA_PREFILL_CHUNK: usize = 2048;
+
 /// What a model remembers of one sequence.
 pub struct Cache {
     layers: Vec<LayerCache>,
     len: usize,
     /// Set while layers are being extended: after an error they disagree.
     broken: bool,
+    /// One token's step on a GPU, captured.
+    graph: Option<DecodeGraph>,
 }
 
 impl Cache {
@@ -33,6 +40,12 @@ impl Cache {
         self.len == 0
     }
 
+    /// Whether it takes single tokens only, since the rows that no compressed block is made of yet
+    /// are where captured steps read them.
+    pub(crate) fn only_steps(&self) -> bool {
+        self.graph.is_some()
+    }
+
     /// Bytes of keys and values in use.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerCache::bytes).sum()
@@ -44,27 +57,32 @@ impl Model {
     pub fn cache(&self) -> Result<Cache> {
         let layers: Result<Vec<_>> =
             (0..self.config().num_hidden_layers).map(|i| LayerCache::new(self, i)).collect();
-        Ok(Cache { layers: layers?, len: 0, broken: false })
+        Ok(Cache { layers: layers?, len: 0, broken: false, graph: None })
     }
 
     /// Appends tokens; returns the logits after the last one, `[vocab]`. A long prompt is read
     /// in chunks.
     pub fn extend(&self, cache: &mut Cache, tokens: &[i32]) -> Result<Vec<f32>> {
-        let Some(last) = tokens.chunks(PREFILL_CHUNK).next_back() else {
+        let chunk = if self.device() == Device::Cpu { PREFILL_CHUNK } else { CUDA_PREFILL_CHUNK };
+        let Some(last) = tokens.chunks(chunk).next_back() else {
             return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
         };
         // All or nothing: refuse before the first chunk is taken.
         Inputs::appended(self.config(), &Device::Cpu, tokens, cache.len)?;
+        if let (Device::Cuda(gpu), &[token]) = (self.device(), tokens)
+            && let Some(logits) = self.decode(&gpu, cache, token)?
+        {
+            return Ok(logits);
+        }
         // One entry into the thread pool for the whole step: entering it for each of the hundred
         // small operations of one token costs more than they do.
         rayon::scope(|_| {
             let mut hidden = None;
-            for chunk in tokens.chunks(PREFILL_CHUNK) {
+            for chunk in tokens.chunks(chunk) {
                 hidden = Some(self.append(cache, chunk)?);
             }
             let hidden = hidden.ok_or_else(|| Error::Batch("no token to append".into()))?;
-            let width = self.config().hidden_size;
-            let row = last_row(&hidden, last.len() - 1, width)?;
+            let row = hidden.rows(last.len() - 1..last.len())?;
             let tape = &mut Tape::inference();
             let row = tape.leaf(row);
             Ok(self.head(tape, &row)?.to_vec_f32()?)
@@ -79,20 +97,53 @@ impl Model {
         self.head(tape, &hidden)
     }
 
+    /// Refuses a cache of another model, or one that an error left half extended.
+    fn check_cache(&self, cache: &Cache) -> Result<()> {
+        if !cache.broken && cache.layers.len() == self.config().num_hidden_layers {
+            return Ok(());
+        }
+        Err(Error::Batch(
+            "the cache is of another model, or an earlier call with it failed; start a new one"
+                .into(),
+        ))
+    }
+
+    /// The logits after one more token by a captured graph: capturing one first when there is none
+    /// or the room is used up. `None` where this model's caches cannot be captured.
+    fn decode(&self, gpu: &Gpu, cache: &mut Cache, token: i32) -> Result<Option<Vec<f32>>> {
+        self.check_cache(cache)?;
+        // Experts are counted on the host, which cannot be captured.
+        let fixed = self.config().moe.is_none();
+        if !fixed || cache.layers.iter().any(|layer| !layer.can_be_captured()) {
+            return Ok(None);
+        }
+        cache.broken = true;
+        if cache.graph.as_ref().is_none_or(|graph| graph.capacity() <= cache.len) {
+            let graph = DecodeGraph::capture(self, gpu, &mut cache.layers, cache.len + 1)?;
+            cache.graph = Some(graph);
+        }
+        let Some(graph) = &cache.graph else { return Ok(None) };
+        let logits = graph.run(token, cache.len)?;
+        cache.layers.iter_mut().try_for_each(LayerCache::advance)?;
+        cache.len += 1;
+        cache.broken = false;
+        Ok(Some(logits))
+    }
+
     /// Appends tokens to every layer; returns the output of the last norm, `[c, C]`.
     fn append(&self, cache: &mut Cache, tokens: &[i32]) -> Result<Tensor> {
-        if cache.broken || cache.layers.len() != self.config().num_hidden_layers {
-            return Err(Error::Batch(
-                "the cache is of another model, or an earlier call with it failed; start a new one"
-                    .into(),
-            ));
-        }
+        self.check_cache(cache)?;
         let inputs = Inputs::appended(self.config(), &self.device(), tokens, cache.len)?;
         let tape = &mut Tape::inference();
         let mut x = self.embed(tape, &inputs)?;
+        if cache.only_steps() {
+            return Err(Error::Batch(
+                "a cache that has been decoded with on a GPU takes one token at a time".into(),
+            ));
+        }
         cache.broken = true;
         for (layer, held) in cache.layers.iter_mut().enumerate() {
-            let site = Site { layer, inputs: &inputs, cache: Some(held) };
+            let site = Site { layer, inputs: &inputs, cache: Some(held), step: None };
             x = self.layer(tape, &x, site)?.swap_remove(0);
         }
         cache.broken = false;
@@ -101,16 +152,10 @@ impl Model {
     }
 }
 
-fn last_row(hidden: &Tensor, row: usize, width: usize) -> Result<Tensor> {
-    let range = row * width..(row + 1) * width;
-    Ok(match hidden.dtype() {
-        DType::BF16 => Tensor::from_bf16(hidden.as_bf16()?[range].to_vec(), &[1, width])?,
-        _ => Tensor::from_f32(hidden.as_f32()?[range].to_vec(), &[1, width])?,
-    })
-}
-
 /// One layer's cache.
 pub(crate) enum LayerCache {
+    CudaDense(CudaDense),
+    CudaNsa(Box<CudaNsa>),
     Dense(DenseCache),
     NsaF32(Box<NsaLayer<f32>>),
     NsaBf16(Box<NsaLayer<bf16>>),
@@ -137,6 +182,13 @@ pub(crate) struct NsaNew<'a> {
 impl LayerCache {
     fn new(model: &Model, layer: usize) -> Result<Self> {
         let config = model.config();
+        if let Device::Cuda(gpu) = model.device() {
+            let dtype = model.params().dtype();
+            return Ok(match &config.nsa {
+                None => Self::CudaDense(CudaDense::new(&gpu, config, dtype, model.mask(layer))?),
+                Some(spec) => Self::CudaNsa(Box::new(CudaNsa::new(&gpu, config, spec, dtype)?)),
+            });
+        }
         if config.nsa.is_none() {
             return Ok(Self::Dense(DenseCache::new(config.dims(), model.mask(layer))?));
         }
@@ -148,6 +200,8 @@ impl LayerCache {
 
     fn bytes(&self) -> usize {
         match self {
+            Self::CudaDense(layer) => layer.bytes(),
+            Self::CudaNsa(layer) => layer.bytes(),
             Self::Dense(cache) => cache.bytes(),
             Self::NsaF32(layer) => layer.cache.bytes(),
             Self::NsaBf16(layer) => layer.cache.bytes(),
@@ -162,7 +216,11 @@ impl LayerCache {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<Tensor> {
-        let Self::Dense(cache) = self else { return Err(mismatch()) };
+        let cache = match self {
+            Self::Dense(cache) => cache,
+            Self::CudaDense(layer) => return layer.extend([q, k, v]),
+            _ => return Err(mismatch()),
+        };
         match q.dtype() {
             DType::BF16 => dense::<bf16>(cache, config, [q, k, v]),
             _ => dense::<f32>(cache, config, [q, k, v]),
@@ -180,7 +238,8 @@ impl LayerCache {
         match self {
             Self::NsaF32(layer) => layer.compress(config, raw, phi),
             Self::NsaBf16(layer) => layer.compress(config, raw, phi),
-            Self::Dense(_) => Err(mismatch()),
+            Self::CudaNsa(layer) => layer.compress(config, raw, phi),
+            Self::Dense(_) | Self::CudaDense(_) => Err(mismatch()),
         }
     }
 
@@ -189,12 +248,26 @@ impl LayerCache {
         match self {
             Self::NsaF32(layer) => layer.extend(config, new),
             Self::NsaBf16(layer) => layer.extend(config, new),
-            Self::Dense(_) => Err(mismatch()),
+            Self::CudaNsa(layer) => layer.extend(new),
+            Self::Dense(_) | Self::CudaDense(_) => Err(mismatch()),
+        }
+    }
+
+    /// Whether one token's step can be captured.
+    fn can_be_captured(&self) -> bool {
+        matches!(self, Self::CudaNsa(layer) if layer.can_be_captured())
+    }
+
+    /// Notes that a captured step has been launched.
+    fn advance(&mut self) -> Result<()> {
+        match self {
+            Self::CudaNsa(layer) => layer.advance(),
+            _ => Err(mismatch()),
         }
     }
 }
 
-fn mismatch() -> Error {
+pub(crate) fn mismatch() -> Error {
     Error::Batch("the cache is of another kind of attention than the model".into())
 }
 

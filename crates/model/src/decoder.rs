@@ -32,6 +32,8 @@ pub(crate) struct Site<'s> {
     pub inputs: &'s Inputs,
     /// The layer's cache, when tokens are appended to one; never while recording.
     pub cache: Option<&'s mut LayerCache>,
+    /// One token whose position only the device knows, and what turns its compressed keys.
+    pub step: Option<Option<&'s Tensor>>,
 }
 
 impl Model {
@@ -105,12 +107,12 @@ impl Model {
             let mut outputs = if options.recompute {
                 let inputs = inputs.clone();
                 let again = move |tape: &mut Tape<'a>, x: &[Var]| {
-                    let site = Site { layer, inputs: &inputs, cache: None };
+                    let site = Site { layer, inputs: &inputs, cache: None, step: None };
                     self.layer(tape, &x[0], site).map_err(into_tensor_error)
                 };
                 tape.recompute(&[x], again)?
             } else {
-                self.layer(tape, &x, Site { layer, inputs, cache: None })?
+                self.layer(tape, &x, Site { layer, inputs, cache: None, step: None })?
             };
             balances.extend(outputs.drain(1..));
             x = outputs.swap_remove(0);
@@ -229,8 +231,8 @@ impl Model {
     }
 }
 
-/// Inside a recomputed layer only tensor and attention errors can arise.
-fn into_tensor_error(error: Error) -> tercet_tensor::Error {
+/// For closures of the tensor crate: inside a layer only tensor and attention errors arise.
+pub(crate) fn into_tensor_error(error: Error) -> tercet_tensor::Error {
     match error {
         Error::Tensor(error) => error,
         Error::Attention(source) => tercet_tensor::Error::Attention { op: "layer", source },

@@ -105,7 +105,9 @@ impl<'m> Generator<'m> {
         let start = Instant::now();
         // At least one token must be read again to have logits to choose from.
         let known = self.held.len();
-        let read = if known < tokens.len() && tokens.starts_with(&self.held) {
+        let rest = tokens.len().saturating_sub(known);
+        let goes_on = rest == 1 || !self.cache.only_steps();
+        let read = if known < tokens.len() && goes_on && tokens.starts_with(&self.held) {
             &tokens[known..]
         } else {
             self.cache = self.model.cache()?;

@@ -40,6 +40,7 @@ pub use tape::{Tape, Var};
 pub use tensor::Tensor;
 pub use tercet_attention::cpu::Mask;
 pub use tercet_attention::{Compressor, NsaSpec};
+pub use tercet_cuda::{Gpu, Graph};
 
 /// Caches for decoding on a device.
 pub mod caches {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tercet_cuda::{Buffer, Gpu};
 
-use crate::{Error, Result};
+use crate::{Error, Result, Tensor};
 
 const OP: &str = "rope table";
 
@@ -194,6 +194,16 @@ impl RopeTable {
     /// What cosines and sines are multiplied by.
     pub fn attention_factor(&self) -> f32 {
         self.0.attention_factor
+    }
+
+    /// Cosines and sines of the first positions, f32 `[positions, 2, D/2]`: a position's cosines,
+    /// then its sines, both times the attention factor.
+    pub fn turns(&self, positions: usize) -> Result<Tensor> {
+        let half = self.0.inv_freq.len();
+        let angles = self.compute((0..positions).map(|p| p as f32), true);
+        let rows = angles.cos.chunks(half).zip(angles.sin.chunks(half));
+        let all = rows.flat_map(|(cos, sin)| cos.iter().chain(sin)).copied().collect();
+        Tensor::from_f32(all, &[positions, 2, half])
     }
 
     /// Address of the inverse frequencies on a device; valid as long as the table lives.

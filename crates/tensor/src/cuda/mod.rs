@@ -26,6 +26,7 @@ use crate::{DType, Error, Result, Tensor};
 pub(crate) mod adamw;
 pub(crate) mod add;
 pub(crate) mod attention;
+pub(crate) mod caches;
 pub(crate) mod compress;
 pub(crate) mod compress_phi;
 mod convert;
@@ -42,12 +43,14 @@ pub(crate) mod norm;
 pub(crate) mod pointwise;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
+mod rows;
 pub(crate) mod scale;
 mod sort;
 mod storage;
 mod sum_parts;
 
 pub(crate) use convert::convert;
+pub(crate) use rows::{append_rows, rows};
 pub(crate) use storage::{OnCuda, number};
 
 /// Header of elementwise loops.

@@ -1,0 +1,192 @@
+//! The decoder's own test on a device: does it compute, decode and repeat what the CPU computes?
+//!
+//! Small random models of every family. The reference is the CPU in f32; in bf16 a device may be
+//! twice as far from it as the CPU's own bf16 is, in f32 both round and the bound counts roundings.
+
+use tercet_attention::selftest::{Check, Fault, Row, Tally, ensure};
+use tercet_tensor::{DType, Device, Grads, Tape};
+
+use crate::{Batch, ForwardOptions, Model, ModelConfig, Result, hf_config};
+
+/// Half the distance between 1 and the next f32.
+const ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// Roundings in a row on the way of one number through a small model and back, generously: some
+/// forty sums of at most a hundred terms.
+const CHAIN: f64 = 4000.0;
+
+/// Names and `config.json` of the models.
+const MODELS: [(&str, &str); 6] = [
+    (
+        "nsa, mean",
+        r#"{"model_type": "tercet", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1,
+            "head_dim": 64, "max_position_embeddings": 512, "nsa": {"compress_block": 16,
+            "compress_stride": 8, "select_block": 16, "select_count": 4, "window": 24}}"#,
+    ),
+    (
+        "nsa, linear, dims 32/16",
+        r#"{"model_type": "tercet", "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 32, "v_head_dim": 16, "max_position_embeddings": 512,
+            "nsa": {"compress_block": 8, "compress_stride": 4, "select_block": 16,
+            "select_count": 4, "window": 20, "compressor": "linear"}}"#,
+    ),
+    (
+        "nsa, mlp, experts",
+        r#"{"model_type": "tercet", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "max_position_embeddings": 512, "nsa": {"compress_block": 8,
+            "compress_stride": 4, "select_block": 8, "select_count": 4, "window": 12,
+            "compressor": "mlp"}, "moe": {"routed_experts": 4, "shared_experts": 1, "top_k": 2,
+            "expert_size": 24, "first_dense_layers": 1}}"#,
+    ),
+    (
+        "llama, tied",
+        r#"{"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 512, "tie_word_embeddings": true}"#,
+    ),
+    (
+        "qwen3, q and k normed",
+        r#"{"model_type": "qwen3", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 32, "max_position_embeddings": 512}"#,
+    ),
+    (
+        "gpt2",
+        r#"{"model_type": "gpt2", "vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4,
+            "n_positions": 512}"#,
+    ),
+];
+
+/// Runs all models on `device`; `each` hears of every row.
+pub fn selftest(device: &Device, each: &mut dyn FnMut(Row)) {
+    for (name, config) in MODELS {
+        for dtype in [DType::F32, DType::BF16] {
+            let name = |what: &str| format!("{what}, {name} · {device} {dtype}");
+            each(Row::of("model", name("loss and gradients"), |tally| {
+                train(tally, config, device, dtype)
+            }));
+            each(Row::of("model", name("decode equals prefill"), |tally| {
+                decode(tally, config, device, dtype)
+            }));
+        }
+    }
+}
+
+fn fault(error: impl std::fmt::Display) -> Fault {
+    Fault(error.to_string())
+}
+
+fn model(config: &str, device: &Device, dtype: DType) -> Check<Model> {
+    let config: ModelConfig = hf_config::from_json(config).map_err(fault)?;
+    // All start from the same stored numbers.
+    let stored = Model::new(config.clone(), 3, DType::BF16).map_err(fault)?;
+    let tensors: std::result::Result<Vec<_>, _> =
+        stored.params().tensors().iter().map(|t| t.to_dtype(dtype)).collect();
+    let mut model = Model::from_tensors(config, tensors.map_err(fault)?).map_err(fault)?;
+    model.to_device(device).map_err(fault)?;
+    Ok(model)
+}
+
+/// Token ids without a pattern.
+fn ids(count: usize, vocab: usize) -> Vec<i32> {
+    let hash = |i: usize| (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+    (0..count).map(|i| (hash(i) as usize % vocab) as i32).collect()
+}
+
+/// Loss and all gradients of a batch of three sequences, in one vector after another.
+fn gradients(model: &Model, recompute: bool) -> Result<(f64, Vec<Vec<f32>>)> {
+    let ids = ids(300, model.config().vocab_size);
+    let batch = Batch::next_token(&[&ids[..170], &ids[170..177], &ids[177..]]);
+    let mut tape = Tape::recording();
+    let losses = model.forward_loss(&mut tape, &batch, &ForwardOptions { recompute })?;
+    let mut grads = Grads::new(model.params().len());
+    tape.backward(&losses.loss, &mut grads)?;
+    let loss = f64::from(losses.loss.value().item()?);
+    let mut all = Vec::new();
+    for (slot, spec) in model.params().specs().iter().enumerate() {
+        all.push(match grads.get(slot) {
+            Some(gradient) => gradient.to_vec_f32()?,
+            None => vec![0.0; spec.len()],
+        });
+    }
+    Ok((loss, all))
+}
+
+/// ‖a − b‖ and ‖b‖ over all numbers.
+fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> (f64, f64) {
+    let pairs = || a.iter().flatten().zip(b.iter().flatten());
+    let square = |x: f64| x * x;
+    let off: f64 = pairs().map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
+    let size: f64 = pairs().map(|(_, b)| square(f64::from(*b))).sum();
+    (off.sqrt(), size.sqrt())
+}
+
+fn train(tally: &mut Tally, config: &str, device: &Device, dtype: DType) -> Check<()> {
+    let run = |device: &Device, dtype, recompute| {
+        gradients(&model(config, device, dtype)?, recompute).map_err(fault)
+    };
+    let (exact_loss, exact) = run(&Device::Cpu, DType::F32, false)?;
+    let (loss, grads) = run(device, dtype, false)?;
+    let (off, size) = distance(&grads, &exact);
+    let mut allowed = [CHAIN * ROUNDING * exact_loss.abs(), CHAIN * ROUNDING * size];
+    if dtype == DType::BF16 {
+        let (cpu_loss, cpu) = run(&Device::Cpu, dtype, false)?;
+        allowed[0] += 2.0 * (cpu_loss - exact_loss).abs() + exact_loss.abs() / 256.0;
+        allowed[1] += 2.0 * distance(&cpu, &exact).0;
+    }
+    tally.hold("loss", (loss - exact_loss).abs(), allowed[0]);
+    tally.hold("gradients", off, allowed[1]);
+    let same = |a: &[Vec<f32>], b: &[Vec<f32>]| {
+        let bits = |x: &[Vec<f32>]| x.iter().flatten().map(|x| x.to_bits()).collect::<Vec<_>>();
+        bits(a) == bits(b)
+    };
+    let (again_loss, again) = run(device, dtype, false)?;
+    let repeated = again_loss.to_bits() == loss.to_bits() && same(&again, &grads);
+    ensure(repeated, || "a repeat gives other bits".into())?;
+    let (_, recomputed) = run(device, dtype, true)?;
+    ensure(same(&recomputed, &grads), || "recomputation gives other bits".into())
+}
+
+/// Logits of a whole sequence against those of a prompt in two chunks and then single tokens.
+fn decode(tally: &mut Tally, config: &str, device: &Device, dtype: DType) -> Check<()> {
+    let (model, reference) =
+        (model(config, device, dtype)?, model(config, &Device::Cpu, DType::F32)?);
+    let vocab = model.config().vocab_size;
+    let ids = ids(150, vocab);
+    let logits = |model: &Model| -> Check<Vec<f32>> {
+        model.logits(&ids, &[0, 150]).and_then(|t| Ok(t.to_vec_f32()?)).map_err(fault)
+    };
+    let (whole, exact) = (logits(&model)?, logits(&reference)?);
+    let error = |a: &[f32], b: &[f32]| {
+        let each = a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs()));
+        each.fold(0.0, |m, x| if x > m || x.is_nan() { x } else { m })
+    };
+    let size = exact.iter().fold(0.0, |m: f64, x| m.max(f64::from(x.abs())));
+    let mut allowed = CHAIN * ROUNDING * size;
+    if dtype == DType::BF16 {
+        // Two ways through the same model round independently, each as far off as the other.
+        allowed += 4.0 * error(&whole, &exact) + size / 256.0;
+    }
+    let mut cache = model.cache().map_err(fault)?;
+    let mut at = 0;
+    for count in [61, 39].into_iter().chain(std::iter::repeat_n(1, 50)) {
+        let got = model.extend(&mut cache, &ids[at..at + count]).map_err(fault)?;
+        at += count;
+        let want = &whole[(at - 1) * vocab..at * vocab];
+        tally.hold(&format!("logits after {at} tokens"), error(&got, want), allowed);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_passes_its_own_test() {
+        selftest(&Device::Cpu, &mut |row| assert!(row.pass, "{row}"));
+    }
+}
