@@ -11,7 +11,7 @@ import sys
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from harness import ROOT, TYPES, Kernel, check as driver_check, compile_cubin, driver, flush_l2  # noqa: E402
+from harness import ROOT, SWIZZLE_128B, TYPES, Kernel, Map, check as driver_check, compile_cubin, driver, flush_l2  # noqa: E402
 
 SOURCES = ROOT / "crates/attention/src/cuda/decode"
 BANDWIDTH = 4.3e12
@@ -42,6 +42,25 @@ class AppendArg(ctypes.Structure):
 def compressed(spec, n):
     l, d = spec["COMPRESS_BLOCK"], spec["COMPRESS_STRIDE"]
     return 0 if n < l else (n - l) // d + 1
+
+
+class PageMap(Map):
+    """A TMA map over one of a cache's tensors: boxes of 64 columns and `tile` tokens of a head of a page."""
+
+    def __init__(self, store, interleaved, tile):
+        pages, a, b, dim = store.shape
+        heads, page = (b, a) if interleaved else (a, b)
+        token, head = (heads * dim, dim) if interleaved else (dim, page * dim)
+        kind = driver.CUtensorMapDataType
+        dtype = {torch.bfloat16: kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, torch.float16: kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}[store.dtype]
+        wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+        self.keep = store
+        self.map = driver_check(driver.cuTensorMapEncodeTiled(
+            dtype, 4, store.data_ptr(), [wide(x) for x in (dim, page, heads, pages)],
+            [wide(x * 2) for x in (token, head, heads * page * dim)], [narrow(x) for x in (64, tile, 1, 1)], [narrow(1)] * 4,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
 
 
 class Cache:
@@ -76,6 +95,9 @@ class Cache:
     def get(self, sequence, tokens):
         at, slot = self.place(sequence, tokens)
         return tuple(s[at, slot] if self.interleaved else s[at, :, slot] for s in (self.k, self.v))
+
+    def maps(self, tile):
+        return [PageMap(x, self.interleaved, tile) for x in (self.k, self.v)]
 
     def arg(self):
         table = 0 if self.table is None else self.table.data_ptr()
@@ -130,7 +152,7 @@ class Step:
     kernels = {}
 
     def __init__(self, spec, heads, kv, d, v, dtype, longest, splits=4, slots=4, tile=32, choosers=64, resident=2,
-                 logits_global=False, plain=False, dense=False):
+                 logits_global=False, plain=False, dense=False, once=False, importance_global=False):
         group = heads // kv
         self.spec, self.plain, self.dense, self.kv, self.d = spec, plain, dense, kv, d
         self.heads, self.v = heads, v
@@ -149,15 +171,25 @@ class Step:
             per = -(-(-(-n // tile)) // splits) * tile
             self.slice = per
             rows = 1 if logits_global else 16
-            slot = tile * max(d, v) * 2
-            shared = slots * slot + 16 * d * 2
+            panels = max(-(-d // 64), -(-v // 64))
+            shared = slots * tile * 128 * panels
+            branches = 1 if dense else 3
+            if splits > 1:
+                shared += 16 * branches * v * 4
             if not dense:
-                shared += 4 * max(rows * (per + 8), per + 8 + self.blocks)
+                shared += 4 * (0 if importance_global else tiles * per * splits)
+                shared += 4 * (-(-self.blocks // 4) * 4 + (0 if logits_global else 16 * (per + 8)))
             self.scratch_row = 16 * (per + 8) * self.cluster if logits_global else 0
-            self.threads, name, entry = 128 + choosers, "step.cu", "decode_step"
+            self.threads, name, entry = 160 + (0 if dense else choosers), "step.cu", "decode_step"
             defines |= dict(SPLITS=splits, SLOTS=slots, TILE=tile, CHOOSERS=choosers, RESIDENT=resident)
+            if importance_global:
+                defines["IMPORTANCE_GLOBAL"] = defines["LOGITS_GLOBAL"] = 1
+                self.scratch_row = 16 * (per + 8) * self.cluster + tiles * per * splits
+            if once:
+                defines["READ_ONCE"] = 1
             if logits_global:
                 defines["LOGITS_GLOBAL"] = 1
+        self.tile = tile
         self.key = (name, entry, tuple(sorted(defines.items())))
         self.shared = shared
 
@@ -181,11 +213,15 @@ class Step:
                         1 / math.sqrt(self.d))
         grid = (rows * self.kv * (1 if self.plain else self.cluster),)
         kernel = self.kernel
+        maps = []
+        if not self.plain:
+            for cache in (cmp, slc, win):
+                maps += (cache or slc).maps(self.tile)
         keep = (q, gate, out, positions, cmp, slc, win, indices, sequences, scratch)
 
         def run():
             kernel.allow(self.shared)
-            kernel(grid, (self.threads,), params)
+            kernel(grid, (self.threads,), *maps, params)
             return keep
 
         return run
@@ -342,7 +378,7 @@ def cases():
     add("plain dense window f32", SPEC, [1, 33, 700], 6, 2, 80, 64, full, plain=True, dense=True, window=100)
     for dtype in (bf, hf):
         add(f"short 64/4 128 {dtype}", SPEC, short, 64, 4, 128, 128, dtype, **fast)
-    for splits, tile, slots, choosers in ((1, 32, 4, 64), (2, 64, 3, 128), (8, 64, 6, 128), (16, 32, 4, 128), (3, 32, 5, 64), (4, 64, 3, 256)):
+    for splits, tile, slots, choosers in ((1, 32, 4, 64), (2, 64, 3, 128), (8, 64, 6, 128), (16, 32, 4, 128), (2, 32, 5, 32), (4, 64, 3, 256)):
         add(f"short splits {splits} tile {tile} slots {slots} choosers {choosers}", SPEC, short, 32, 2, 128, 128, bf, splits=splits, tile=tile, slots=slots, choosers=choosers, resident=1)
     for group in (1, 4, 8, 16, 20, 48, 64):
         add(f"group {group}", SPEC, [40, 1100, 5000, 2049], group * 2, 2, 128, 128, bf, splits=4, resident=1)
@@ -353,6 +389,7 @@ def cases():
     add("page 64 interleaved", SPEC, short, 32, 2, 128, 128, bf, interleaved=True, **fast)
     add("page 256 interleaved", SPEC, short, 32, 2, 64, 64, bf, page=256, interleaved=True, **fast)
     add("logits global", SPEC, short + [20000], 32, 2, 128, 128, bf, logits_global=True, splits=8, tile=64, resident=1)
+    add("importance global", SPEC, short + [20000], 64, 2, 128, 128, bf, logits_global=True, importance_global=True, splits=8, tile=64, resident=1)
     add("sharp", SPEC, [3000, 20000], 32, 2, 128, 128, bf, sharp=5.0, **fast)
     for name, spec in (
         ("l64 d16 s128", dict(SPEC, COMPRESS_BLOCK=64, SELECT_BLOCK=128, SELECT_COUNT=6)),
@@ -361,9 +398,12 @@ def cases():
         ("l32 d32 s32 n8 i0 o1", dict(SPEC, COMPRESS_STRIDE=32, SELECT_BLOCK=32, SELECT_COUNT=8, SELECT_INITIAL=0, SELECT_LOCAL=1)),
         ("s64 n4 i2 o2 free 0", dict(SPEC, SELECT_COUNT=4, SELECT_INITIAL=2)),
         ("l24 d12 s48 w600 n7", dict(SPEC, COMPRESS_BLOCK=24, COMPRESS_STRIDE=12, SELECT_BLOCK=48, SELECT_COUNT=7, WINDOW=600)),
+        ("l64 d64 s64 n5", dict(SPEC, COMPRESS_BLOCK=64, COMPRESS_STRIDE=64, SELECT_COUNT=5)),
+        ("l8 d4 s96 n5 o0", dict(SPEC, COMPRESS_BLOCK=8, COMPRESS_STRIDE=4, SELECT_BLOCK=96, SELECT_COUNT=5, SELECT_LOCAL=0)),
         ("l1 d1 s1 n40", dict(SPEC, COMPRESS_BLOCK=1, COMPRESS_STRIDE=1, SELECT_BLOCK=1, SELECT_COUNT=40, WINDOW=64)),
     ):
-        add("spec " + name, spec, [1, 17, 100, 1000, 2500], 16, 2, 64, 64, bf, splits=4, resident=1)
+        if spec["SELECT_BLOCK"] % 32 == 0:
+            add("spec " + name, spec, [1, 17, 100, 1000, 2500], 16, 2, 64, 64, bf, splits=4, resident=1)
         add("plain spec " + name, spec, [1, 17, 100, 1000, 2500], 16, 2, 64, 64, full, plain=True)
     for window in (0, 1, 512, 130):
         add(f"dense window {window}", SPEC, short, 32, 2, 128, 128, bf, dense=True, window=window, splits=4)
@@ -511,27 +551,28 @@ def report(name, timing, **how):
 
 
 FULL = (
-    dict(splits=4, slots=4, tile=32, choosers=64, resident=2),
-    dict(splits=4, slots=4, tile=32, choosers=128, resident=2),
-    dict(splits=4, slots=3, tile=32, choosers=64, resident=2),
-    dict(splits=8, slots=4, tile=64, choosers=64, resident=2),
-    dict(splits=8, slots=8, tile=32, choosers=64, resident=2),
-    dict(splits=8, slots=3, tile=32, choosers=32, resident=3),
-    dict(splits=4, slots=8, tile=64, choosers=128, resident=1),
-    dict(splits=2, slots=8, tile=32, choosers=128, resident=1),
     dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True),
-    dict(splits=2, slots=5, tile=64, choosers=64, resident=2, logits_global=True),
-    dict(splits=4, slots=5, tile=64, choosers=64, resident=2, logits_global=True),
+    dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True, once=True),
+    dict(splits=1, slots=10, tile=32, choosers=64, resident=2, logits_global=True, once=True),
+    dict(splits=1, slots=5, tile=64, choosers=32, resident=2, logits_global=True, once=True),
+    dict(splits=1, slots=5, tile=64, choosers=128, resident=2, logits_global=True, once=True),
+    dict(splits=2, slots=3, tile=64, choosers=64, resident=2, logits_global=True, once=True),
+    dict(splits=4, slots=3, tile=64, choosers=64, resident=2, logits_global=True, once=True),
+    dict(splits=1, slots=10, tile=64, choosers=128, resident=1, logits_global=True, once=True),
+    dict(splits=8, slots=3, tile=32, choosers=64, resident=2, once=True),
+    dict(splits=8, slots=8, tile=64, choosers=128, resident=1, once=True),
+    dict(splits=4, slots=6, tile=64, choosers=128, resident=1, once=True),
 )
 ONE = (
     dict(splits=16, slots=8, tile=64, choosers=128, resident=1),
     dict(splits=16, slots=8, tile=64, choosers=256, resident=1),
+    dict(splits=16, slots=8, tile=64, choosers=64, resident=1),
     dict(splits=16, slots=12, tile=32, choosers=128, resident=1),
     dict(splits=8, slots=8, tile=64, choosers=128, resident=1),
-    dict(splits=8, slots=16, tile=32, choosers=128, resident=1),
-    dict(splits=4, slots=8, tile=64, choosers=128, resident=1),
+    dict(splits=4, slots=6, tile=64, choosers=128, resident=1),
 )
-DENSE = tuple(dict(splits=s, slots=6, tile=64, choosers=32, resident=2) for s in (1, 2, 4, 8, 16))
+DENSE = tuple(dict(splits=s, slots=6, tile=64, resident=2) for s in (1, 2, 4, 8)) + (
+    dict(splits=16, slots=6, tile=64, resident=2), dict(splits=16, slots=12, tile=64, resident=1), dict(splits=4, slots=5, tile=64, resident=2, once=True))
 
 
 def sweep_set(name, timing, hows):
@@ -543,14 +584,82 @@ def sweep_set(name, timing, hows):
 def sweep():
     sweep_set("64 x 64k", Timing(64, 65536), FULL)
     sweep_set("1 x 64k of 12", Timing(1, 65536, sets=12), ONE)
-    sweep_set("1 x 64k flushed", Timing(1, 65536), ONE[:1] + ONE[3:4])
-    sweep_set("dense 1 x 64k", Timing(1, 65536, dense=True, sets=2), DENSE[3:])
-    sweep_set("dense 16 x 64k", Timing(16, 65536, dense=True), DENSE[:4])
+    one = Timing(1, 65536)
+    sweep_set("1 x 64k flushed", one, ONE[:1] + ONE[4:5])
+    for how in (ONE[0], ONE[4]):
+        try:
+            stamps(one, **how)
+        except Exception as e:
+            print("stamps", type(e).__name__, str(e)[:500])
+    sweep_set("dense 1 x 64k", Timing(1, 65536, dense=True, sets=2), DENSE[3:6])
+    sweep_set("dense 16 x 64k", Timing(16, 65536, dense=True), DENSE)
+
+
+TABLE = {
+    8192: (dict(splits=1, slots=4, tile=32, choosers=64, resident=2, once=True), dict(splits=1, slots=3, tile=64, choosers=64, resident=2, once=True),
+           dict(splits=1, slots=3, tile=32, choosers=32, resident=3, once=True), dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True, once=True)),
+    16384: (dict(splits=1, slots=4, tile=32, choosers=64, resident=2, once=True), dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True, once=True)),
+    32768: (dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True, once=True), dict(splits=4, slots=3, tile=32, choosers=64, resident=2, once=True)),
+}
 
 
 def table():
-    for batch, n in ((512, 8192), (256, 16384), (128, 32768), (64, 65536)):
-        report(f"{batch} x {n}", Timing(batch, n), splits=max(1, n // 16384), slots=4, tile=32, choosers=64, resident=2)
+    for n, hows in TABLE.items():
+        batch = (64 << 16) // n
+        sweep_set(f"{batch} x {n}", Timing(batch, n), hows)
+
+
+STAMPS = (  # what a thread has reached, and the text before which (or, with +, after which) it notes the time
+    ("queries asked", "        float acc[BRANCHES][COLUMNS][4];"),
+    ("cmp tiles", "        total(state, shared.totals[0]);\n        if constexpr (CLUSTER > 1) cluster_wait();\n        if (ranked)"),
+    ("cmp handed over", "        state = empty;\n        for (int i = 0; i < win_count"),
+    ("win tiles", "        total(state, shared.totals[2]);"),
+    ("slc tiles", "        total(state, shared.totals[1]);"),
+    ("sent", "            barrier_wait_peers(&shared.merged);"),
+    ("merged", "            if (thread < BRANCHES * OWN) {"),
+    ("written", "    } else if (warp == WORKERS / 32) {"),
+    ("producer: cluster there", "        int load = 0, round = 0;\n#ifdef READ_ONCE"),
+    ("producer: known tiles asked", "        if (ranked && SELECT_COUNT > SELECT_INITIAL + SELECT_LOCAL) {\n            group_sync<3"),
+    ("producer: choice there", "            stream(rest_count, [&]"),
+    ("producer: all asked", "#endif\n    }\n#ifndef DENSE\n    else {"),
+    ("chooser: logits there", "            if constexpr (SPLITS > 1) barrier_wait_peers(&shared.summed);"),
+    ("chooser: sums there", "            if (chooser < HEADS) {\n                auto part"),
+    ("chooser: importance sent", "            if constexpr (CLUSTER == 1 || GLOBAL) group_sync<2"),
+    ("chooser: importance there", "            constexpr int R = SELECT_BLOCK / COMPRESS_STRIDE, S = COMPRESS_BLOCK / COMPRESS_STRIDE;\n            constexpr int FREE"),
+    ("chooser: scores", "                choose<2>(keys"),
+    ("chooser: chosen", "                group_sync<3, PRODUCERS + CHOOSERS>();\n            }\n        }\n        if (rank == 0"),
+)
+
+
+def stamps(timing, **how):
+    """Clocks since its start at which a block reaches each place: median over blocks, and the last."""
+    folder = pathlib.Path("/tmp/stamped")
+    folder.mkdir(exist_ok=True)
+    for f in SOURCES.glob("*.cu*"):
+        (folder / f.name).write_text(f.read_text())
+    text = (folder / "step.cu").read_text()
+    for i, (_, place) in enumerate(STAMPS):
+        assert text.count(place) == 1, place
+        text = text.replace(place, f"STAMP({i})\n" + place)
+    text = text.replace("#include \"cluster.cuh\"", "#define STAMP(i) if ((threadIdx.x & 31) == 0) stamp[i] = clock64() - began;\n#include \"cluster.cuh\"", 1)
+    text = text.replace("    extern __shared__ __align__(1024)", "    const long long began = clock64();\n    long long* stamp = (long long*)p.scratch + (i64)blockIdx.x * 32;\n"
+                        "    extern __shared__ __align__(1024)", 1)
+    (folder / "step.cu").write_text(text)
+    step = timing.step(**how)
+    name, entry, defines = step.key
+    step.__class__ = type("Stamped", (Step,), {"kernel": Compiled(compile_cubin(folder / name, dict(defines))[0], entry)})
+    blocks = timing.batch * timing.kv * step.cluster
+    step.scratch_row = 64 * step.cluster
+    run = step.bind(timing.q, timing.gate, timing.out, timing.positions, timing.cmp, timing.slc, timing.win, None, timing.sequences[0])
+    for _ in range(3):
+        flush_l2()
+        keep = run()
+    torch.cuda.synchronize()
+    clocks = keep[-1].view(torch.int64)[:blocks * 32].reshape(blocks, 32)
+    print("stamps", how, flush=True)
+    for i, (what, _) in enumerate(STAMPS):
+        column = clocks[:, i].double()
+        print(f"  {what}: {column.median().item():.0f} last {column.max().item():.0f}", flush=True)
 
 
 def compile_only():
@@ -558,6 +667,8 @@ def compile_only():
     steps = case_steps()
     for how in FULL + ONE:
         steps.append(Step(SPEC, 64, 4, 128, 128, torch.bfloat16, 65536, **how))
+    for n, hows in TABLE.items():
+        steps += [Step(SPEC, 64, 4, 128, 128, torch.bfloat16, n, **how) for how in hows]
     for how in DENSE:
         steps.append(Step(dict(SPEC, WINDOW=0), 64, 4, 128, 128, torch.bfloat16, 65536, dense=True, **how))
     compile_all(steps)

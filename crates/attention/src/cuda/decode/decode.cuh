@@ -56,6 +56,7 @@ DEVICE int visible_compressed(int position) {
     return position + 1 < COMPRESS_BLOCK ? 0 : (position + 1 - COMPRESS_BLOCK) / COMPRESS_STRIDE + 1;
 }
 
+#ifdef SELECT_BLOCK
 // Whether a position has no more blocks than it may select.
 DEVICE bool all_selected(int position) { return position / SELECT_BLOCK < SELECT_COUNT; }
 
@@ -71,4 +72,5 @@ DEVICE u32 score_key(float score) {
     u32 bits = score != score ? 0xff800000u : __float_as_uint(score + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+#endif
 #endif

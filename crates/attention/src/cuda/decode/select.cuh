@@ -1,7 +1,7 @@
 // The best blocks of a row, by CHOOSERS threads: a radix search for the last score that gets in, then
 // the blocks above it, ascending. Ties go to the lower index.
 #pragma once
-#include "async.cuh"
+#include "cluster.cuh"
 #include "decode.cuh"
 
 // CHOOSERS: a constant, a multiple of 32.

@@ -1,99 +1,89 @@
 // One decode step of one layer for 16-bit numbers: a cluster of blocks for each (row, KV head).
 //
-// The cluster's blocks split the keys. Each keeps the logits of its compressed blocks, exchanges
-// its maxima and sums with the others through distributed shared memory, and so turns logits into
-// importance without writing them anywhere. While four warps of a block (the choosers) rank blocks,
-// the other four (the workers) attend to the window and to the blocks that are selected whatever
-// their score. Last the chosen blocks, then the splits are merged in their order and gated.
+// The cluster's blocks split the keys. In a block one warp asks the copy engine for tiles, four
+// warps (the workers) attend to them, and the rest (the choosers) rank blocks: they keep the logits
+// of the block's compressed keys, exchange maxima and sums with the other blocks, turn logits into
+// importance and send it to all of them, so that every block makes the same choice. Meanwhile the
+// workers attend to the window and to the blocks that are selected whatever their score. Last come
+// the chosen blocks; then each block gets its share of heads from all others, merges them in their
+// order, and applies the gates. Blocks only ever send, so nobody waits for a round trip.
 //
 // With DENSE there is one branch, causal or (WINDOW > 0) a window, and nothing is ranked.
-#include "async.cuh"
+#include "cluster.cuh"
 #include "decode.cuh"
-#ifndef DENSE
-#include "select.cuh"
-#endif
+#include "mma.cuh"
 
-// Constants: REAL_BF16 or REAL_F16; GROUP, D, V; SPLITS (blocks that share the keys), SLOTS (tiles
-// in flight), TILE (tokens in one, 32 or 64), CHOOSERS (threads), RESIDENT (blocks on a
-// multiprocessor); of the spec COMPRESS_BLOCK, COMPRESS_STRIDE,
-// SELECT_BLOCK, SELECT_COUNT, SELECT_INITIAL, SELECT_LOCAL, WINDOW; LOGITS_GLOBAL.
-constexpr int HEADS = 16, WORKERS = 128, THREADS = WORKERS + CHOOSERS;
-constexpr int HEAD_TILES = (GROUP + HEADS - 1) / HEADS, CLUSTER = SPLITS * HEAD_TILES;
-constexpr int WIDER = D > V ? D : V, SLOT = TILE * WIDER * 2;
-constexpr int STEPS = D / 16;        // products of one QK tile
-constexpr int PARTS = TILE / 32;     // 8-wide tiles of a worker warp's keys
-constexpr int COLUMNS = V / 32;      // 8-wide tiles of a worker warp's quarter of the output
-constexpr bool HOLD_Q = D <= 128;
-static_assert(SLOTS >= 3 && (TILE == 32 || TILE == 64) && D % 32 == 0 && V % 32 == 0, "tiles");
+// Constants: REAL_BF16 or REAL_F16; GROUP, D, V; SPLITS (blocks that share the keys, a power of
+// two), SLOTS (tiles of keys or values in flight), TILE (tokens in one, 32 or 64), CHOOSERS
+// (threads), RESIDENT (blocks on a multiprocessor); of the spec COMPRESS_BLOCK, COMPRESS_STRIDE,
+// SELECT_BLOCK (a multiple of TILE), SELECT_COUNT, SELECT_INITIAL, SELECT_LOCAL, WINDOW;
+// LOGITS_GLOBAL, IMPORTANCE_GLOBAL: they do not fit in shared memory.
+constexpr int HEADS = 16, WORKERS = 128, PRODUCERS = 32;
 #ifdef DENSE
+#undef CHOOSERS
+#define CHOOSERS 0
 constexpr int BRANCHES = 1;
 #else
+#include "select.cuh"
 constexpr int BRANCHES = 3;
+static_assert(SELECT_BLOCK % TILE == 0, "selection blocks are whole tiles");
+#ifdef IMPORTANCE_GLOBAL
+constexpr bool GLOBAL = true;
+#else
+constexpr bool GLOBAL = false;
 #endif
+#endif
+constexpr int THREADS = WORKERS + PRODUCERS + CHOOSERS;
+constexpr int HEAD_TILES = (GROUP + HEADS - 1) / HEADS, CLUSTER = SPLITS * HEAD_TILES;
+constexpr int OWN = HEADS / SPLITS;  // heads that a block writes in the end
+constexpr int K_PANELS = (D + 63) / 64, V_PANELS = (V + 63) / 64, PANEL = TILE * 128;
+constexpr int SLOT = PANEL * (K_PANELS > V_PANELS ? K_PANELS : V_PANELS);
+constexpr int STEPS = D / 16;     // products of one QK tile
+constexpr int PARTS = TILE / 32;  // 8-wide tiles of a worker warp's keys
+constexpr int COLUMNS = V / 32;   // 8-wide tiles of a worker warp's quarter of the output
+static_assert(SLOTS >= 3 && (TILE == 32 || TILE == 64) && D % 32 == 0 && V % 32 == 0 && HEADS % SPLITS == 0, "tiles");
 
-// Which 16-byte chunk of a row holds chunk c, so that eight rows of one column are on all banks.
-template <int DIM>
-DEVICE u32 place(int row, int chunk) {
-    return row * (DIM / 8) + (DIM % 64 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3));
+// Where chunk c (16 bytes) of a row of a swizzled tile lies.
+DEVICE u32 chunk_at(int row, int chunk) { return chunk / 8 * PANEL + row * 128 + ((chunk ^ row) & 7) * 16; }
+// The same for probabilities [16, TILE], which no copy engine touches.
+DEVICE u32 weight_at(int row, int chunk) {
+    return TILE == 64 ? row * 128 + ((chunk ^ row) & 7) * 16 : row * 64 + ((chunk ^ row >> 1) & 3) * 16;
 }
-
-// Copies a tile of tokens; rows outside low..high become zeros.
-template <int DIM>
-DEVICE void fetch(u32 slot, const Real* rows, i64 stride, int low, int high) {
-    constexpr int CHUNKS = DIM / 8, COPIES = TILE * CHUNKS / WORKERS;
-    if constexpr (WORKERS % CHUNKS == 0) {
-        // A thread keeps its column; eight rows on, the place within the row is the same again.
-        constexpr int ROWS = WORKERS / CHUNKS;
-        const int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        const Real* from = rows + first * stride + chunk * 8;
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) {
-            const int row = first + i * ROWS;
-            const bool real = row >= low && row < high;
-            copy_async(slot + place<DIM>(row, chunk) * 16, real ? from : rows, real);
-            from += ROWS * stride;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) {
-            const int at = i * WORKERS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-            const bool real = row >= low && row < high;
-            copy_async(slot + place<DIM>(row, chunk) * 16, rows + (real ? row : 0) * stride + chunk * 8, real);
-        }
-    }
-}
-
-template <int N>
-struct Number {
-    static constexpr int value = N;
-};
 
 struct Softmax {
     float max[2], sum[2];
 };
 
-// A branch's maxima and sums of one block, read by the others at the end.
-struct Totals {
-    float max[HEADS], sum[HEADS];
-};
-
-struct Shared {
-    alignas(16) u16 p[HEADS * TILE];
+struct alignas(16) Shared {
+    u16 weights[HEADS * TILE];
+    u64 full[SLOTS], empty[SLOTS];
+    int2 edges[SLOTS];  // first and last + 1 token of the tile that count
     float max[4][HEADS], sum[4][HEADS];
-    Totals totals[BRANCHES];
-    float weight[BRANCHES][SPLITS][HEADS];
+    float2 totals[BRANCHES][HEADS];  // of this block: maximum and sum
+    // From all splits, this one's heads.
+    u64 merged;
+    float2 parts[SPLITS][BRANCHES][OWN];
+    float factors[SPLITS][BRANCHES][OWN];
 #ifndef DENSE
-    i32 chosen[SELECT_COUNT];
-    Totals peers[SPLITS];
-    float lse_max[HEADS], lse_inverse[HEADS];
     u64 summed, scored;
+    float2 peers[SPLITS][HEADS];  // the compressed branch's totals
+    float most[HEADS], inverse[HEADS];
+    i32 chosen[SELECT_COUNT];
     Choice choice;
 #endif
 };
 
+// A tile of the stream.
+struct Spot {
+    int which, page, token, low, high;
+};
+
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT)
-    decode_step(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) u8 dynamic[];
+    decode_step(const __grid_constant__ TensorMap cmp_k, const __grid_constant__ TensorMap cmp_v,
+                const __grid_constant__ TensorMap slc_k, const __grid_constant__ TensorMap slc_v,
+                const __grid_constant__ TensorMap win_k, const __grid_constant__ TensorMap win_v,
+                const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) u8 dynamic[];
     __shared__ Shared shared;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     const int rank = cluster_rank(), split = rank % SPLITS, head_tile = rank / SPLITS;
@@ -110,88 +100,130 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         return;
     }
 
-    const u32 slots = shared_at(dynamic), q_at = slots + SLOTS * SLOT;
-#ifndef DENSE
-    const int row_of_logits = p.slice + 8;
-    // Importance takes the place of the first head's logits; it is read by peers, so it stands in
-    // shared memory whatever the logits do. Keys follow it.
-    float* importance = (float*)(dynamic + SLOTS * SLOT + HEADS * D * 2);
-    u32* keys = (u32*)(importance + row_of_logits);
+    // Shared memory: slots; [SPLITS, BRANCHES, OWN, V] from the others; importance; keys; logits.
+    const u32 slots = shared_address(dynamic);
+    float* inbox = (float*)(dynamic + SLOTS * SLOT);
+#ifdef DENSE
+    const int oldest = WINDOW > 0 ? max(position - WINDOW + 1, 0) : 0;
+    const int first = oldest / TILE, tiles = position / TILE + 1 - first, share = (tiles + SPLITS - 1) / SPLITS;
+    const int mine = first + min(split * share, tiles), count = min(first + tiles, mine + share) - mine;
+#else
+    const int all = p.slice * SPLITS, row_of_logits = p.slice + 8;
+#ifdef IMPORTANCE_GLOBAL
+    u32* keys = (u32*)(inbox + (SPLITS > 1 ? HEADS * BRANCHES * V : 0));
+    float* importance = p.scratch + (i64)gridDim.x * HEADS * row_of_logits + (i64)pair * HEAD_TILES * all;
+#else
+    float* importance = inbox + (SPLITS > 1 ? HEADS * BRANCHES * V : 0);
+    u32* keys = (u32*)(importance + HEAD_TILES * all);
+#endif
 #ifdef LOGITS_GLOBAL
     float* logits = p.scratch + (i64)blockIdx.x * HEADS * row_of_logits;
 #else
-    float* logits = importance;
+    float* logits = (float*)(keys + (p.blocks + 3 & ~3));
 #endif
     const int visible = visible_compressed(position), current = position / SELECT_BLOCK;
     const bool ranked = !all_selected(position);
     const int local = current + 1 - SELECT_LOCAL;
+    // Compressed tiles are cut in runs; window tiles and selected tiles are dealt to the splits
+    // from opposite ends.
+    auto dealt = [&](int count, int to) { return count > to ? (count - to - 1) / SPLITS + 1 : 0; };
     const int tiles = (visible + TILE - 1) / TILE, share = (tiles + SPLITS - 1) / SPLITS;
     const int cmp_first = min(split * share, tiles), cmp_count = min(cmp_first + share, tiles) - cmp_first;
-    if (thread == 0) {
-        signal_init(&shared.summed, SPLITS);
-        signal_init(&shared.scored, CLUSTER);
-        signal_init_done();
-    }
+    const int oldest = max(position - WINDOW + 1, 0), win_first = oldest / TILE;
+    const int win_count = dealt(position / TILE + 1 - win_first, SPLITS - 1 - split);
+    constexpr int TILES = SELECT_BLOCK / TILE;  // of a selection block
+    const int sure = ranked ? SELECT_INITIAL + SELECT_LOCAL : current + 1;
+    const int sure_count = dealt(sure * TILES, split);
+    const int rest_start = (split + SPLITS - sure * TILES % SPLITS) % SPLITS;
+    const int rest_count = ranked ? dealt((SELECT_COUNT - sure) * TILES, rest_start) : 0;
 #endif
-    if (thread < WORKERS) {
-        for (int i = thread; i < HEADS * D / 8; i += WORKERS) {
-            int r = i / (D / 8), chunk = i % (D / 8);
-            copy_async(q_at + place<D>(r, chunk) * 16, p.q + (first_head + (r < heads ? r : 0)) * D + chunk * 8, r < heads);
-        }
-        copy_commit();
-    }
-    __syncwarp();
-    cluster_arrive();
 
-    float acc[BRANCHES][COLUMNS][4];
-#pragma unroll
-    for (int b = 0; b < BRANCHES; ++b)
-#pragma unroll
-        for (int n = 0; n < COLUMNS; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) acc[b][n][e] = 0.0f;
+    if (thread == 0) {
+        for (int i = 0; i < SLOTS; ++i) {
+            barrier_init(&shared.full[i], 1);
+            barrier_init(&shared.empty[i], WORKERS / 32);
+        }
+        barrier_init(&shared.merged, 1);
+        barrier_expect(&shared.merged, SPLITS * BRANCHES * OWN * (V * 4 + 8));
+#ifndef DENSE
+        barrier_init(&shared.summed, 1);
+        barrier_expect(&shared.summed, SPLITS * HEADS * 8);
+#ifdef IMPORTANCE_GLOBAL
+        barrier_init(&shared.scored, CLUSTER);
+#else
+        barrier_init(&shared.scored, 1);
+        barrier_expect(&shared.scored, HEAD_TILES * tiles * TILE * 4);
+#endif
+#endif
+        barrier_fence_init();
+    }
+    __syncthreads();
+    if constexpr (CLUSTER > 1) cluster_arrive();
 
     if (thread < WORKERS) {
         const float scale = p.scale * 1.4426950408889634f;
         const int top = lane >> 2, left = (lane & 3) * 2;  // of a product's accumulator
-        u32 q[HOLD_Q ? STEPS : 1][4];
-        auto load_q = [&](u32(&x)[4], int step) {
-            load_matrices(x, q_at + place<D>((lane >> 3 & 1) * 8 + (lane & 7), step * 2 + (lane >> 4)) * 16);
-        };
-
-        auto multiply_q = [&](float(&s)[4], int step, u32 b0, u32 b1) {
-            if constexpr (HOLD_Q) {
-                multiply(s, q[step], b0, b1);
-            } else {
-                u32 a[4];
-                load_q(a, step);
-                multiply(s, a, b0, b1);
+        u32 q[STEPS][4];
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int h = top + (i & 1) * 8;
+                q[step][i] = h < heads ? *(const u32*)(p.q + (first_head + h) * D + step * 16 + (i >> 1) * 8 + left) : 0;
+            }
+        float acc[BRANCHES][COLUMNS][4];
+#pragma unroll
+        for (int b = 0; b < BRANCHES; ++b)
+#pragma unroll
+            for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[b][n][e] = 0.0f;
+        const u32 weights = shared_address(shared.weights);
+        int load = 0, round = 0;  // the slot of the next tile, and how often slots came round
+        auto next = [&] {
+            if (++load == SLOTS) {
+                load = 0;
+                ++round;
             }
         };
+        auto release = [&](int slot) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&shared.empty[slot]);
+        };
 
-        // One tile of the stream: waits for its keys, weighs its values, and asks for later tiles.
-        // `ask(values, tile)` copies and commits, `seen(column)` masks, `keep` is shown the logits.
-        auto tile = [&](int t, float(&o)[COLUMNS][4], Softmax& state, auto ask, auto seen, auto keep) {
-            copy_wait<SLOTS - 2>();
-            group_sync<1, WORKERS>();
-            ask(((SLOTS - 1) & 1) != 0, t + (SLOTS - 1) / 2, 2 * t - 1 + SLOTS);
-            const u32 k_at = slots + (2 * t) % SLOTS * SLOT, v_at = slots + (2 * t + 1) % SLOTS * SLOT;
-            float s[PARTS][4] = {};
+        // Attends to the next tile; `keep` is shown the logits.
+        auto tile = [&](float(&o)[COLUMNS][4], Softmax& state, auto keep) {
+            barrier_wait(&shared.full[load], round & 1);
+            const int2 edges = shared.edges[load];
+            const u32 k_at = slots + load * SLOT;
+            float s[PARTS][4] = {}, odd[PARTS][4] = {};
             // Four 8×8 matrices: two key tiles of a step, or one of two steps.
 #pragma unroll
-            for (int step = 0; step < STEPS; step += 3 - PARTS) {
+            for (int step = 0; step < STEPS; step += 2) {
                 u32 k[4];
-                const int r = PARTS == 2 ? warp * 16 + (lane >> 4) * 8 + (lane & 7) : warp * 8 + (lane & 7);
-                load_matrices(k, k_at + place<D>(r, step * 2 + (PARTS == 2 ? lane >> 3 & 1 : lane >> 3)) * 16);
-                multiply_q(s[0], step, k[0], k[1]);
-                multiply_q(s[PARTS - 1], PARTS == 2 ? step : step + 1, k[2], k[3]);
+                if constexpr (PARTS == 2) {
+                    const int r = warp * 16 + (lane >> 4) * 8 + (lane & 7);
+                    load_tiles(k, k_at + chunk_at(r, step * 2 + (lane >> 3 & 1)));
+                    mma_16_8_16(s[0], q[step], k[0], k[1]);
+                    mma_16_8_16(s[1], q[step], k[2], k[3]);
+                    load_tiles(k, k_at + chunk_at(r, step * 2 + 2 + (lane >> 3 & 1)));
+                    mma_16_8_16(odd[0], q[step + 1], k[0], k[1]);
+                    mma_16_8_16(odd[1], q[step + 1], k[2], k[3]);
+                } else {
+                    load_tiles(k, k_at + chunk_at(warp * 8 + (lane & 7), step * 2 + (lane >> 3)));
+                    mma_16_8_16(s[0], q[step], k[0], k[1]);
+                    mma_16_8_16(odd[0], q[step + 1], k[2], k[3]);
+                }
             }
+            release(load);
+            next();
             float most[2] = {-INF, -INF};
 #pragma unroll
             for (int j = 0; j < PARTS; ++j)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    s[j][e] = seen((warp * PARTS + j) * 8 + left + (e & 1)) ? s[j][e] * scale : -INF;
+                    const int column = (warp * PARTS + j) * 8 + left + (e & 1);
+                    s[j][e] = column >= edges.x && column < edges.y ? (s[j][e] + odd[j][e]) * scale : -INF;
                     most[e >> 1] = fmaxf(most[e >> 1], s[j][e]);
                 }
             keep(s);
@@ -202,7 +234,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 if ((lane & 3) == 0) shared.max[warp][top + i * 8] = most[i];
             }
             group_sync<1, WORKERS>();
-            ask((SLOTS & 1) != 0, t + SLOTS / 2, 2 * t + SLOTS);
             float fade[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -217,8 +248,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 for (int j = 0; j < PARTS; ++j) {
                     float a = exp2_approx(s[j][i * 2] - base), b = exp2_approx(s[j][i * 2 + 1] - base);
                     sum += a + b;
-                    const int r = top + i * 8;
-                    *(u32*)&shared.p[place<TILE>(r, warp * PARTS + j) * 8 + left] = pack<Real>(a, b);
+                    *(u32*)((u8*)shared.weights + weight_at(top + i * 8, warp * PARTS + j) + left * 2) = pack<Real>(a, b);
                 }
                 state.sum[i] = state.sum[i] * fade[i] + sum;
             }
@@ -226,29 +256,38 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) o[n][e] *= fade[e >> 1];
-            copy_wait<SLOTS - 1>();
+            const u32 v_at = slots + load * SLOT;
+            barrier_wait(&shared.full[load], round & 1);
+            if (edges.x > 0 || edges.y < TILE) {
+                // What lies outside may be anything, and 0 · NaN is NaN.
+                for (int i = thread; i < V_PANELS * TILE * 8; i += WORKERS) {
+                    const int r = i / 8 % TILE;
+                    if (r < edges.x || r >= edges.y) *(uint4*)(dynamic + load * SLOT + i * 16) = make_uint4(0, 0, 0, 0);
+                }
+                fence_proxy_async();
+            }
             group_sync<1, WORKERS>();
-            const u32 p_at = shared_at(shared.p);
 #pragma unroll
             for (int step = 0; step < TILE / 16; ++step) {
                 u32 a[4];
-                load_matrices(a, p_at + place<TILE>((lane >> 3 & 1) * 8 + (lane & 7), step * 2 + (lane >> 4)) * 16);
+                load_tiles(a, weights + weight_at((lane >> 3 & 1) * 8 + (lane & 7), step * 2 + (lane >> 4)));
                 const int r = step * 16 + (lane >> 3 & 1) * 8 + (lane & 7);
 #pragma unroll
                 for (int n = 0; n < COLUMNS; n += 2) {
                     u32 b[4];
                     // With an odd number of columns the last pair reads one column twice.
-                    const int chunk = warp * COLUMNS + min(n + (lane >> 4), COLUMNS - 1);
-                    load_transposed(b, v_at + place<V>(r, chunk) * 16);
-                    multiply(o[n], a, b[0], b[1]);
-                    if (n + 1 < COLUMNS) multiply(o[n + 1 < COLUMNS ? n + 1 : n], a, b[2], b[3]);
+                    load_tiles_transposed(b, v_at + chunk_at(r, warp * COLUMNS + min(n + (lane >> 4), COLUMNS - 1)));
+                    mma_16_8_16(o[n], a, b[0], b[1]);
+                    if (n + 1 < COLUMNS) mma_16_8_16(o[n + 1 < COLUMNS ? n + 1 : n], a, b[2], b[3]);
                 }
             }
+            release(load);
+            next();
         };
         auto ignore = [](const float(&)[PARTS][4]) {};
 
         // Adds a branch's state over the warps into `totals`; ends with every worker seeing it.
-        auto total = [&](const Softmax& state, Totals& totals) {
+        auto total = [&](const Softmax& state, float2(&totals)[HEADS]) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float sum = state.sum[i];
@@ -256,230 +295,272 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 sum += __shfl_xor_sync(ALL_LANES, sum, 2);
                 if ((lane & 3) == 0) {
                     shared.sum[warp][top + i * 8] = sum;
-                    if (warp == 0) totals.max[top + i * 8] = state.max[i];
+                    if (warp == 0) totals[top + i * 8].x = state.max[i];
                 }
             }
             group_sync<1, WORKERS>();
             if (thread < HEADS)
-                totals.sum[thread] = (shared.sum[0][thread] + shared.sum[1][thread]) + (shared.sum[2][thread] + shared.sum[3][thread]);
+                totals[thread].y = (shared.sum[0][thread] + shared.sum[1][thread]) + (shared.sum[2][thread] + shared.sum[3][thread]);
             group_sync<1, WORKERS>();
         };
         const Softmax empty = {{-INF, -INF}, {0.0f, 0.0f}};
-
-        // Copies tokens that lie together.
-        auto ask_tokens = [&](const Cache& cache, bool values, u32 slot, int token, int low, int high) {
-            if (values) fetch<V>(slot, cache.v + token_start(cache, sequence, token, head, p.kv_heads, V), token_stride(cache, p.kv_heads, V), low, high);
-            else fetch<D>(slot, cache.k + token_start(cache, sequence, token, head, p.kv_heads, D), token_stride(cache, p.kv_heads, D), low, high);
-        };
-        auto ask_ring = [&](const Cache& cache, bool values, u32 slot, int tile, int oldest) {
-            const int token = cache.ring ? (u32)(tile * TILE) % (u32)cache.page : tile * TILE;
-            ask_tokens(cache, values, slot, token, max(oldest - tile * TILE, 0), min(position + 1 - tile * TILE, TILE));
-        };
+        Softmax state = empty;
 
 #ifdef DENSE
-        const int oldest = WINDOW > 0 ? max(position - WINDOW + 1, 0) : 0;
-        const int first = oldest / TILE, tiles = position / TILE + 1 - first, share = (tiles + SPLITS - 1) / SPLITS;
-        const int mine = first + min(split * share, tiles), count = min(first + tiles, mine + share) - mine;
-        auto ask = [&](bool values, int t, int load) {
-            if (t < count) ask_ring(p.slc, values, slots + load % SLOTS * SLOT, mine + t, oldest);
-            copy_commit();
-        };
-        for (int load = 0; load < SLOTS - 1; ++load) ask(load & 1, load >> 1, load);
-        copy_wait<SLOTS - 1>();
-        group_sync<1, WORKERS>();
-        if constexpr (HOLD_Q) {
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) load_q(q[step], step);
-        }
-        Softmax state = empty;
-        for (int t = 0; t < count; ++t) {
-            const int low = oldest - (mine + t) * TILE, high = position + 1 - (mine + t) * TILE;
-            tile(t, acc[0], state, ask, [&](int column) { return column >= low && column < high; }, ignore);
-        }
+        for (int i = 0; i < count; ++i) tile(acc[0], state, ignore);
         total(state, shared.totals[0]);
-        cluster_wait();
+        if constexpr (CLUSTER > 1) cluster_wait();
 #else
-        const int oldest = max(position - WINDOW + 1, 0), win_first = oldest / TILE;
-        // Window tiles and selected tiles are dealt to the splits from opposite ends.
-        auto dealt = [&](int count, int to) { return count > to ? (count - to - 1) / SPLITS + 1 : 0; };
-        const int win_count = dealt(position / TILE + 1 - win_first, SPLITS - 1 - split);
-        auto window_tile = [&](int t) { return win_first + SPLITS - 1 - split + t * SPLITS; };
-        auto tiles_of = [&](int blocks) { return (blocks * SELECT_BLOCK + TILE - 1) / TILE; };
-        const int sure = ranked ? SELECT_INITIAL + SELECT_LOCAL : current + 1;
-        const int sure_tiles = tiles_of(sure), sure_count = dealt(sure_tiles, split);
-        auto sure_block = [&](int i) { return ranked && i >= SELECT_INITIAL ? local + i - SELECT_INITIAL : i; };
-        const int rest = ranked ? SELECT_COUNT - sure : 0;
-        const int rest_start = (split + SPLITS - sure_tiles % SPLITS) % SPLITS, rest_count = dealt(tiles_of(rest), rest_start);
-
-        // Selected keys are counted through; `block(i)` is the i-th block of `count`.
-        auto selected_token = [&](int key, int count, auto block) {
-            return key < count * SELECT_BLOCK ? block(key / SELECT_BLOCK) * SELECT_BLOCK + key % SELECT_BLOCK : position + 1;
-        };
-        auto ask_selected = [&](bool values, u32 slot, int tile, int count, auto block) {
-            if constexpr (SELECT_BLOCK % TILE == 0) {
-                const int token = selected_token(tile * TILE, count, block);
-                ask_tokens(p.slc, values, slot, min(token, position), 0, min(position + 1 - token, TILE));
-            } else {
-                auto each = [&](auto dim, const Real* base) {
-                    constexpr int DIM = decltype(dim)::value, CHUNKS = DIM / 8;
-                    for (int i = thread; i < TILE * CHUNKS; i += WORKERS) {
-                        const int r = i / CHUNKS, chunk = i % CHUNKS, token = selected_token(tile * TILE + r, count, block);
-                        const i64 at = token_start(p.slc, sequence, min(token, position), head, p.kv_heads, DIM);
-                        copy_async(slot + place<DIM>(r, chunk) * 16, base + at + chunk * 8, token <= position);
-                    }
-                };
-                if (values) each(Number<V>{}, p.slc.v);
-                else each(Number<D>{}, p.slc.k);
-            }
-        };
-        auto ask = [&](bool values, int t, int load) {
-            const u32 slot = slots + load % SLOTS * SLOT;
-            if (t < cmp_count) {
-                const int block = (cmp_first + t) * TILE;
-                ask_tokens(p.cmp, values, slot, block, 0, min(visible - block, TILE));
-            } else if ((t -= cmp_count) < win_count) {
-                ask_ring(p.win, values, slot, window_tile(t), oldest);
-            } else if ((t -= win_count) < sure_count) {
-                ask_selected(values, slot, split + t * SPLITS, sure, sure_block);
-            }
-            copy_commit();
-        };
-        for (int load = 0; load < SLOTS - 1; ++load) ask(load & 1, load >> 1, load);
-        copy_wait<SLOTS - 1>();
-        cluster_wait();
-        group_sync<1, WORKERS>();
-        if constexpr (HOLD_Q) {
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) load_q(q[step], step);
-        }
-
-        int t = 0;
-        Softmax state = empty;
-        for (; t < cmp_count; ++t) {
-            const int high = visible - (cmp_first + t) * TILE;
-            auto keep = [&](const float(&s)[PARTS][4]) {
+        for (int i = 0; i < cmp_count; ++i)
+            tile(acc[0], state, [&](const float(&s)[PARTS][4]) {
 #pragma unroll
                 for (int j = 0; j < PARTS; ++j)
 #pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        *(float2*)&logits[(top + i * 8) * row_of_logits + t * TILE + (warp * PARTS + j) * 8 + left] =
-                            make_float2(s[j][i * 2], s[j][i * 2 + 1]);
-            };
-            tile(t, acc[0], state, ask, [&](int column) { return column < high; }, keep);
-        }
+                    for (int half = 0; half < 2; ++half)
+                        *(float2*)&logits[(top + half * 8) * row_of_logits + i * TILE + (warp * PARTS + j) * 8 + left] =
+                            make_float2(s[j][half * 2], s[j][half * 2 + 1]);
+            });
         total(state, shared.totals[0]);
-        if (ranked && warp == 0) {
-            for (int i = lane; i < SPLITS * HEADS; i += 32) {
-                const u32 at = peer_at(shared_at(&shared.peers[split]), head_tile * SPLITS + i / HEADS);
-                peer_store(at + i % HEADS * 4, shared.totals[0].max[i % HEADS]);
-                peer_store(at + (HEADS + i % HEADS) * 4, shared.totals[0].sum[i % HEADS]);
-            }
-            asm volatile("fence.acq_rel.cluster;" ::: "memory");
-            __syncwarp();
-            if (lane < SPLITS) signal_peer(&shared.summed, head_tile * SPLITS + lane);
-        }
-
-        state = empty;
-        for (int i = 0; i < win_count; ++i, ++t) {
-            const int low = oldest - window_tile(i) * TILE, high = position + 1 - window_tile(i) * TILE;
-            tile(t, acc[2], state, ask, [&](int column) { return column >= low && column < high; }, ignore);
-        }
-        total(state, shared.totals[2]);
-
-        state = empty;
-        auto attend = [&](int tile_index, int t, int count, auto ask, auto block) {
-            if constexpr (SELECT_BLOCK % TILE == 0) {
-                const int high = position + 1 - selected_token(tile_index * TILE, count, block);
-                tile(t, acc[1], state, ask, [&](int column) { return column < high; }, ignore);
-            } else {
-                auto seen = [&](int column) { return selected_token(tile_index * TILE + column, count, block) <= position; };
-                tile(t, acc[1], state, ask, seen, ignore);
-            }
-        };
-        for (int i = 0; i < sure_count; ++i, ++t) attend(split + i * SPLITS, t, sure, ask, sure_block);
-
+        if constexpr (CLUSTER > 1) cluster_wait();
         if (ranked) {
-            group_sync<3, THREADS>();
-            auto chosen_block = [&](int i) { return shared.chosen[i]; };
-            auto ask_rest = [&](bool values, int t, int load) {
-                if (t < rest_count) ask_selected(values, slots + load % SLOTS * SLOT, rest_start + t * SPLITS, rest, chosen_block);
-                copy_commit();
-            };
-            for (int load = 0; load < SLOTS - 1; ++load) ask_rest(load & 1, load >> 1, load);
-            for (int i = 0; i < rest_count; ++i) attend(rest_start + i * SPLITS, i, rest, ask_rest, chosen_block);
+            if constexpr (SPLITS > 1)
+                for (int i = thread; i < SPLITS * HEADS; i += WORKERS) {
+                    const u32 to = head_tile * SPLITS + i / HEADS;
+                    peer_store(peer_address(shared_address(&shared.peers[split][i % HEADS]), to),
+                               peer_address(shared_address(&shared.summed), to), shared.totals[0][i % HEADS]);
+                }
+            group_arrive<4, WORKERS + CHOOSERS>();
         }
+        state = empty;
+        for (int i = 0; i < win_count; ++i) tile(acc[2], state, ignore);
+        total(state, shared.totals[2]);
+        state = empty;
+        for (int i = 0; i < sure_count + rest_count; ++i) tile(acc[1], state, ignore);
         total(state, shared.totals[1]);
 #endif
 
-        copy_wait<0>();
-        group_sync<1, WORKERS>();
-        float* partial = (float*)dynamic;  // [BRANCHES, 16, V]
+        auto gate = [&](int h, int b) {
+#ifdef DENSE
+            return 1.0f;
+#else
+            return widen(p.gate[(first_head + h) * 3 + b]);
+#endif
+        };
+        if constexpr (SPLITS == 1) {
+            float weight[BRANCHES][2];
 #pragma unroll
-        for (int b = 0; b < BRANCHES; ++b)
+            for (int b = 0; b < BRANCHES; ++b)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int h = top + i * 8;
+                    const float sum = shared.totals[b][h].y;
+                    weight[b][i] = h < heads && sum != 0.0f ? gate(h, b) / sum : 0.0f;
+                }
 #pragma unroll
             for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    *(float2*)&partial[(b * HEADS + top + i * 8) * V + (warp * COLUMNS + n) * 8 + left] =
-                        make_float2(acc[b][n][i * 2], acc[b][n][i * 2 + 1]);
-    } else {
-        cluster_wait();
-#ifndef DENSE
-        const int chooser = thread - WORKERS;
-        if (ranked) {
-            signal_wait(&shared.summed);
-            if (chooser < HEADS) {
+                for (int i = 0; i < 2; ++i) {
+                    float x = 0.0f, y = 0.0f;
+#pragma unroll
+                    for (int b = 0; b < BRANCHES; ++b) {
+                        x += weight[b][i] * acc[b][n][i * 2];
+                        y += weight[b][i] * acc[b][n][i * 2 + 1];
+                    }
+                    const int h = top + i * 8;
+                    if (h < heads) *(u32*)(p.out + (first_head + h) * V + (warp * COLUMNS + n) * 8 + left) = pack<Real>(x, y);
+                }
+        } else {
+            // Each block merges OWN heads; what it sends itself goes the same way.
+            for (int i = thread; i < BRANCHES * HEADS; i += WORKERS) {
+                const int b = i / HEADS, h = i % HEADS;
+                const u32 to = head_tile * SPLITS + h / OWN;
+                peer_store(peer_address(shared_address(&shared.parts[split][b][h % OWN]), to),
+                           peer_address(shared_address(&shared.merged), to), shared.totals[b][h]);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int h = top + i * 8;
+                const u32 to = head_tile * SPLITS + h / OWN;
+                const u32 barrier = peer_address(shared_address(&shared.merged), to);
+#pragma unroll
+                for (int b = 0; b < BRANCHES; ++b) {
+                    const u32 at = peer_address(
+                        shared_address(inbox + ((split * BRANCHES + b) * OWN + h % OWN) * V + warp * COLUMNS * 8 + left), to);
+#pragma unroll
+                    for (int n = 0; n < COLUMNS; ++n)
+                        peer_store(at + n * 32, barrier, make_float2(acc[b][n][i * 2], acc[b][n][i * 2 + 1]));
+                }
+            }
+            barrier_wait_peers(&shared.merged);
+            if (thread < BRANCHES * OWN) {
+                const int b = thread / OWN, own = thread % OWN, h = split * OWN + own;
                 float most = -INF, sum = 0.0f;
-                for (int s = 0; s < SPLITS; ++s) most = fmaxf(most, shared.peers[s].max[chooser]);
+#pragma unroll
+                for (int s = 0; s < SPLITS; ++s) most = fmaxf(most, shared.parts[s][b][own].x);
                 most = most == -INF ? 0.0f : most;
-                for (int s = 0; s < SPLITS; ++s) sum += shared.peers[s].sum[chooser] * exp2_approx(shared.peers[s].max[chooser] - most);
-                shared.lse_max[chooser] = most;
-                shared.lse_inverse[chooser] = sum != 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+                for (int s = 0; s < SPLITS; ++s) sum += shared.parts[s][b][own].y * exp2_approx(shared.parts[s][b][own].x - most);
+                const float factor = h < heads && sum != 0.0f ? gate(h, b) / sum : 0.0f;
+#pragma unroll
+                for (int s = 0; s < SPLITS; ++s) shared.factors[s][b][own] = factor * exp2_approx(shared.parts[s][b][own].x - most);
+            }
+            group_sync<1, WORKERS>();
+            for (int i = thread; i < OWN * V / 2; i += WORKERS) {
+                const int own = i / (V / 2), column = i % (V / 2) * 2, h = split * OWN + own;
+                float x = 0.0f, y = 0.0f;
+#pragma unroll
+                for (int b = 0; b < BRANCHES; ++b)
+#pragma unroll
+                    for (int s = 0; s < SPLITS; ++s) {
+                        const float2 part = *(float2*)(inbox + ((s * BRANCHES + b) * OWN + own) * V + column);
+                        x += shared.factors[s][b][own] * part.x;
+                        y += shared.factors[s][b][own] * part.y;
+                    }
+                if (h < heads) *(u32*)(p.out + (first_head + h) * V + column) = pack<Real>(x, y);
+            }
+        }
+    } else if (warp == WORKERS / 32) {
+        if constexpr (CLUSTER > 1) cluster_wait();
+        int load = 0, round = 0;
+#ifdef READ_ONCE
+        const u64 policy = policy_of(true);
+#else
+        const u64 policy = policy_of(false);
+#endif
+        // Lanes find 32 tiles' places at once, then one lane asks for them.
+        auto stream = [&](int count, auto describe) {
+            for (int base = 0; base < count; base += 32) {
+                Spot spot = {};
+                if (base + lane < count) spot = describe(base + lane);
+                for (int i = 0; i < min(count - base, 32); ++i) {
+                    const int which = __shfl_sync(ALL_LANES, spot.which, i), page = __shfl_sync(ALL_LANES, spot.page, i);
+                    const int token = __shfl_sync(ALL_LANES, spot.token, i);
+                    const int low = __shfl_sync(ALL_LANES, spot.low, i), high = __shfl_sync(ALL_LANES, spot.high, i);
+                    if (lane == 0) {
+#pragma unroll
+                        for (int values = 0; values < 2; ++values) {
+                            if (round > 0) barrier_wait(&shared.empty[load], round - 1 & 1);
+                            shared.edges[load] = make_int2(low, high);
+                            const int panels = values ? V_PANELS : K_PANELS;
+                            barrier_expect(&shared.full[load], panels * PANEL);
+                            const TensorMap* map = values ? which == 0 ? &cmp_v : which == 1 ? &slc_v : &win_v
+                                                          : which == 0 ? &cmp_k : which == 1 ? &slc_k : &win_k;
+#pragma unroll
+                            for (int panel = 0; panel < panels; ++panel)
+                                load_tokens(slots + load * SLOT + panel * PANEL, map, &shared.full[load], panel * 64, token, head, page, policy);
+                            if (++load == SLOTS) {
+                                load = 0;
+                                ++round;
+                            }
+                        }
+                    }
+                }
+            }
+        };
+        auto place = [&](int which, const Cache& cache, int token, int low, int high) {
+            const u32 page = (u32)token / (u32)cache.page, inside = (u32)token % (u32)cache.page;
+            const int at = cache.table ? cache.table[(i64)sequence * cache.width + page] : sequence;
+            return Spot{which, at, (int)inside, max(low, 0), min(high, TILE)};
+        };
+#ifdef DENSE
+        stream(count, [&](int i) {
+            const int token = (mine + i) * TILE;
+            return place(1, p.slc, token, oldest - token, position + 1 - token);
+        });
+#else
+        stream(cmp_count + win_count + sure_count, [&](int i) {
+            if (i < cmp_count) {
+                const int block = (cmp_first + i) * TILE;
+                return place(0, p.cmp, block, 0, visible - block);
+            }
+            i -= cmp_count;
+            if (i < win_count) {
+                const int token = (win_first + SPLITS - 1 - split + i * SPLITS) * TILE;
+                return place(2, p.win, token, oldest - token, position + 1 - token);
+            }
+            i = split + (i - win_count) * SPLITS;
+            const int block = i / TILES, token = (ranked && block >= SELECT_INITIAL ? local + block - SELECT_INITIAL : block) * SELECT_BLOCK + i % TILES * TILE;
+            return place(1, p.slc, min(token, position), 0, position + 1 - token);
+        });
+        if (ranked && SELECT_COUNT > SELECT_INITIAL + SELECT_LOCAL) {
+            group_sync<3, PRODUCERS + CHOOSERS>();
+            stream(rest_count, [&](int i) {
+                i = rest_start + i * SPLITS;
+                const int token = shared.chosen[i / TILES] * SELECT_BLOCK + i % TILES * TILE;
+                return place(1, p.slc, min(token, position), 0, position + 1 - token);
+            });
+        }
+#endif
+    }
+#ifndef DENSE
+    else {
+        if constexpr (CLUSTER > 1) cluster_wait();
+        const int chooser = thread - WORKERS - PRODUCERS;
+        if (ranked) {
+            group_sync<4, WORKERS + CHOOSERS>();
+            if constexpr (SPLITS > 1) barrier_wait_peers(&shared.summed);
+            if (chooser < HEADS) {
+                auto part = [&](int s) { return SPLITS > 1 ? shared.peers[s][chooser] : shared.totals[0][chooser]; };
+                float most = -INF, sum = 0.0f;
+#pragma unroll
+                for (int s = 0; s < SPLITS; ++s) most = fmaxf(most, part(s).x);
+                most = most == -INF ? 0.0f : most;
+#pragma unroll
+                for (int s = 0; s < SPLITS; ++s) sum += part(s).y * exp2_approx(part(s).x - most);
+                shared.most[chooser] = most;
+                shared.inverse[chooser] = chooser < heads && sum != 0.0f ? 1.0f / sum : 0.0f;
             }
             group_sync<2, CHOOSERS>();
             // A head's share of a block is its probability; heads are added in their order.
             for (int i = chooser * 4; i < cmp_count * TILE; i += CHOOSERS * 4) {
-                float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-                for (int h = 0; h < heads; ++h) {
-                    const float4 x = *(const float4*)&logits[h * row_of_logits + i];
-                    const float most = shared.lse_max[h], inverse = shared.lse_inverse[h];
-                    sum.x += exp2_approx(x.x - most) * inverse;
-                    sum.y += exp2_approx(x.y - most) * inverse;
-                    sum.z += exp2_approx(x.z - most) * inverse;
-                    sum.w += exp2_approx(x.w - most) * inverse;
+                float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f), x[HEADS];
+                constexpr int LOADED = GROUP < HEADS ? GROUP : HEADS;
+#pragma unroll
+                for (int h = 0; h < LOADED; ++h) x[h] = *(const float4*)&logits[h * row_of_logits + i];
+#pragma unroll
+                for (int h = 0; h < LOADED; ++h) {
+                    if (h >= heads) break;
+                    const float most = shared.most[h], inverse = shared.inverse[h];
+                    sum.x += exp2_approx(x[h].x - most) * inverse;
+                    sum.y += exp2_approx(x[h].y - most) * inverse;
+                    sum.z += exp2_approx(x[h].z - most) * inverse;
+                    sum.w += exp2_approx(x[h].w - most) * inverse;
                 }
-                *(float4*)&importance[i] = sum;
+                float* to = importance + head_tile * all + cmp_first * TILE + i;
+                if constexpr (CLUSTER > 1 && !GLOBAL) {
+#pragma unroll
+                    for (int r = 0; r < CLUSTER; ++r)
+                        peer_store(peer_address(shared_address(to), r), peer_address(shared_address(&shared.scored), r), sum);
+                } else {
+                    *(float4*)to = sum;
+                }
             }
-            group_sync<2, CHOOSERS>();
-            if (chooser < CLUSTER) signal_peer(&shared.scored, chooser);
-            signal_wait(&shared.scored);
+            if constexpr (CLUSTER == 1 || GLOBAL) group_sync<2, CHOOSERS>();
+            if constexpr (CLUSTER > 1 && GLOBAL)
+                if (chooser < CLUSTER) peer_arrive(peer_address(shared_address(&shared.scored), chooser));
+            if constexpr (CLUSTER > 1) barrier_wait_peers(&shared.scored);
 
             constexpr int R = SELECT_BLOCK / COMPRESS_STRIDE, S = COMPRESS_BLOCK / COMPRESS_STRIDE;
-            const int candidates = local - SELECT_INITIAL, width = share * TILE;
-            for (int i = chooser; i < candidates; i += CHOOSERS) {
-                int block = (i + SELECT_INITIAL) * R + 1 - S, offset = 1 - S;
-                if (block < 0) {
-                    offset -= block;
-                    block = 0;
-                }
-                int owner = block / width, inside = block % width;
-                float score = 0.0f;
-                for (; offset < R && block < visible; ++offset, ++block, ++inside) {
-                    if (inside == width) {
-                        inside = 0;
-                        ++owner;
-                    }
-                    float x = peer_load(peer_at(shared_at(importance + inside), owner));
-                    for (int m = 1; m < HEAD_TILES; ++m) x += peer_load(peer_at(shared_at(importance + inside), m * SPLITS + owner));
-                    score = __fadd_rn(score, __fmul_rn((float)overlap(offset), x));
-                }
-                keys[i] = score_key(score);
-            }
-            group_sync<2, CHOOSERS>();
             constexpr int FREE = SELECT_COUNT - SELECT_INITIAL - SELECT_LOCAL;
-            if constexpr (FREE > 0) choose<2>(keys, candidates, FREE, SELECT_INITIAL, shared.chosen, shared.choice, chooser);
-            group_sync<3, THREADS>();
+            if constexpr (FREE > 0) {
+                const int candidates = local - SELECT_INITIAL;
+                for (int i = chooser; i < candidates; i += CHOOSERS) {
+                    float score = 0.0f;
+#pragma unroll 8
+                    for (int offset = 1 - S; offset < R; ++offset) {
+                        const int block = (i + SELECT_INITIAL) * R + offset;
+                        if (block < 0 || block >= visible) continue;
+                        float x = importance[block];
+#pragma unroll
+                        for (int m = 1; m < HEAD_TILES; ++m) x += importance[m * all + block];
+                        score = __fadd_rn(score, __fmul_rn((float)overlap(offset), x));
+                    }
+                    keys[i] = score_key(score);
+                }
+                group_sync<2, CHOOSERS>();
+                choose<2>(keys, candidates, FREE, SELECT_INITIAL, shared.chosen, shared.choice, chooser);
+                group_sync<3, PRODUCERS + CHOOSERS>();
+            }
         }
         if (rank == 0 && p.indices) {
             i32* out = p.indices + (i64)pair * SELECT_COUNT;
@@ -491,48 +572,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 out[i] = block;
             }
         }
+    }
 #endif
-    }
-
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();
-    // Every block's share of the output is merged from all splits, in their order.
-    for (int i = thread; i < BRANCHES * HEADS; i += THREADS) {
-        const int b = i / HEADS, h = i % HEADS;
-        float most = -INF, sum = 0.0f, part[SPLITS];
-        for (int s = 0; s < SPLITS; ++s) most = fmaxf(most, peer_load(peer_at(shared_at(&shared.totals[b].max[h]), head_tile * SPLITS + s)));
-        most = most == -INF ? 0.0f : most;
-#pragma unroll
-        for (int s = 0; s < SPLITS; ++s) {
-            part[s] = exp2_approx(peer_load(peer_at(shared_at(&shared.totals[b].max[h]), head_tile * SPLITS + s)) - most);
-            sum += part[s] * peer_load(peer_at(shared_at(&shared.totals[b].sum[h]), head_tile * SPLITS + s));
-        }
-        float factor = sum != 0.0f ? 1.0f / sum : 0.0f;
-#ifndef DENSE
-        if (h < heads) factor *= widen(p.gate[(first_head + h) * 3 + b]);
-#endif
-#pragma unroll
-        for (int s = 0; s < SPLITS; ++s) shared.weight[b][s][h] = part[s] * factor;
-    }
-    __syncthreads();
-    for (int i = split * THREADS + thread; i < heads * V / 4; i += SPLITS * THREADS) {
-        const int h = i / (V / 4), column = i % (V / 4) * 4;
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int b = 0; b < BRANCHES; ++b)
-#pragma unroll
-            for (int s = 0; s < SPLITS; ++s) {
-                const u32 at = slots + ((b * HEADS + h) * V + column) * 4;
-                const float4 x = peer_load4(peer_at(at, head_tile * SPLITS + s));
-                const float w = shared.weight[b][s][h];
-                sum.x += w * x.x;
-                sum.y += w * x.y;
-                sum.z += w * x.z;
-                sum.w += w * x.w;
-            }
-        *(uint2*)(p.out + (first_head + h) * V + column) = make_uint2(pack<Real>(sum.x, sum.y), pack<Real>(sum.z, sum.w));
-    }
-    cluster_arrive();
-    cluster_wait();
 }

@@ -1,0 +1,509 @@
+//! Caches that own their memory.
+
+use tercet_cuda::{Buffer, Label};
+
+use super::super::{Plan, Slice};
+use super::append::{Compress, New, Places, append};
+use super::step::{NsaCaches, Rows, dense_rows, nsa_rows};
+use super::view::{CacheView, TILE};
+use crate::cpu::Mask;
+use crate::shape::check_len;
+use crate::{Dims, Error, NsaSpec, Result};
+
+/// Most tokens of one sequence that a window's ring takes before they are attended to.
+const CHUNK: usize = 512;
+
+/// Keys and values of some sequences, one page each.
+struct Store {
+    what: &'static str,
+    k: Buffer,
+    v: Buffer,
+    sequences: usize,
+    page: usize,
+    ring: bool,
+}
+
+impl Store {
+    fn new(
+        plan: &Plan,
+        what: &'static str,
+        sequences: usize,
+        tokens: usize,
+        ring: bool,
+    ) -> Result<Self> {
+        let Dims { kv_heads, key_dim, value_dim, .. } = plan.dims;
+        let page = tokens.max(1).next_multiple_of(TILE);
+        let side = |dim: usize| {
+            let shape = [sequences, kv_heads, page, dim];
+            let bytes = shape.iter().product::<usize>() * plan.number.bytes();
+            plan.gpu.alloc_for(bytes, Label::shaped(what, &shape))
+        };
+        Ok(Store { what, k: side(key_dim)?, v: side(value_dim)?, sequences, page, ring })
+    }
+
+    /// Room for `tokens` of each sequence; what is held is kept.
+    fn reserve(&mut self, plan: &Plan, tokens: usize) -> Result<()> {
+        if tokens <= self.page {
+            return Ok(());
+        }
+        let wanted = tokens.max(self.page * 2);
+        let new = Store::new(plan, self.what, self.sequences, wanted, self.ring)?;
+        let Dims { kv_heads, key_dim, value_dim, .. } = plan.dims;
+        for (from, to, dim) in [(&self.k, &new.k, key_dim), (&self.v, &new.v, value_dim)] {
+            let row = dim * plan.number.bytes();
+            for head in 0..(self.sequences * kv_heads) {
+                let (old, own) = (head * self.page * row, head * new.page * row);
+                // SAFETY: both are inside their buffers, which are apart.
+                unsafe {
+                    plan.gpu.copy(
+                        to.ptr() + own as u64,
+                        from.ptr() + old as u64,
+                        self.page * row,
+                    )?;
+                }
+            }
+        }
+        *self = new;
+        Ok(())
+    }
+
+    fn view(&self, plan: &Plan) -> CacheView {
+        let bytes = plan.number.bytes();
+        CacheView {
+            k: Slice::whole(&self.k, bytes),
+            v: Slice::whole(&self.v, bytes),
+            table: None,
+            page: self.page,
+            interleaved: false,
+            ring: self.ring,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.k.bytes() + self.v.bytes()
+    }
+}
+
+/// A ring that keeps the window of the first of `CHUNK` new tokens, or of fewer when no sequence
+/// is that long.
+fn ring_tokens(window: usize, capacity: usize) -> usize {
+    window.min(capacity).saturating_add(CHUNK.min(capacity))
+}
+
+/// How many of `count` tokens after `len` a ring of `page` takes at once and still holds each one's
+/// window.
+fn ring_chunk(page: usize, window: usize, len: usize, count: usize) -> usize {
+    if len + count <= page { count } else { (page + 1).saturating_sub(window).max(1) }
+}
+
+/// Positions and sequences of new tokens, on the device.
+struct Numbered {
+    positions: Buffer,
+    sequences: Buffer,
+}
+
+impl Numbered {
+    fn new(plan: &Plan, sequence: usize, first: usize, count: usize) -> Result<Self> {
+        let positions: Vec<i32> = (first..first + count).map(|p| p as i32).collect();
+        let sequences = vec![sequence as i32; count];
+        Ok(Numbered {
+            positions: plan.gpu.upload(&positions)?,
+            sequences: plan.gpu.upload(&sequences)?,
+        })
+    }
+
+    fn part(&self, first: usize, count: usize) -> (Slice, Slice) {
+        let part = |buffer: &Buffer| {
+            // SAFETY: inside the buffer, which outlives the calls made with the slice.
+            unsafe { Slice::new(buffer.ptr() + first as u64 * 4, count) }
+        };
+        (part(&self.positions), part(&self.sequences))
+    }
+}
+
+/// Rows `first..first + count` of a tensor whose rows are `width` numbers.
+fn rows_of(plan: &Plan, x: Slice, first: usize, count: usize, width: usize) -> Slice {
+    let start = (first * width * plan.number.bytes()) as u64;
+    // SAFETY: inside `x`, as its length was checked.
+    unsafe { Slice::new(x.ptr() + start, count * width) }
+}
+
+/// New tokens of one sequence for [`NsaCache::extend`]: c tokens, and the compressed blocks they
+/// complete; see [`crate::cpu::NsaStep`].
+#[derive(Clone, Copy)]
+pub struct NsaStep {
+    /// Softmax scale.
+    pub scale: f32,
+    /// `[c, H, D]`.
+    pub q: Slice,
+    /// `[n, K, D]`.
+    pub k_cmp: Slice,
+    /// `[n, K, V]`.
+    pub v_cmp: Slice,
+    /// `[c, K, D]`.
+    pub k_slc: Slice,
+    /// `[c, K, V]`.
+    pub v_slc: Slice,
+    /// `[c, K, D]`.
+    pub k_win: Slice,
+    /// `[c, K, V]`.
+    pub v_win: Slice,
+    /// `[c, H, 3]`.
+    pub gate: Slice,
+}
+
+/// One new token of every sequence for [`NsaCache::step`]. The compression branch gets the raw
+/// token; blocks are averaged on the device when their last token comes.
+#[derive(Clone, Copy)]
+pub struct NsaToken {
+    /// Softmax scale.
+    pub scale: f32,
+    /// Each sequence's position, i32 `[B]`; −1: the sequence rests.
+    pub positions: Slice,
+    /// `[B, H, D]`.
+    pub q: Slice,
+    /// Raw `[B, K, D]`.
+    pub k_cmp: Slice,
+    /// Raw `[B, K, V]`.
+    pub v_cmp: Slice,
+    /// `[B, K, D]`.
+    pub k_slc: Slice,
+    /// `[B, K, V]`.
+    pub v_slc: Slice,
+    /// `[B, K, D]`.
+    pub k_win: Slice,
+    /// `[B, K, V]`.
+    pub v_win: Slice,
+    /// `[B, H, 3]`.
+    pub gate: Slice,
+    /// Cosines and sines by position, f32 `[positions, 2, D/2]`, that turn a compressed key to its
+    /// block's first token; `None`: keys stay as they are.
+    pub turns: Option<Slice>,
+}
+
+/// One layer's NSA caches of some sequences; see [`crate::cpu::NsaCache`].
+pub struct NsaCache {
+    plan: Plan,
+    spec: NsaSpec,
+    lens: Vec<usize>,
+    cmp: Store,
+    slc: Store,
+    win: Store,
+    /// The last l raw tokens of the compression branch.
+    raw: Store,
+}
+
+impl NsaCache {
+    /// Empty caches of `sequences` sequences with room for `capacity` tokens each.
+    pub fn new(plan: &Plan, spec: &NsaSpec, sequences: usize, capacity: usize) -> Result<Self> {
+        spec.validate()?;
+        let capacity = capacity.max(1).next_multiple_of(TILE);
+        let ring = ring_tokens(spec.window, capacity);
+        let blocks = spec.compressed_blocks(capacity);
+        Ok(NsaCache {
+            plan: plan.clone(),
+            spec: spec.clone(),
+            lens: vec![0; sequences],
+            cmp: Store::new(plan, "compressed cache", sequences, blocks, false)?,
+            slc: Store::new(plan, "selected cache", sequences, capacity, false)?,
+            win: Store::new(plan, "window cache", sequences, ring, true)?,
+            raw: Store::new(plan, "compression tail", sequences, spec.compress_block, true)?,
+        })
+    }
+
+    /// Tokens held of a sequence.
+    pub fn len(&self, sequence: usize) -> usize {
+        self.lens.get(sequence).copied().unwrap_or(0)
+    }
+
+    /// Whether no sequence holds a token.
+    pub fn is_empty(&self) -> bool {
+        self.lens.iter().all(|&len| len == 0)
+    }
+
+    /// Tokens of a sequence that fit.
+    pub fn capacity(&self) -> usize {
+        self.slc.page
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        [&self.cmp, &self.slc, &self.win, &self.raw].iter().map(|store| store.bytes()).sum()
+    }
+
+    /// Makes room for `tokens` tokens of each sequence. Graphs captured before hold the old memory.
+    pub fn reserve(&mut self, tokens: usize) -> Result<()> {
+        if tokens <= self.capacity() {
+            return Ok(());
+        }
+        self.slc.reserve(&self.plan, tokens)?;
+        // A ring changes its places when it grows, so it is made for the longest at once unless
+        // sequences were short; then no token has wrapped yet.
+        let ring = ring_tokens(self.spec.window, self.slc.page);
+        self.win.reserve(&self.plan, ring)?;
+        self.cmp.reserve(&self.plan, self.spec.compressed_blocks(self.slc.page))
+    }
+
+    fn caches(&self, gate: Slice) -> NsaCaches<'_> {
+        let [cmp, slc, win] = [&self.cmp, &self.slc, &self.win].map(|store| store.view(&self.plan));
+        NsaCaches { spec: &self.spec, gate, cmp, slc, win }
+    }
+
+    fn check(&self, sequence: usize, step: &NsaStep, out: Slice) -> Result<usize> {
+        let Dims { heads, kv_heads, key_dim, value_dim } = self.plan.dims;
+        let Some(&len) = self.lens.get(sequence) else {
+            let text = format!("sequence {sequence} of a cache for {}", self.lens.len());
+            return Err(Error::Dims(text));
+        };
+        let c = step.q.len() / (heads * key_dim);
+        check_len("q", step.q.len(), &[('c', c), ('H', heads), ('D', key_dim)])?;
+        for (name, k) in [("k_slc", step.k_slc), ("k_win", step.k_win)] {
+            check_len(name, k.len(), &[('c', c), ('K', kv_heads), ('D', key_dim)])?;
+        }
+        for (name, v) in [("v_slc", step.v_slc), ("v_win", step.v_win)] {
+            check_len(name, v.len(), &[('c', c), ('K', kv_heads), ('V', value_dim)])?;
+        }
+        check_len("gate", step.gate.len(), &[('c', c), ('H', heads), ('3', 3)])?;
+        check_len("out", out.len(), &[('c', c), ('H', heads), ('V', value_dim)])?;
+        let n = self.spec.compressed_blocks(len + c) - self.spec.compressed_blocks(len);
+        check_len("k_cmp", step.k_cmp.len(), &[('n', n), ('K', kv_heads), ('D', key_dim)])?;
+        check_len("v_cmp", step.v_cmp.len(), &[('n', n), ('K', kv_heads), ('V', value_dim)])?;
+        Ok(c)
+    }
+
+    /// Appends c tokens of a sequence and writes their attention output `[c, H, V]` and, when asked
+    /// for, the blocks each selected, i32 `[c, K, S]`. Grows as needed. Not while a graph is
+    /// captured.
+    pub fn extend(
+        &mut self,
+        sequence: usize,
+        step: &NsaStep,
+        out: Slice,
+        indices: Option<Slice>,
+    ) -> Result<()> {
+        let count = self.check(sequence, step, out)?;
+        if count == 0 {
+            return Ok(());
+        }
+        let Dims { heads, kv_heads, key_dim, value_dim } = self.plan.dims;
+        let len = self.lens[sequence];
+        self.reserve(len + count)?;
+        let plan = &self.plan;
+        let blocks = self.spec.compressed_blocks(len);
+        let ready = step.k_cmp.len() / (kv_heads * key_dim);
+        let [cmp, slc, win] = [&self.cmp, &self.slc, &self.win].map(|store| store.view(plan));
+        if ready > 0 {
+            let numbered = Numbered::new(plan, sequence, blocks, ready)?;
+            let (positions, sequences) = numbered.part(0, ready);
+            let places = Places { plan, positions, sequences: Some(sequences) };
+            append(&places, &[New { k: step.k_cmp, v: step.v_cmp, cache: cmp }], None)?;
+        }
+        let numbered = Numbered::new(plan, sequence, len, count)?;
+        let most = ring_chunk(self.win.page, self.spec.window, len, count);
+        let mut done = 0;
+        while done < count {
+            let some = (count - done).min(most);
+            let (positions, sequences) = numbered.part(done, some);
+            let places = Places { plan, positions, sequences: Some(sequences) };
+            let own = |x: Slice, width: usize| rows_of(plan, x, done, some, width);
+            let (k, v) = (kv_heads * key_dim, kv_heads * value_dim);
+            let new = [
+                New { k: own(step.k_slc, k), v: own(step.v_slc, v), cache: slc },
+                New { k: own(step.k_win, k), v: own(step.v_win, v), cache: win },
+            ];
+            append(&places, &new, None)?;
+            let rows = Rows {
+                plan,
+                scale: step.scale,
+                q: own(step.q, heads * key_dim),
+                positions,
+                sequences: Some(sequences),
+                count: self.lens.len(),
+                longest: len + done + some,
+            };
+            let caches = self.caches(own(step.gate, heads * 3));
+            let indices = indices.map(|indices| {
+                let row = kv_heads * self.spec.select_count;
+                // SAFETY: inside `indices`, whose length `nsa_rows` would refuse otherwise.
+                unsafe { Slice::new(indices.ptr() + (done * row * 4) as u64, some * row) }
+            });
+            nsa_rows(&rows, &caches, own(out, heads * value_dim), indices)?;
+            done += some;
+        }
+        self.lens[sequence] += count;
+        Ok(())
+    }
+
+    /// Appends one token of every sequence at the positions on the device, and writes the attention
+    /// output `[B, H, V]`. Enqueues two launches and nothing else, so it can be captured; the host
+    /// is told by [`NsaCache::advance`], once for every time it happens. Positions must be below
+    /// [`NsaCache::capacity`], and of a sequence those that follow one another, for which the raw
+    /// tokens of its last l − 1 positions came by `step` or [`NsaCache::prime`].
+    pub fn step(&self, token: &NsaToken, out: Slice, indices: Option<Slice>) -> Result<()> {
+        let plan = &self.plan;
+        let count = self.lens.len();
+        check_len("positions", token.positions.len(), &[('B', count)])?;
+        let [raw, slc, win] = [&self.raw, &self.slc, &self.win].map(|store| store.view(plan));
+        let new = [
+            New { k: token.k_cmp, v: token.v_cmp, cache: raw },
+            New { k: token.k_slc, v: token.v_slc, cache: slc },
+            New { k: token.k_win, v: token.v_win, cache: win },
+        ];
+        let cmp = self.cmp.view(plan);
+        let compress = Compress { spec: &self.spec, cmp, turns: token.turns };
+        let places = Places { plan, positions: token.positions, sequences: None };
+        append(&places, &new, Some(compress))?;
+        let rows = Rows {
+            plan,
+            scale: token.scale,
+            q: token.q,
+            positions: token.positions,
+            sequences: None,
+            count,
+            longest: self.capacity(),
+        };
+        nsa_rows(&rows, &self.caches(token.gate), out, indices)
+    }
+
+    /// Hands over raw tokens of the compression branch, `k` `[c, K, D]` and `v` `[c, K, V]`, the
+    /// last of which stand right before the sequence's next position: what [`NsaCache::step`] needs
+    /// after [`NsaCache::extend`], which gets ready blocks. Only the last l − 1 matter.
+    pub fn prime(&self, sequence: usize, k: Slice, v: Slice) -> Result<()> {
+        let Dims { kv_heads, key_dim, value_dim, .. } = self.plan.dims;
+        let count = k.len() / (kv_heads * key_dim);
+        check_len("k", k.len(), &[('c', count), ('K', kv_heads), ('D', key_dim)])?;
+        check_len("v", v.len(), &[('c', count), ('K', kv_heads), ('V', value_dim)])?;
+        let len = self.len(sequence);
+        let keep = count.min(self.spec.compress_block).min(len);
+        if keep == 0 {
+            return Ok(());
+        }
+        let plan = &self.plan;
+        let numbered = Numbered::new(plan, sequence, len - keep, keep)?;
+        let (positions, sequences) = numbered.part(0, keep);
+        let places = Places { plan, positions, sequences: Some(sequences) };
+        let own = |x: Slice, width: usize| rows_of(plan, x, count - keep, keep, width);
+        let (k, v) = (own(k, kv_heads * key_dim), own(v, kv_heads * value_dim));
+        append(&places, &[New { k, v, cache: self.raw.view(plan) }], None)
+    }
+
+    /// Notes that a captured [`NsaCache::step`] has been launched: each sequence in `active` holds
+    /// one token more.
+    pub fn advance(&mut self, active: impl IntoIterator<Item = usize>) -> Result<()> {
+        for sequence in active {
+            let capacity = self.slc.page;
+            match self.lens.get_mut(sequence) {
+                Some(len) if *len < capacity => *len += 1,
+                Some(len) => {
+                    let text = format!("sequence {sequence} has {len} tokens and no room for more");
+                    return Err(Error::Dims(text));
+                }
+                None => {
+                    return Err(Error::Dims(format!(
+                        "sequence {sequence} of a cache for {}",
+                        self.lens.len()
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One layer's dense (or window) caches of some sequences; see [`crate::cpu::DenseCache`].
+pub struct DenseCache {
+    plan: Plan,
+    mask: Mask,
+    lens: Vec<usize>,
+    store: Store,
+}
+
+impl DenseCache {
+    /// Empty caches of `sequences` sequences with room for `capacity` tokens each.
+    pub fn new(plan: &Plan, mask: Mask, sequences: usize, capacity: usize) -> Result<Self> {
+        let (tokens, ring) = match mask {
+            Mask::Causal => (capacity, false),
+            Mask::Window(0) => {
+                return Err(Error::Dims("a window of 0 keys, expected at least 1".into()));
+            }
+            Mask::Window(window) => (ring_tokens(window, capacity), true),
+        };
+        let store = Store::new(plan, "dense cache", sequences, tokens, ring)?;
+        Ok(DenseCache { plan: plan.clone(), mask, lens: vec![0; sequences], store })
+    }
+
+    /// Tokens held of a sequence.
+    pub fn len(&self, sequence: usize) -> usize {
+        self.lens.get(sequence).copied().unwrap_or(0)
+    }
+
+    /// Whether no sequence holds a token.
+    pub fn is_empty(&self) -> bool {
+        self.lens.iter().all(|&len| len == 0)
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.store.bytes()
+    }
+
+    /// Appends c tokens of a sequence (`q` `[c, H, D]`, `k` `[c, K, D]`, `v` `[c, K, V]`) and writes
+    /// their output `[c, H, V]`. Grows as needed. Not while a graph is captured.
+    pub fn extend(
+        &mut self,
+        sequence: usize,
+        scale: f32,
+        [q, k, v]: [Slice; 3],
+        out: Slice,
+    ) -> Result<()> {
+        let Dims { heads, kv_heads, key_dim, value_dim } = self.plan.dims;
+        let Some(&len) = self.lens.get(sequence) else {
+            let text = format!("sequence {sequence} of a cache for {}", self.lens.len());
+            return Err(Error::Dims(text));
+        };
+        let count = q.len() / (heads * key_dim);
+        check_len("q", q.len(), &[('c', count), ('H', heads), ('D', key_dim)])?;
+        check_len("k", k.len(), &[('c', count), ('K', kv_heads), ('D', key_dim)])?;
+        check_len("v", v.len(), &[('c', count), ('K', kv_heads), ('V', value_dim)])?;
+        check_len("out", out.len(), &[('c', count), ('H', heads), ('V', value_dim)])?;
+        if count == 0 {
+            return Ok(());
+        }
+        let most = match self.mask {
+            Mask::Causal => {
+                self.store.reserve(&self.plan, len + count)?;
+                count
+            }
+            Mask::Window(window) => {
+                let wanted = ring_tokens(window, len + count);
+                self.store.reserve(&self.plan, wanted)?;
+                ring_chunk(self.store.page, window, len, count)
+            }
+        };
+        let plan = &self.plan;
+        let cache = self.store.view(plan);
+        let numbered = Numbered::new(plan, sequence, len, count)?;
+        let mut done = 0;
+        while done < count {
+            let some = (count - done).min(most);
+            let (positions, sequences) = numbered.part(done, some);
+            let own = |x: Slice, width: usize| rows_of(plan, x, done, some, width);
+            let places = Places { plan, positions, sequences: Some(sequences) };
+            let new = New { k: own(k, kv_heads * key_dim), v: own(v, kv_heads * value_dim), cache };
+            append(&places, &[new], None)?;
+            let rows = Rows {
+                plan,
+                scale,
+                q: own(q, heads * key_dim),
+                positions,
+                sequences: Some(sequences),
+                count: self.lens.len(),
+                longest: len + done + some,
+            };
+            dense_rows(&rows, self.mask, &cache, own(out, heads * value_dim))?;
+            done += some;
+        }
+        self.lens[sequence] += count;
+        Ok(())
+    }
+}
