@@ -44,8 +44,8 @@ fn main() -> Result<(), Any> {
     let mut grads = Grads::new(model.params().len());
     let vocabulary = model.config().vocab_size;
     let text: Vec<i32> =
-        (0..=tokens * count).map(|i| ((i * i * 31 + i * 7) % vocabulary) as i32).collect();
-    let sequences: Vec<&[i32]> = (0..count).map(|i| &text[i * tokens..=(i + 1) * tokens]).collect();
+        (0..tokens * count).map(|i| ((i * i * 31 + i * 7) % vocabulary) as i32).collect();
+    let sequences: Vec<&[i32]> = (0..count).map(|i| &text[i * tokens..(i + 1) * tokens]).collect();
     let batch = Batch::next_token(&sequences);
     let mut step = || -> Result<[f64; 4], Any> {
         grads.zero();
