@@ -84,6 +84,15 @@ impl Guarded {
         Ok(inner.to_vec())
     }
 
+    /// The first and the last of so many equal parts, without margins.
+    pub fn ends(&self, parts: usize) -> Check<(Vec<u8>, Vec<u8>)> {
+        let size = self.buffer.bytes() / parts;
+        let (mut first, mut last) = (vec![0u8; size], vec![0u8; size]);
+        self.buffer.read(0, &mut first)?;
+        self.buffer.read(self.buffer.bytes() - size, &mut last)?;
+        Ok((first, last))
+    }
+
     /// As numbers.
     pub fn values<E: Stored>(&self) -> Check<Vec<E>> {
         Ok(E::from_bytes(&self.read()?))

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 use tercet_cuda::Gpu;
 
 use super::cuda::{Device, Guarded, nsa_grads, nsa_input};
@@ -55,7 +56,18 @@ pub fn cuda_parts<'a>(gpu: &Gpu, golden: &'a [Golden], long: bool) -> Vec<Part<'
         parts.push((name, Box::new(move |each| usual(&way, long, each))));
     }
     let name = "only devices".to_string();
-    parts.push((name, Box::new(move |each| only_devices(&device, &f32, each))));
+    let own = device.clone();
+    parts.push((name, Box::new(move |each| only_devices(&own, &f32, each))));
+    if long {
+        parts.push((
+            "beyond 2^31 numbers".into(),
+            Box::new(move |each| {
+                each(Row::of("property", "more than 2^31 numbers · cuda bf16", |_| {
+                    beyond(&device)
+                }));
+            }),
+        ));
+    }
     parts
 }
 
@@ -97,11 +109,12 @@ fn default_like() -> NsaSpec {
 
 /// The dims, groups and specs that special kernels are for.
 fn usual(way: &Way, long: bool, each: &mut dyn FnMut(Row)) {
-    let lengths: [&[usize]; 3] = [&[300], &[129, 1, 0, 190], &[31, 32, 33, 270]];
+    let lengths: [&[usize]; 3] = [&[270], &[129, 1, 0, 150], &[31, 32, 33, 200]];
     let shapes: [(usize, usize); 7] =
         [(128, 128), (64, 64), (96, 96), (192, 128), (192, 192), (256, 256), (64, 128)];
     let groups: [(usize, usize); 6] = [(16, 1), (8, 2), (4, 4), (2, 1), (32, 1), (64, 1)];
     let mut seed = 500;
+    let mut cases: Vec<(String, Case, bool)> = Vec::new();
     for (i, (d, v)) in shapes.into_iter().enumerate() {
         for (j, (heads, kv_heads)) in groups.into_iter().enumerate() {
             // All groups at the commonest dims, and each other pair of dims with two of them.
@@ -113,14 +126,7 @@ fn usual(way: &Way, long: bool, each: &mut dyn FnMut(Row)) {
             let dims = dims(heads, kv_heads, d, v);
             let case = Case::random(&default_like(), dims, lengths, seed);
             let what = format!("{heads} heads of {kv_heads}, dims {d}/{v}, {lengths:?}");
-            each(twice(&what, way, &case));
-            if j < 2 {
-                for (name, mask) in [("dense", Mask::Causal), ("window 100", Mask::Window(100))] {
-                    each(Row::of("property", format!("{name}, {what} · {}", way.name), |tally| {
-                        two_times_rule_attend(tally, way, &case, mask)
-                    }));
-                }
-            }
+            cases.push((what, case, j < 2));
         }
     }
     for (what, spec) in [
@@ -145,12 +151,30 @@ fn usual(way: &Way, long: bool, each: &mut dyn FnMut(Row)) {
             },
         ),
     ] {
-        let case = Case::random(&spec, dims(16, 1, 128, 128), &[700, 40], 800);
-        each(twice(what, way, &case));
+        let case = Case::random(&spec, dims(8, 1, 128, 128), &[500, 40], 800);
+        cases.push((what.into(), case, false));
     }
     // The paper's spec beyond the tokens that see everything.
-    let case = Case::random(&NsaSpec::default(), dims(16, 1, 128, 128), &[1500], 801);
-    each(twice("the default spec, 1500 tokens", way, &case));
+    let case = Case::random(&NsaSpec::default(), dims(4, 1, 128, 128), &[1500], 801);
+    cases.push(("the default spec, 1500 tokens".into(), case, false));
+    // The float64 side takes most of the time and has many cores.
+    let rows: Vec<Vec<Row>> = cases
+        .par_iter()
+        .map(|(what, case, masks)| {
+            let mut rows = vec![twice(what, way, case)];
+            for (name, mask) in [("dense", Mask::Causal), ("window 100", Mask::Window(100))] {
+                if *masks {
+                    rows.push(Row::of(
+                        "property",
+                        format!("{name}, {what} · {}", way.name),
+                        |tally| two_times_rule_attend(tally, way, case, mask),
+                    ));
+                }
+            }
+            rows
+        })
+        .collect();
+    rows.into_iter().flatten().for_each(each);
 }
 
 /// A call's forward and backward with other indices than its own: `out_slc`, `lse_slc` and the
@@ -328,9 +352,69 @@ fn memory(device: &Device, tally: &mut Tally) -> Check<()> {
     nsa_forward(&input, out.slice(), false)?;
     let extra = device.gpu.memory_use()?.peak - before;
     let whole = 2 * t * (heads * (key_dim + value_dim) + k + v);
-    if out.widen::<bf16>()?.iter().any(|x| *x != 3.0) {
-        return Err(Fault("the output of ones is not three".into()));
+    let rows = out.widen::<bf16>()?;
+    for (t, row) in rows.chunks(heads * value_dim).enumerate() {
+        // The first tokens see no compressed block.
+        let want = if t + 1 < NsaSpec::default().compress_block { 2.0 } else { 3.0 };
+        ensure(row.iter().all(|x| *x == want), || format!("ones at token {t} give {:?}", row[0]))?;
     }
     tally.hold("share of q + k + v + o", extra as f64 / whole as f64, 0.1);
+    Ok(())
+}
+
+/// The same sequence so often that every tensor has more than 2³¹ numbers: the last copy must hold
+/// the bits of the first, forward and backward.
+fn beyond(device: &Device) -> Check<()> {
+    let (tokens, copies) = (2048, 33);
+    let case_dims = dims(256, 256, 128, 128);
+    let spec = spec([32, 16, 64, 3, 64], Compressor::Mean);
+    let numbers = tokens * copies * 256 * 128;
+    // Eight inputs and their gradients, the branches, dO, dQ in f32.
+    let wanted = (numbers * 2 * (6 + 6 + 4 + 2) + numbers * 4) as u64 / 10 * 11;
+    let (free, _) = device.gpu.memory()?;
+    ensure(free >= wanted, || format!("needs {wanted} bytes of device memory; {free} are free"))?;
+    let plan = device.plan::<bf16>(case_dims)?;
+    let cu_seqlens: Vec<i32> = (0..=copies).map(|b| (b * tokens) as i32).collect();
+    let batch = NsaBatch::new(&device.gpu, &spec, &cu_seqlens)?;
+    let blocks = batch.blocks() / copies;
+    let mut random = Random(96);
+    let mut fill = |rows: usize, width: usize| -> Check<Guarded> {
+        let one: Vec<bf16> =
+            random.normals(rows * width, 0.5).into_iter().map(bf16::from_f32).collect();
+        let all = Guarded::poison(&device.gpu, rows * width * copies, 2, 0)?;
+        let one = device.gpu.upload(&one.iter().map(|x| x.to_bits()).collect::<Vec<u16>>())?;
+        for copy in 0..copies {
+            let to = all.slice().ptr() + (copy * rows * width * 2) as u64;
+            // SAFETY: both ranges are inside their buffers, which are apart.
+            unsafe { device.gpu.copy(to, one.ptr(), one.bytes())? };
+        }
+        Ok(all)
+    };
+    let row = 256 * 128;
+    let inputs = [
+        fill(tokens, row)?,
+        fill(blocks, row)?,
+        fill(blocks, row)?,
+        fill(tokens, row)?,
+        fill(tokens, row)?,
+        fill(tokens, row)?,
+        fill(tokens, row)?,
+        fill(tokens, 256 * 3)?,
+    ];
+    let input = nsa_input(&plan, &batch, &inputs);
+    let out = Guarded::poison(&device.gpu, numbers, 2, 0)?;
+    let saved = nsa_forward(&input, out.slice(), true)?;
+    let state = saved.as_ref().ok_or_else(|| Fault("nothing was saved".into()))?.state();
+    let mut grads = Vec::new();
+    for input in &inputs {
+        grads.push(Guarded::poison(&device.gpu, input.slice().len(), 2, 0)?);
+    }
+    // The output stands for its gradient.
+    nsa_backward(&input, &state, out.slice(), nsa_grads(&grads))?;
+    for (name, x) in INPUTS.iter().zip(&grads).chain([(&"out", &out)]) {
+        let (first, last) = x.ends(copies)?;
+        ensure(first == last, || format!("{name}: the last copy differs from the first"))?;
+        ensure(first.iter().any(|byte| *byte != 0xff), || format!("{name} was not written"))?;
+    }
     Ok(())
 }
