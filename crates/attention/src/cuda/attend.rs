@@ -4,6 +4,7 @@ use tercet_cuda::{Args, Label};
 
 use super::batch::Batch;
 use super::gate::correction;
+use super::hopper;
 use super::plain::{self, SQUARE, THREADS, Tile, int, items, width};
 use super::{Plan, Slice};
 use crate::cpu::Mask;
@@ -174,6 +175,9 @@ impl Branch<'_> {
 pub(super) fn attend(branch: &Branch, visible: Visible, to: Outputs) -> Result<()> {
     if branch.batch.tokens == 0 {
         return Ok(());
+    }
+    if hopper::attend::serves(branch, to) {
+        return hopper::attend::attend(branch, visible, to);
     }
     plain_attend(branch, visible, to)
 }

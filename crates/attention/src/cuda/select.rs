@@ -4,6 +4,7 @@ use tercet_cuda::Label;
 
 use super::Slice;
 use super::attend::Branch;
+use super::hopper;
 use super::plain::{self, SQUARE, THREADS, Tile, int, items, width};
 use crate::{NsaSpec, Result};
 
@@ -15,6 +16,9 @@ const SHARED_HEAP: usize = 64;
 pub(super) fn select(branch: &Branch, spec: &NsaSpec, lse: Slice, indices: Slice) -> Result<()> {
     if branch.batch.tokens == 0 {
         return Ok(());
+    }
+    if hopper::select::serves(branch, spec) {
+        return hopper::select::select(branch, spec, lse, indices);
     }
     plain_select(branch, spec, lse, indices)
 }

@@ -4,6 +4,7 @@ use tercet_cuda::Args;
 
 use super::Slice;
 use super::attend::{Branch, Grads, Outputs, Upstream, key_bytes, query_bytes};
+use super::hopper;
 use super::inverse::Inverse;
 use super::plain::{self, SQUARE, THREADS, Tile, group_tiles, int, width};
 use crate::{Dims, NsaSpec, Result};
@@ -13,6 +14,9 @@ use crate::{Dims, NsaSpec, Result};
 pub(super) fn selected(branch: &Branch, spec: &NsaSpec, indices: Slice, to: Outputs) -> Result<()> {
     if branch.batch.tokens == 0 {
         return Ok(());
+    }
+    if hopper::selected::serves(branch, spec, to) {
+        return hopper::selected::selected(branch, spec, indices, to);
     }
     plain_selected(branch, spec, indices, to)
 }
@@ -27,6 +31,9 @@ pub(super) fn selected_grads(
 ) -> Result<()> {
     if branch.batch.tokens == 0 {
         return Ok(());
+    }
+    if hopper::selected_backward::serves(branch, spec, up, grads) {
+        return hopper::selected_backward::selected_grads(branch, spec, indices, up, grads);
     }
     plain_selected_grads(branch, spec, indices, up, grads)
 }

@@ -11,6 +11,7 @@
 // tile, head of the group), the heads of a group neighbours, so that they share K and V in L2. Block:
 // 384 threads.
 #include "hopper.cuh"
+#include "sequences.cuh"
 
 static constexpr int BM = 128, PANEL = 64, STAGES = 2, CONSUMERS = 2;
 static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
@@ -19,23 +20,18 @@ static constexpr int Q_BYTES = BM * DP * 2;
 static constexpr int OUT_PITCH = V * 2 + 16;  // bytes of a staged row, padded against bank conflicts
 static constexpr int COMPRESSED = 1, WINDOW = 2;  // 0 is causal
 
-// Queries `token..token+rows` at positions `position..` of a sequence whose keys start at row `key`.
-struct Tile {
-    int token, rows, position, key;
-};
-
 struct Params {
-    const Tile* tiles;
-    int tile_count, heads, group;
-    float scale_log2;  // softmax scale · log2(e)
-    int window;        // w
-    int block, stride; // l, d
+    Batch batch;
     Real* branch;      // [T, H, V] this branch's output, or null
     Real* out;         // [T, H, V] gated output, or null
     const Real* gate;  // [T, H, 3]
+    float* lse;        // [T, H] natural log, or null
+    int tile_count, heads, group;
+    int window;         // w
+    int block, stride;  // l, d
     int gate_index;
     int accumulate;    // add to `out`
-    float* lse;        // [T, H] natural log, or null
+    float scale_log2;  // softmax scale · log2(e)
 };
 
 struct Shared {
@@ -64,9 +60,9 @@ struct Item {
     DEVICE Item(const Params& a, int i) {
         kv_head = i / a.group / a.tile_count;
         head = kv_head * a.group + i % a.group;
-        tile = a.tiles[a.tile_count - 1 - i / a.group % a.tile_count];
+        tile = find_tile<BM>(a.batch, a.tile_count - 1 - i / a.group % a.tile_count);
         first = first_key(a, tile.position);
-        count = (last_key(a, tile.position + tile.rows - 1) - first + BN - 1) / BN;
+        count = tile.rows == 0 ? 0 : (last_key(a, tile.position + tile.rows - 1) - first + BN - 1) / BN;
     }
 };
 
@@ -80,7 +76,8 @@ DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* k, const Ten
         for (int c = 0; c < DP / PANEL; c++)
             tma_load(s.q + c * BM * 128, q, &s.q_full, c * PANEL, item.head, item.tile.token);
         for (int j = item.count - 1; j >= 0; j--, n++) {
-            int stage = n % STAGES, row = item.tile.key + item.first + j * BN;
+            int stage = n % STAGES;
+            int row = (MASK == COMPRESSED ? item.tile.block : item.tile.key) + item.first + j * BN;
             u32 parity = (n / STAGES & 1) ^ 1;
             barrier_wait(&s.k_empty[stage], parity);
             barrier_expect(&s.k_full[stage], K_BYTES);

@@ -11,6 +11,7 @@
 // Block: 512 threads. At most 32 blocks
 // a query.
 #include "hopper.cuh"
+#include "sequences.cuh"
 
 // With one head a query, what a warp keeps of its 16 queries takes the registers of a third warpgroup.
 static constexpr int PANEL = 64, CONSUMERS = GP == 1 ? 2 : 3, BM = 64 * CONSUMERS;
@@ -24,18 +25,14 @@ static constexpr int QUERIES_A_WARP = GP < 16 ? 16 / GP : 1;
 static constexpr int ROWS = 4 * CONSUMERS * QUERIES_A_WARP;  // rows of sums
 static constexpr int WIDTH = BEFORE + BN;
 
-struct Tile {
-    int token, rows, position, key;
-};
-
 struct Params {
-    const Tile* tiles;
+    Batch batch;
+    const float* lse;  // [T, H] of the compressed branch, natural log
+    i32* indices;      // [T, K, S]
     int tile_count, heads, group;
-    float scale_log2;
-    int block, stride;                          // l, d
-    int select_block, count, initial, local;    // l', n
-    const float* lse;                           // [T, H] of the compressed branch, natural log
-    i32* indices;                               // [T, K, S]
+    int block, stride;                        // l, d
+    int select_block, count, initial, local;  // l', n
+    float scale_log2;                         // softmax scale · log2(e)
 };
 
 struct Shared {
@@ -181,10 +178,10 @@ struct Item {
     // selected.
     DEVICE Item(const Params& a, int i) {
         kv_head = i / a.tile_count;
-        tile = a.tiles[a.tile_count - 1 - i % a.tile_count];
+        tile = find_tile<BM / GP>(a.batch, a.tile_count - 1 - i % a.tile_count);
         int last = tile.position + tile.rows - 1, current = last / a.select_block;
         int columns = min(visible(a, last), (current + 1 - a.local) * R);
-        count = current < a.count ? 0 : (columns + BN - 1) / BN;
+        count = tile.rows == 0 || current < a.count ? 0 : (columns + BN - 1) / BN;
     }
 };
 
@@ -333,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
 #pragma unroll
                 for (int c = 0; c < DP / PANEL; c++)
                     tma_load(s.k[stage] + c * BN * 128, &k, &s.k_full[stage], c * PANEL, item.kv_head,
-                             item.tile.key + j * BN);
+                             item.tile.block + j * BN);
             }
         }
     } else {

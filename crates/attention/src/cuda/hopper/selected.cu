@@ -10,6 +10,7 @@
 // multiprocessors, each walking its share. Block: 384 threads.
 #include "hopper.cuh"
 #include "mma.cuh"
+#include "sequences.cuh"
 
 static constexpr int PANEL = 64, BN = 64, WARPS = 8, BM = 16 * WARPS;
 static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
@@ -19,23 +20,19 @@ static constexpr int OUT_PITCH = V * 2 + 16;  // bytes of a staged row, padded a
 static constexpr bool KEEP_Q = DP + VP <= 320;
 static constexpr int NO_BLOCK = 0x7fffffff;
 
-struct Tile {
-    int token, rows, position, key;
-};
-
 struct Params {
-    const Tile* tiles;
-    int tile_count, heads, group;
-    float scale_log2;
-    int count;           // S
+    Batch batch;
     const Real* q;       // [T, H, D]
-    const i32* indices;  // [T, K, S], ascending, then −1
+    const i32* indices;  // [T, K, S]
     Real* branch;        // [T, H, V] this branch's output, or null
     Real* out;           // [T, H, V] gated output, or null
     const Real* gate;    // [T, H, 3]
+    float* lse;          // [T, H] natural log, or null
+    int tile_count, heads, group;
+    int count;           // S
     int gate_index;
     int accumulate;      // add to `out`
-    float* lse;          // [T, H] natural log, or null
+    float scale_log2;    // softmax scale · log2(e)
 };
 
 // What a stage holds: keys from `key` on (within the sequence; −1: the item ends), and the queries
@@ -58,7 +55,6 @@ DEVICE void produce_item(Shared& s, const TensorMap* k, const TensorMap* v, cons
                          int kv_head, int* lists, int& stage, u32& parity) {
     int lane = threadIdx.x & 31, kv_heads = a.heads / a.group;
     __syncwarp();
-    // Entries that no list of ours can hold end a list.
     for (int i = lane; i < QUERIES * a.count; i += 32) {
         int query = i / a.count, block = NO_BLOCK;
         if (query < tile.rows) {
@@ -66,6 +62,23 @@ DEVICE void produce_item(Shared& s, const TensorMap* k, const TensorMap* v, cons
             if (block < 0 || block > (tile.position + query) / SB) block = NO_BLOCK;
         }
         lists[i] = block;
+    }
+    __syncwarp();
+    // Lists as ranking writes them are left as they are; any other is put in order, without what is no
+    // block of its query and without repeats.
+    for (int query = lane; query < QUERIES; query += 32) {
+        int* list = lists + query * a.count;
+        int kept = 0;
+        for (int i = 0; i < a.count; i++) {
+            int block = list[i], place = kept;
+            if (block == NO_BLOCK) continue;
+            while (place > 0 && list[place - 1] > block) place--;
+            if (place > 0 && list[place - 1] == block) continue;
+            for (int j = kept; j > place; j--) list[j] = list[j - 1];
+            list[place] = block;
+            kept++;
+        }
+        for (int i = kept; i < a.count; i++) list[i] = NO_BLOCK;
     }
     __syncwarp();
     int head[QUERIES_A_LANE], at[QUERIES_A_LANE];
@@ -315,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __syncthreads();
     int items = a.tile_count * (a.heads / a.group), stage = 0;
     // Longest tiles first; one KV head after the other, so that its keys and values stay in L2.
-    auto tile = [&](int i) { return a.tiles[a.tile_count - 1 - i % a.tile_count]; };
+    auto tile = [&](int i) { return find_tile<QUERIES>(a.batch, a.tile_count - 1 - i % a.tile_count); };
     if (threadIdx.x >= 32 * WARPS) {
         registers_shrink<40>();
         if (threadIdx.x / 32 != WARPS) return;
