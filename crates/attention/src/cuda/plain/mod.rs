@@ -69,7 +69,7 @@ fn compiled(dim: usize) -> usize {
 
 /// f32s between rows of a shared tile; `Width<DIM>::row` of `tile.cuh`.
 pub(in super::super) fn width(dim: usize) -> usize {
-    4 * (compiled(dim) / 4 | 1)
+    4 * ((compiled(dim) / 4) | 1)
 }
 
 /// How many numbers may be loaded at once from these addresses: 16 bytes of them, or one.
