@@ -273,23 +273,69 @@ class Tercet(Sparse):
         )[1]
 
     def decode(self, case):
-        cache = self.library.NsaCache(
-            case.heads, case.kv_heads, case.key_dim, case.value_dim, batch=case.batch
+        """Over pages that hold the new token already, as the dense kernels are called."""
+        spec, pages = self.library.Spec(), self.library.Pages
+        window = spec.window
+
+        def ring(cache):
+            newest = torch.arange(case.tokens - window, case.tokens, device=case.device)
+            held = torch.empty_like(cache[:, :window])
+            held[:, newest % window] = cache[:, newest]
+            return heads_first(held)
+
+        means = [heads_first(block_means(c, -(-case.tokens // 1024) * 64)) for c in case.caches]
+        args = (
+            case.q1,
+            pages(*means, heads_first=True),
+            pages(*(heads_first(c) for c in case.caches), heads_first=True),
+            pages(*(ring(c) for c in case.caches), ring=True, heads_first=True),
+            case.gate1,
+            case.lengths - 1,
         )
-        if not hasattr(cache, "fill"):
-            raise Cannot("no CUDA cache in this build")
-        compress = self.library.compress
-        spec = self.library.Spec()
-        for i in range(case.batch):  # one at a time: the prompt's compressed blocks are temporary
-            k, v = case.k_cache[i, :-1], case.v_cache[i, :-1]
-            cache.fill(i, compress(k), compress(v), k, v, k, v)
-        before = spec.compressed_blocks(case.tokens - 1)
-        new = spec.compressed_blocks(case.tokens) - before
-        k1, v1 = case.k_cache[:, -1:].contiguous(), case.v_cache[:, -1:].contiguous()
-        tail = slice(case.tokens - spec.compress_block, case.tokens)
-        k_new = case.k_cache[:, tail].float().mean(1, keepdim=True).to(k1.dtype)[:, :new]
-        v_new = case.v_cache[:, tail].float().mean(1, keepdim=True).to(v1.dtype)[:, :new]
-        return cache.step(case.q1.unsqueeze(1), k_new, v_new, k1, v1, k1, v1, case.gate1.unsqueeze(1))
+        decode, longest = self.library.nsa_decode, case.tokens
+        return lambda: decode(*args, spec=spec, longest=longest, check=False)
+
+
+class TercetStep(Sparse):
+    """A step of a cache: the token is appended and its block averaged as well."""
+
+    name = "tercet step"
+
+    def load(self):
+        self.library = module("tercet")
+
+    def forward(self, case):
+        raise Cannot("decoding only; see tercet")
+
+    def decode(self, case):
+        if case.batch > 1:
+            raise Cannot("batch 1 only: its prompt is attended to, which takes long")
+        lib, last = self.library, case.tokens - 1
+        cache = lib.NsaCache(
+            case.heads, case.kv_heads, case.key_dim, case.value_dim, capacity=case.tokens
+        )
+        k, v = (c[0, :last] for c in case.caches)
+        q = case.random(last, case.heads, case.key_dim)
+        gate = torch.ones(last, case.heads, 3, device=case.device, dtype=case.dtype)
+        cache.extend(q, lib.compress(k), lib.compress(v), k, v, k, v, gate)
+        cache.prime(k, v)
+        k1, v1 = (c[:, last].contiguous() for c in case.caches)
+        position = case.lengths - 1
+        return lambda: cache.step(position, case.q1, k1, v1, k1, v1, k1, v1, case.gate1)
+
+
+def heads_first(cache):
+    """[B, n, K, dim] as [B, K, n, dim]."""
+    return cache.transpose(1, 2).contiguous()
+
+
+def block_means(cache, rows):
+    """Averages of blocks [B, rows, K, dim] from [B, T, K, dim], zeros after the last."""
+    made = cache.new_zeros(cache.shape[0], rows, *cache.shape[2:])
+    for i in range(cache.shape[0]):  # a sequence at a time: float32 is twice as large
+        means = cache[i].float().unfold(0, SPEC[0], SPEC[1]).mean(-1)
+        made[i, : means.shape[0]] = means.to(cache.dtype)
+    return made
 
 
 class FlashNsa(Sparse):
@@ -341,9 +387,7 @@ class FlashNsa(Sparse):
             tokens = made[: case.batch * pages].view(case.batch, pages * page, *cache.shape[2:])
             tokens[:, : case.tokens] = cache
             means = made[case.batch * pages :].view(case.batch, cmp_pages * page, *cache.shape[2:])
-            for i in range(case.batch):
-                blocks = cache[i].float().unfold(0, SPEC[0], SPEC[1]).mean(-1)
-                means[i, :rows] = blocks.to(cache.dtype)
+            means.copy_(block_means(cache, cmp_pages * page))
             return made
 
         k, v = pool(case.k_cache), pool(case.v_cache)
@@ -428,10 +472,7 @@ class XunhaoLai(Sparse):
     def decode(self, case):
         ops, g = self.ops, case.gate1
         rows = (case.tokens - SPEC[0]) // SPEC[1] + 1
-        means = [
-            torch.stack([c.float().unfold(0, SPEC[0], SPEC[1]).mean(-1).to(c.dtype) for c in cache])
-            for cache in (case.k_cache, case.v_cache)
-        ]
+        means = [block_means(cache, rows) for cache in case.caches]
         counts = torch.full_like(case.lengths, rows)
 
         def run():
@@ -472,6 +513,7 @@ class Fsa(XunhaoLai):
 
 PEERS = [
     Tercet(),
+    TercetStep(),
     TercetDense(),
     FlashAttention3(),
     Sdpa("CUDNN_ATTENTION"),
