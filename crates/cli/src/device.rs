@@ -100,6 +100,14 @@ impl Choice {
         }
     }
 
+    /// As --device takes it.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Cpu => "cpu".into(),
+            Self::Cuda(gpu) => format!("cuda:{}", gpu.info().ordinal),
+        }
+    }
+
     /// The GPU, if that is where to compute.
     pub fn gpu(&self) -> Option<&Gpu> {
         match self {

@@ -10,11 +10,12 @@ use super::input::{Input, Tensors};
 use super::output::{Data, Stored, Tensor};
 
 /// The inputs that have a gradient, φ's apart, in the order of `NsaGrads`.
-const INPUTS: [&str; 8] = ["q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gate"];
+pub const INPUTS: [&str; 8] = ["q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gate"];
 
-/// Parameters of a linear φ, of an mlp φ.
-const LINEAR: [&str; 2] = ["weight", "pe"];
-const MLP: [&str; 5] = ["weight1", "bias1", "weight2", "bias2", "pe"];
+/// Parameters of a linear φ.
+pub const LINEAR: [&str; 2] = ["weight", "pe"];
+/// Parameters of an mlp φ.
+pub const MLP: [&str; 5] = ["weight1", "bias1", "weight2", "bias2", "pe"];
 
 /// The fast CPU code, inputs stored as `E`.
 pub fn fast<E: Stored>(input: &Input) -> anyhow::Result<Vec<Tensor>> {
@@ -46,7 +47,7 @@ pub fn fast<E: Stored>(input: &Input) -> anyhow::Result<Vec<Tensor>> {
     let mut out = zeros(input.tokens * heads * value_dim);
     let saved = cpu::nsa_forward(&ready, &mut out)?;
 
-    let mut results = Results { input, tensors: Vec::new() };
+    let mut results = Results::new(input);
     if input.backward {
         let mut grads = INPUTS.map(|name| match name {
             "k_cmp" => zeros(k_cmp.len()),
@@ -111,7 +112,7 @@ pub fn reference<E: Element>(input: &Input) -> anyhow::Result<Vec<Tensor>> {
     let operator = float64::OperatorInput { raw, phi_k, phi_v };
     let output = float64::operator_forward(&operator)?;
 
-    let mut results = Results { input, tensors: Vec::new() };
+    let mut results = Results::new(input);
     if input.backward {
         let d = float64::operator_backward(&operator, &output, &tensors["d_out"])?;
         for (letter, d_phi) in [("k", d.phi_k), ("v", d.phi_v)] {
@@ -137,7 +138,8 @@ pub fn reference<E: Element>(input: &Input) -> anyhow::Result<Vec<Tensor>> {
     Ok(results.tensors)
 }
 
-fn phi_name(letter: &str, name: &str) -> String {
+/// A parameter of φ of the keys (`"k"`) or of the values (`"v"`).
+pub fn phi_name(letter: &str, name: &str) -> String {
     format!("phi_{letter}_{name}")
 }
 
@@ -204,23 +206,29 @@ fn compress_backward<E: Element>(
 }
 
 /// Results with the names and shapes of the golden files.
-struct Results<'a> {
+pub struct Results<'a> {
     input: &'a Input,
-    tensors: Vec<Tensor>,
+    /// What there is so far.
+    pub tensors: Vec<Tensor>,
 }
 
-impl Results<'_> {
+impl<'a> Results<'a> {
+    /// None yet.
+    pub fn new(input: &'a Input) -> Self {
+        Self { input, tensors: Vec::new() }
+    }
+
     fn push(&mut self, name: &str, shape: Vec<usize>, data: Data) {
         self.tensors.push(Tensor { name: name.into(), shape, data });
     }
 
     /// The gradient of the input `name`.
-    fn gradient(&mut self, name: &str, data: Data) {
+    pub fn gradient(&mut self, name: &str, data: Data) {
         self.push(&format!("d_{name}"), self.input.shape(name), data);
     }
 
     /// What the forward pass gives.
-    fn forward(&mut self, out: Data, indices: Vec<i32>, lse: [Vec<f64>; 3]) {
+    pub fn forward(&mut self, out: Data, indices: Vec<i32>, lse: [Vec<f64>; 3]) {
         let Dims { heads, kv_heads, value_dim, .. } = self.input.dims;
         let (tokens, count) = (self.input.tokens, self.input.spec.select_count);
         self.push("out", vec![tokens, heads, value_dim], out);

@@ -1,6 +1,7 @@
 //! `tercet attend`: the operator as a tool, so that anyone can check it from any framework.
 
 mod compute;
+mod device;
 mod input;
 mod output;
 mod tensor_file;
@@ -10,8 +11,10 @@ use std::time::Instant;
 
 use half::bf16;
 
+use crate::device::{Choice, DeviceArg};
 use crate::error::user;
 use crate::human;
+use device::on_device;
 use input::Input;
 use output::Output;
 
@@ -43,9 +46,8 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Storage::F32)]
     dtype: Storage,
 
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceArg,
 
     /// Compute in float64 by the readable code that the fast code is checked against; results
     /// are rounded to f32
@@ -63,14 +65,8 @@ enum Storage {
     Bf16,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Device {
-    Cpu,
-}
-
 /// Reads, computes, writes, and says so in one line.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let Device::Cpu = args.device;
     if same_file(args) {
         return Err(user(format!(
             "--output {} is the input; writing there would replace it",
@@ -80,8 +76,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let input = Input::open(&args.input, args.spec.as_deref(), args.backward)?;
     // Made before the work, so that a folder that cannot be written is known at once.
     let output = Output::create(&args.output)?;
+    // The reference is float64 code of the CPU.
+    let device = if args.reference { Choice::Cpu } else { args.device.choose()? };
     let started = Instant::now();
     let results = match (args.reference, args.dtype) {
+        (false, Storage::F32) if device.gpu().is_some() => on_device::<f32>(&input, &device),
+        (false, Storage::Bf16) if device.gpu().is_some() => on_device::<bf16>(&input, &device),
         (false, Storage::F32) => compute::fast::<f32>(&input),
         (false, Storage::Bf16) => compute::fast::<bf16>(&input),
         (true, Storage::F32) => compute::reference::<f32>(&input),

@@ -5,18 +5,21 @@ use std::path::PathBuf;
 use anyhow::Context;
 use half::bf16;
 use tercet_attention::{Dims, Element, NsaSpec};
+use tercet_cuda::Number;
 
+use super::gpu;
 use super::operands::Operands;
 use super::operator::{self, Measured, Plan, ROWS};
 use super::report::{self, Setting};
 use super::timing::Effort;
+use crate::device::{Choice, DeviceArg};
 use crate::error::user;
 use crate::machine::Machine;
 use crate::{human, yardstick};
 
 /// Time dense and native sparse attention on this machine: each piece alone, forward, backward,
-/// and one decode step. Rates are GFLOP/s and a share of what `gemm` reaches on a 1024³ product
-/// in the same run with the same threads.
+/// and one decode step. Rates are GFLOP/s and a share of what a matrix product reaches in the same
+/// run: `gemm`'s on the CPU, cuBLASLt's on a GPU.
 #[derive(clap::Args)]
 #[command(after_help = "Rows: forward/{dense,compress,cmp,score+select,slc,win,gate,nsa}, \
     backward/{dense,compress,cmp,slc,win,gate,nsa}, decode/{dense,nsa}.\n\
@@ -50,6 +53,8 @@ pub struct Args {
     /// Seconds to repeat each row for (at least three runs; very long ones run once)
     #[arg(long, default_value_t = 0.5, value_name = "S")]
     seconds: f64,
+    #[command(flatten)]
+    device: DeviceArg,
     /// Seed of the random inputs
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -99,15 +104,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         return Err(user(format!("--lengths: {length} is more than the {most} this can time")));
     }
 
-    let setting = setting(dims, spec, args.dtype == Dtype::Bf16, args.spec.as_ref(), args.seed);
+    let device = args.device.choose()?;
+    let bf16 = args.dtype == Dtype::Bf16;
+    let setting = setting(dims, spec, bf16, args.spec.as_ref(), args.seed, &device)?;
     println!(
-        "{} · {} threads · {} kernels · gemm {:.0} GFLOP/s (f32 1024³, this run)\n",
-        setting.cpu, setting.threads, setting.kernels, setting.gemm_gflops
+        "{} · {device} · matrix product {:.0} GFLOP/s (this run)\n",
+        setting.cpu, setting.gemm_gflops
     );
     println!("{}", report::heading());
     let effort = Effort { seconds: args.seconds };
     let each = |m: &Measured| println!("{}", setting.line(m));
-    let rows = measure(&setting, &args.lengths, &wanted, effort, each)?;
+    let rows = measure(&setting, &device, &args.lengths, &wanted, effort, each)?;
     if let Some(table) = report::speedups(&rows) {
         println!("\n{table}");
     }
@@ -127,11 +134,19 @@ pub fn setting(
     bf16: bool,
     spec_file: Option<&PathBuf>,
     seed: u64,
-) -> Setting {
-    Setting {
+    device: &Choice,
+) -> anyhow::Result<Setting> {
+    Ok(Setting {
         version: env!("CARGO_PKG_VERSION"),
-        cpu: Machine::detect().cpu,
-        kernels: tercet_attention::cpu::isa_name(),
+        cpu: match device {
+            Choice::Cpu => Machine::detect().cpu,
+            Choice::Cuda(gpu) => gpu.info().name.clone(),
+        },
+        device: device.name(),
+        kernels: match device {
+            Choice::Cpu => tercet_attention::cpu::isa_name(),
+            Choice::Cuda(_) => "CUDA",
+        },
         threads: rayon::current_num_threads(),
         heads: dims.heads,
         kv_heads: dims.kv_heads,
@@ -141,23 +156,38 @@ pub fn setting(
         spec,
         spec_file: spec_file.map(|p| p.display().to_string()),
         seed,
-        gemm_gflops: yardstick::gemm_gflops(15),
-    }
+        gemm_gflops: yardstick::matmul_gflops(device, bf16, 15)?,
+    })
 }
 
 /// Runs the wanted rows for every length; `each` hears of each row as it is done.
 pub fn measure(
     setting: &Setting,
+    device: &Choice,
     lengths: &[usize],
     wanted: &dyn Fn(&str) -> bool,
     effort: Effort,
     each: impl Fn(&Measured),
-) -> tercet_attention::Result<Vec<Measured>> {
-    if setting.dtype == "bf16" {
-        measure_as::<bf16>(setting, lengths, wanted, effort, each)
-    } else {
-        measure_as::<f32>(setting, lengths, wanted, effort, each)
+) -> anyhow::Result<Vec<Measured>> {
+    let bf16_storage = setting.dtype == "bf16";
+    if let Choice::Cuda(gpu) = device {
+        let number = if bf16_storage { Number::BF16 } else { Number::F32 };
+        let mut rows = Vec::new();
+        let mut keep = |m: Measured| {
+            each(&m);
+            rows.push(m);
+        };
+        for &tokens in lengths {
+            let operator = (setting.dims(), &setting.spec);
+            let mut plan = gpu::Plan { wanted, effort, each: &mut keep };
+            gpu::measure(gpu, number, operator, tokens, setting.seed, &mut plan)?;
+        }
+        return Ok(rows);
     }
+    Ok(match bf16_storage {
+        true => measure_as::<bf16>(setting, lengths, wanted, effort, each)?,
+        false => measure_as::<f32>(setting, lengths, wanted, effort, each)?,
+    })
 }
 
 fn measure_as<E: Element>(

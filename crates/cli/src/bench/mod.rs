@@ -2,6 +2,7 @@
 
 pub mod attention;
 mod flops;
+mod gpu;
 mod operands;
 mod operator;
 pub mod report;

@@ -149,16 +149,21 @@ impl<E: Element> Operands<E> {
 
     /// FLOPs of compressing keys and values.
     pub fn compress_flops(&self) -> f64 {
-        let Dims { kv_heads, key_dim, value_dim, .. } = self.dims;
-        let (blocks, l) = (self.spec.compressed_blocks(self.tokens), self.spec.compress_block);
-        let per_channel = |c: usize| match self.spec.compressor {
-            Compressor::Mean => l,
-            Compressor::Linear => 2 * l * c,
-            Compressor::Mlp => 2 * l * c + 2 * c,
-        };
-        let channels = key_dim * per_channel(key_dim) + value_dim * per_channel(value_dim);
-        (blocks * kv_heads * channels) as f64
+        compress_flops(self.dims, &self.spec, self.tokens)
     }
+}
+
+/// FLOPs of compressing keys and values.
+pub fn compress_flops(dims: Dims, spec: &NsaSpec, tokens: usize) -> f64 {
+    let Dims { kv_heads, key_dim, value_dim, .. } = dims;
+    let (blocks, l) = (spec.compressed_blocks(tokens), spec.compress_block);
+    let per_channel = |c: usize| match spec.compressor {
+        Compressor::Mean => l,
+        Compressor::Linear => 2 * l * c,
+        Compressor::Mlp => 2 * l * c + 2 * c,
+    };
+    let channels = key_dim * per_channel(key_dim) + value_dim * per_channel(value_dim);
+    (blocks * kv_heads * channels) as f64
 }
 
 impl<E: Element> PhiTensors<E> {
@@ -222,7 +227,7 @@ impl PhiGradients {
 }
 
 /// SplitMix64: enough randomness for a benchmark, in four lines.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
     /// Uniform in 0..1.
@@ -235,7 +240,7 @@ impl Random {
     }
 
     /// Mean 0, variance 1 (a sum of three uniforms is normal enough for softmax to be real).
-    fn numbers<E: Element>(&mut self, n: usize) -> Vec<E> {
+    pub fn numbers<E: Element>(&mut self, n: usize) -> Vec<E> {
         (0..n).map(|_| E::from_f32((self.unit() + self.unit() + self.unit() - 1.5) * 2.0)).collect()
     }
 }

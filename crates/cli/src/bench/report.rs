@@ -13,6 +13,8 @@ pub struct Setting {
     pub version: &'static str,
     /// Processor.
     pub cpu: String,
+    /// Where it was computed, as --device takes it.
+    pub device: String,
     /// Kernels that run-time dispatch chose.
     pub kernels: &'static str,
     /// Threads.
@@ -56,13 +58,13 @@ impl Setting {
 
     /// The command that repeats one row.
     pub fn command(&self, m: &Measured) -> String {
-        let Self { heads, kv_heads, key_dim, value_dim, dtype, seed, threads, .. } = self;
+        let Self { heads, kv_heads, key_dim, value_dim, dtype, seed, threads, device, .. } = self;
         let length = human::length(m.tokens);
         let spec = self.spec_file.as_ref().map(|f| format!(" --spec {f}")).unwrap_or_default();
         format!(
             "tercet bench attention --rows {} --lengths {length} --heads {heads} \
              --kv-heads {kv_heads} --dim {key_dim} --value-dim {value_dim} --dtype {dtype} \
-             --seed {seed}{spec} --threads {threads}",
+             --seed {seed}{spec} --device {device} --threads {threads}",
             m.row
         )
     }
@@ -119,8 +121,11 @@ impl Setting {
         let Self { heads, kv_heads, key_dim, value_dim, dtype, threads, cpu, .. } = self;
         let note = format!(
             "{heads} query heads, {kv_heads} key/value, dims {key_dim}/{value_dim}, {dtype}, \
-             {threads} threads of {cpu}, {} kernels",
-            self.kernels
+             {}",
+            match self.device.as_str() {
+                "cpu" => format!("{threads} threads of {cpu}, {} kernels", self.kernels),
+                _ => cpu.clone(),
+            }
         );
         let axes = Axes { x: |t| human::length(t as usize), y: power, x_title: "tokens" };
         svg::panels("Native sparse attention against dense attention", &note, &axes, &panels)
@@ -201,6 +206,7 @@ mod tests {
         Setting {
             version: "0",
             cpu: "CPU".into(),
+            device: "cpu".into(),
             kernels: "portable",
             threads: 2,
             heads: 16,
@@ -222,7 +228,7 @@ mod tests {
         assert!(line.contains("50 %"), "{line}");
         assert!(line.ends_with(
             "tercet bench attention --rows forward/slc --lengths 8k --heads 16 --kv-heads 1 \
-             --dim 64 --value-dim 64 --dtype f32 --seed 0 --threads 2"
+             --dim 64 --value-dim 64 --dtype f32 --seed 0 --device cpu --threads 2"
         ));
     }
 

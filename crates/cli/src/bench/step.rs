@@ -141,10 +141,7 @@ impl Report<'_> {
             command.push_str(&format!(" --lengths {}", human::length(length)));
         }
         let threads = rayon::current_num_threads();
-        let device = match &self.device {
-            Choice::Cpu => "cpu".into(),
-            Choice::Cuda(gpu) => format!("cuda:{}", gpu.info().ordinal),
-        };
+        let device = self.device.name();
         let steps = self.args.steps;
         command.push_str(&format!(" --steps {steps} --device {device} --threads {threads}"));
         command

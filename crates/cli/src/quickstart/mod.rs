@@ -14,7 +14,7 @@ use tercet_model::{Generator, Model, Sampling, Tokenizer};
 use tercet_train::{Control, Report, RunConfig};
 
 use crate::bench::attention;
-use crate::bench::report::{self, Setting};
+use crate::bench::report;
 use crate::bench::step;
 use crate::bench::timing::Effort;
 use crate::device::{Choice, DeviceArg};
@@ -98,10 +98,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
 
     phase(4, "what it writes");
-    write_sample(model, &out)?;
+    write_sample(model, &out, &device)?;
 
     phase(5, "sparse against dense attention on this machine");
-    compare(&out, seconds, gemm, &stop)?;
+    compare(&out, seconds, &device, &stop)?;
 
     say(&format!(
         "\nthe model     {model}  (curve: {curve})\n\
@@ -197,8 +197,9 @@ fn stopped(config: &RunConfig, report: &Report) -> anyhow::Result<()> {
 }
 
 /// Lets the model write, on the screen and into a file.
-fn write_sample(folder: &Path, out: &Path) -> anyhow::Result<()> {
-    let (model, tokenizer) = (Model::load(folder)?, Tokenizer::load(folder)?);
+fn write_sample(folder: &Path, out: &Path, device: &Choice) -> anyhow::Result<()> {
+    let (mut model, tokenizer) = (Model::load(folder)?, Tokenizer::load(folder)?);
+    model.to_device(&device.tensors())?;
     let mut generator = Generator::new(&model, &tokenizer, None)?;
     let sampling = Sampling { seed: 1, max_tokens: 160, ..Sampling::default() };
     let prompt = tokenizer.encode(PROMPT, true)?;
@@ -209,6 +210,7 @@ fn write_sample(folder: &Path, out: &Path) -> anyhow::Result<()> {
     })?;
     say(&format!("\n\n({} tokens at {:.0} tok/s)", written.tokens.len(), written.decode_rate()));
     save(&out.join("sample.txt"), &format!("{PROMPT}{}\n", written.text))?;
+    model.to_device(&Choice::Cpu.tensors())?;
     draw_query(&model, &tokenizer, out)
 }
 
@@ -222,33 +224,33 @@ fn draw_query(model: &Model, tokenizer: &Tokenizer, out: &Path) -> anyhow::Resul
 }
 
 /// Measures both kinds of attention and writes table, JSON and chart.
-fn compare(out: &Path, seconds: f64, gemm: f64, stop: &AtomicBool) -> anyhow::Result<()> {
+fn compare(out: &Path, seconds: f64, device: &Choice, stop: &AtomicBool) -> anyhow::Result<()> {
     // The grouping the paper trains with: sixteen query heads share one key/value head.
     let dims = Dims { heads: 16, kv_heads: 1, key_dim: 64, value_dim: 64 };
     let all = [1 << 10, 2 << 10, 4 << 10, 8 << 10, 16 << 10];
     let lengths = if seconds < 120.0 { &all[..3] } else { &all[..] };
-    let setting = Setting {
-        gemm_gflops: gemm,
-        ..attention::setting(dims, NsaSpec::default(), false, None, 0)
-    };
+    // A GPU's products and kernels are made for 16 bits.
+    let bf16 = device.gpu().is_some();
+    let setting = attention::setting(dims, NsaSpec::default(), bf16, None, 0, device)?;
     let wanted = |row: &str| {
         let whole = row.ends_with("/dense") || row.ends_with("/nsa");
         whole && !stop.load(Ordering::Relaxed)
     };
     say(&format!(
         "{} query heads sharing {} key/value head, dims {}/{}, the paper's blocks (32/16, 64×16, \
-         window 512), f32",
-        dims.heads, dims.kv_heads, dims.key_dim, dims.value_dim
+         window 512), {}",
+        dims.heads, dims.kv_heads, dims.key_dim, dims.value_dim, setting.dtype
     ));
-    let rows = attention::measure(&setting, lengths, &wanted, Effort { seconds: 0.3 }, |m| {
-        say(&format!(
-            "  {:<15}{:>5} tokens  {:>9}  {:>4.0} % of gemm",
-            m.row,
-            human::length(m.tokens),
-            human::seconds(m.seconds),
-            100.0 * setting.share(m)
-        ));
-    })?;
+    let rows =
+        attention::measure(&setting, device, lengths, &wanted, Effort { seconds: 0.3 }, |m| {
+            say(&format!(
+                "  {:<15}{:>5} tokens  {:>9}  {:>4.0} % of gemm",
+                m.row,
+                human::length(m.tokens),
+                human::seconds(m.seconds),
+                100.0 * setting.share(m)
+            ));
+        })?;
     let Some(table) = report::speedups(&rows) else { return Ok(()) };
     say(&format!("\n{table}"));
     save(&out.join("attention.txt"), &table)?;

@@ -137,6 +137,18 @@ impl Nsa {
         Ok(room)
     }
 
+    /// The selected blocks, and the log-sum-exps of cmp, slc, win; nothing where nothing was saved.
+    pub(crate) fn chosen(&self) -> Result<(Vec<i32>, [Vec<f32>; 3])> {
+        let Some(saved) = &self.saved else { return Ok(Default::default()) };
+        let mut indices = vec![0; saved.indices().bytes() / 4];
+        saved.indices().download(&mut indices)?;
+        let mut lses = saved.lses().each_ref().map(|lse| vec![0.0; lse.bytes() / 4]);
+        for (lse, host) in saved.lses().iter().zip(&mut lses) {
+            lse.download(host)?;
+        }
+        Ok((indices, lses))
+    }
+
     fn input(&self) -> Result<NsaInput<'_>> {
         let [q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate] = slices(&self.values)?;
         let (plan, batch, scale) = (&self.plan, &self.batch, self.plan.dims().scale());
