@@ -118,12 +118,98 @@ pub struct Device {
     pub plain: bool,
     /// Numbers before and after every slice.
     pub margin: usize,
+    /// Small head dims are computed as larger ones, those that special kernels are for.
+    pub wide: bool,
+}
+
+/// Head dims padded with zeros.
+#[derive(Clone, Copy)]
+struct Padded {
+    /// What the case has.
+    from: Dims,
+    /// What the device computes.
+    to: Dims,
+    /// What queries are multiplied by so that scores stay: a power of two.
+    factor: f32,
+}
+
+/// Head dims that special kernels are for.
+const USUAL: [usize; 5] = [64, 96, 128, 192, 256];
+
+impl Padded {
+    /// To dims of [`USUAL`] where that changes no bit, else as they are.
+    fn new(from: Dims, wide: bool) -> Self {
+        let mut padded = Padded { from, to: from, factor: 1.0 };
+        let ratio = |dim: usize| USUAL.iter().find(|to| [dim, 4 * dim, 16 * dim].contains(to));
+        let room = |dim: usize| USUAL.iter().find(|to| **to >= dim);
+        if let (true, Some(&key), Some(&value)) = (wide, ratio(from.key_dim), room(from.value_dim))
+        {
+            padded.to = Dims { key_dim: key, value_dim: value, ..from };
+            padded.factor = ((key / from.key_dim) as f32).sqrt();
+        }
+        padded
+    }
+
+    /// Queries.
+    fn q<E: Element>(self, x: &[E]) -> Vec<E> {
+        let scaled: Vec<E> = x.iter().map(|x| E::from_f32(x.to_f32() * self.factor)).collect();
+        self.k(&scaled)
+    }
+
+    /// Keys.
+    fn k<E: Element>(self, x: &[E]) -> Vec<E> {
+        pad(x, self.from.key_dim, self.to.key_dim)
+    }
+
+    /// Values and gradients of outputs.
+    fn v<E: Element>(self, x: &[E]) -> Vec<E> {
+        pad(x, self.from.value_dim, self.to.value_dim)
+    }
+
+    /// An input by its name.
+    fn input<E: Element>(self, name: &str, x: &[E]) -> Vec<E> {
+        match &name[..1] {
+            "q" => self.q(x),
+            "k" => self.k(x),
+            "v" | "d" => self.v(x),
+            _ => x.to_vec(),
+        }
+    }
+
+    /// The gradient of an input by its name.
+    fn grad<E: Element>(self, name: &str, x: &[E]) -> Vec<E> {
+        let key = || cut(x, self.to.key_dim, self.from.key_dim);
+        match &name[..1] {
+            "q" => key().into_iter().map(|x| E::from_f32(x.to_f32() * self.factor)).collect(),
+            "k" => key(),
+            "v" => self.out(x),
+            _ => x.to_vec(),
+        }
+    }
+
+    /// Outputs.
+    fn out<E: Element>(self, x: &[E]) -> Vec<E> {
+        cut(x, self.to.value_dim, self.from.value_dim)
+    }
+}
+
+/// Rows of `from` numbers, each followed by zeros up to `to`; what is no whole row stays.
+fn pad<E: Element>(x: &[E], from: usize, to: usize) -> Vec<E> {
+    let rows = x.chunks_exact(from);
+    let rest = rows.remainder();
+    let zeros = || std::iter::repeat_n(E::default(), to - from);
+    rows.flat_map(|row| row.iter().copied().chain(zeros())).chain(rest.iter().copied()).collect()
+}
+
+/// The first `to` of every `from` numbers.
+fn cut<E: Element>(x: &[E], from: usize, to: usize) -> Vec<E> {
+    x.chunks_exact(from).flat_map(|row| row[..to].iter().copied()).collect()
 }
 
 impl Device {
     /// The kernels that the device would choose.
     pub fn new(gpu: &Gpu) -> Self {
-        Device { gpu: gpu.clone(), plain: false, margin: MARGIN }
+        Device { gpu: gpu.clone(), plain: false, margin: MARGIN, wide: false }
     }
 
     /// Plain kernels only.
@@ -134,6 +220,11 @@ impl Device {
     /// Addresses that are aligned to one number and no more.
     pub fn misaligned(self) -> Self {
         Device { margin: MARGIN + 1, ..self }
+    }
+
+    /// Small head dims padded to those that special kernels are for.
+    pub fn wide(self) -> Self {
+        Device { wide: true, ..self }
     }
 
     /// This device as a way, with `E` for storage.
@@ -181,7 +272,8 @@ impl Device {
 
     /// The operator, forward and, for cases with a `d_out`, backward.
     fn run<E: Stored>(&self, case: &Case) -> Check<Outcome> {
-        let plan = self.plan::<E>(case.dims)?;
+        let padded = Padded::new(case.dims, self.wide);
+        let plan = self.plan::<E>(padded.to)?;
         let batch = NsaBatch::new(&self.gpu, &case.spec, &case.cu_seqlens)?;
         let narrow = Narrow::<E>::of(case);
         let Dims { heads, kv_heads, key_dim, value_dim } = case.dims;
@@ -193,19 +285,21 @@ impl Device {
         cpu::compress_forward(&narrow.compress("v"), &mut v_cmp)?;
         let mut inputs = Vec::new();
         for name in INPUTS {
-            inputs.push(match name {
-                "k_cmp" => self.hold(&k_cmp)?,
-                "v_cmp" => self.hold(&v_cmp)?,
-                name => self.hold(narrow.get(name))?,
-            });
+            let x = match name {
+                "k_cmp" => &k_cmp,
+                "v_cmp" => &v_cmp,
+                name => narrow.get(name),
+            };
+            inputs.push(self.hold(&padded.input(name, x))?);
         }
         let input = nsa_input(&plan, &batch, &inputs);
-        let out = self.poison::<E>(tokens * heads * value_dim)?;
-        let state = self.state::<E>(case)?;
+        let out_len = tokens * heads * padded.to.value_dim;
+        let out = self.poison::<E>(out_len)?;
+        let state = self.state::<E>(&Case { dims: padded.to, ..case.clone() })?;
         nsa_forward_into(&input, out.slice(), &state.slices())?;
 
         // Without saving, the same output.
-        let other = self.poison::<E>(tokens * heads * value_dim)?;
+        let other = self.poison::<E>(out_len)?;
         nsa_forward(&input, other.slice(), false)?;
         ensure(out.read()? == other.read()?, || "saving changes the output".into())?;
 
@@ -216,21 +310,21 @@ impl Device {
             for input in &inputs {
                 grads.push(self.poison::<E>(input.len)?);
             }
-            let d_out = self.hold(narrow.get("d_out"))?;
+            let d_out = self.hold(&padded.v(narrow.get("d_out")))?;
             nsa_backward(&input, &state.slices(), d_out.slice(), nsa_grads(&grads))?;
             for (name, x) in INPUTS.iter().zip(&grads) {
-                put(&format!("d_{name}"), x.widen::<E>()?);
+                put(&format!("d_{name}"), widen(&padded.grad(name, &x.values::<E>()?)));
             }
             for (letter, i) in [("k", 1), ("v", 2)] {
-                let d_rows = grads[i].values::<E>()?;
+                let d_rows = padded.grad(letter, &grads[i].values::<E>()?);
                 for (name, x) in fast_compress_backward(&narrow, letter, &d_rows)? {
                     put(&name, x);
                 }
             }
         }
-        put("out", out.widen::<E>()?);
+        put("out", widen(&padded.out(&out.values::<E>()?)));
         for (i, name) in ["cmp", "slc", "win"].into_iter().enumerate() {
-            put(&format!("out_{name}"), state.outs[i].widen::<E>()?);
+            put(&format!("out_{name}"), widen(&padded.out(&state.outs[i].values::<E>()?)));
             put(&format!("lse_{name}"), state.lses[i].widen::<f32>()?);
         }
         put("compressed_k", widen(&k_cmp));
@@ -243,17 +337,18 @@ impl Device {
 
     /// Dense or window attention over one branch's keys and values.
     fn attend<E: Stored>(&self, case: &Case, branch: &str, mask: Mask) -> Check<Outcome> {
-        let plan = self.plan::<E>(case.dims)?;
+        let padded = Padded::new(case.dims, self.wide);
+        let plan = self.plan::<E>(padded.to)?;
         let batch = Batch::new(&self.gpu, &case.cu_seqlens)?;
         let narrow = Narrow::<E>::of(case);
-        let Dims { heads, value_dim, .. } = case.dims;
-        let q = self.hold(narrow.get("q"))?;
-        let k = self.hold(narrow.get(&format!("k_{branch}")))?;
-        let v = self.hold(narrow.get(&format!("v_{branch}")))?;
+        let Dims { heads, value_dim, .. } = padded.to;
+        let q = self.hold(&padded.q(narrow.get("q")))?;
+        let k = self.hold(&padded.k(narrow.get(&format!("k_{branch}"))))?;
+        let v = self.hold(&padded.v(narrow.get(&format!("v_{branch}"))))?;
         let input = AttendInput {
             plan: &plan,
             batch: &batch,
-            scale: case.dims.scale(),
+            scale: plan.dims().scale(),
             q: q.slice(),
             k: k.slice(),
             v: v.slice(),
@@ -263,16 +358,17 @@ impl Device {
         attend_forward(&input, mask, out.slice(), lse.slice())?;
         let mut tensors = BTreeMap::new();
         if case.tensors.contains_key("d_out") {
-            let d_out = self.hold(narrow.get("d_out"))?;
+            let d_out = self.hold(&padded.v(narrow.get("d_out")))?;
             let [d_q, d_k, d_v] =
                 [self.poison::<E>(q.len)?, self.poison::<E>(k.len)?, self.poison::<E>(v.len)?];
             let grads = AttendGrads { q: d_q.slice(), k: d_k.slice(), v: d_v.slice() };
             attend_backward(&input, mask, out.slice(), lse.slice(), d_out.slice(), grads)?;
-            for (name, x) in [("d_q", d_q), ("d_k", d_k), ("d_v", d_v)] {
-                tensors.insert(name.into(), x.widen::<E>()?);
+            for (name, x) in [("q", d_q), ("k", d_k), ("v", d_v)] {
+                let x = padded.grad(name, &x.values::<E>()?);
+                tensors.insert(format!("d_{name}"), widen(&x));
             }
         }
-        tensors.insert("out".into(), out.widen::<E>()?);
+        tensors.insert("out".into(), widen(&padded.out(&out.values::<E>()?)));
         tensors.insert("lse".into(), lse.widen::<f32>()?);
         Ok(Outcome { indices: Vec::new(), tensors })
     }

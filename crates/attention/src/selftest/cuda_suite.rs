@@ -49,6 +49,18 @@ pub fn cuda_parts<'a>(gpu: &Gpu, golden: &'a [Golden], long: bool) -> Vec<Part<'
             Box::new(move |each| run(std::slice::from_ref(&way), golden, long, each)),
         ));
     }
+    // Every fact is asked of the kernels for the usual dims too.
+    let wide = device.clone().wide();
+    for way in [
+        wide.way::<bf16>("cuda bf16, padded", Storage::Bf16),
+        wide.way::<f16>("cuda f16, padded", Storage::F16),
+    ] {
+        let name = format!("suites, {}", way.name);
+        parts.push((
+            name,
+            Box::new(move |each| run(std::slice::from_ref(&way), golden, long, each)),
+        ));
+    }
     let [f32, bf16, f16] = ways();
     let plain = plain.way::<bf16>("cuda bf16, plain", Storage::Bf16);
     for way in [bf16, f16, plain] {
