@@ -15,7 +15,9 @@
 
 mod attend;
 mod batch;
+pub mod decode;
 mod gate;
+mod hopper;
 mod inverse;
 mod nsa;
 pub mod pieces;
