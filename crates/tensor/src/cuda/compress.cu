@@ -52,10 +52,7 @@ DEVICE void add_stride(float (&sums)[VEC], const Piece* x) {
     }
 }
 
-#ifndef RUN
-#define RUN 4
-#endif
-static constexpr int MOST = 4;
+static constexpr int RUN = 4, MOST = 4;
 
 // Thread: one vector of RUN rows. Blocks overlap, so the sums of REACH strides are kept and each
 // token of the run is read once.

@@ -35,14 +35,16 @@ KERNEL compress_hidden_forward(const float* hidden, const float* shift, Real* ac
     active[index] = narrow<Real>(z * normcdff(z));
 }
 
-// d_hidden = d_active · gelu′(hidden + shift).
-KERNEL compress_hidden_backward(const float* hidden, const float* shift, const float* d_active,
+// d_hidden = d_active · gelu′(hidden + shift), in f32 in the place of d_active too.
+KERNEL compress_hidden_backward(const float* hidden, const float* shift, float* d_active,
                                 Real* d_hidden, i64 count, int width) {
     i64 index = thread_index();
     if (index >= count * width) return;
     float z = hidden[index] + shift[index % width];
     float slope = normcdff(z) + z * (0.3989423f * expf(-0.5f * z * z));
-    d_hidden[index] = narrow<Real>(d_active[index] * slope);
+    float d = d_active[index] * slope;
+    d_active[index] = d;
+    d_hidden[index] = narrow<Real>(d);
 }
 
 // pe is added to every block: d_weight += pe ⊗ columns and d_pe = weight · columns, where columns

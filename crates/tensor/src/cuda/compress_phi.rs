@@ -283,9 +283,9 @@ impl<'a, 'p> Phi<'a, 'p> {
         let places = [z.ptr(), d_active.ptr(), d_hidden.ptr()];
         self.hidden("compress_hidden_backward", places, rows)?;
         for head in 0..blocks.heads {
-            let from = d_hidden.ptr() + (head * rows * hidden * bytes) as u64 + skip(hidden);
+            let from = d_active.ptr() + ((head * rows + chunk.lead) * hidden * F32) as u64;
             let to = at(columns)? + (head * hidden * F32) as u64;
-            column_sums(gpu, self.dtype(), from, to, [chunk.own(), hidden], add)?;
+            column_sums(gpu, DType::F32, from, to, [chunk.own(), hidden], add)?;
         }
         let places = [flat.ptr() + skip(wide), d_hidden.ptr() + skip(hidden), at(&d_weights[0])?];
         let apart = [rows * wide, rows * hidden, wide * hidden];

@@ -8,23 +8,24 @@ KERNEL layer_norm_forward(const Real* x, const Real* w, const Real* b, Real* y, 
     bool live = row < rows;
     Piece xs[CHUNKS];
     load_row(xs, x + row * WIDTH, live);
-    float sum = 0.0f;
+    float sum[1] = {}, squares[1] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) sum += widen(xs[c].at[i]);
-    float mean = group_sum(sum) / WIDTH;
-    float squares = 0.0f;
+        for (int i = 0; i < VEC; ++i) sum[0] += widen(xs[c].at[i]);
+    group_sums(sum, 0);
+    float mean = sum[0] / WIDTH;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
         if (!inside(c)) continue;
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
             float v = widen(xs[c].at[i]) - mean;
-            squares += v * v;
+            squares[0] += v * v;
         }
     }
-    float r = 1.0f / sqrtf(group_sum(squares) / WIDTH + eps);
+    group_sums(squares, 1);
+    float r = 1.0f / sqrtf(squares[0] / WIDTH + eps);
     if (!live) return;
     if (lane() == 0) {
         moments[2 * row] = mean;
@@ -56,6 +57,7 @@ layer_norm_backward(const Real* x, const Real* dy, const Real* w, const float* m
     Piece xs[CHUNKS], dys[CHUNKS];
     load_row(xs, x + (first + group()) * WIDTH, first + group() < last);
     load_row(dys, dy + (first + group()) * WIDTH, first + group() < last);
+    int turn = 0;
     for (i64 base = first; base < last; base += GROUPS) {
         i64 row = base + group(), next = row + GROUPS;
         bool live = row < last;
@@ -65,7 +67,7 @@ layer_norm_backward(const Real* x, const Real* dy, const Real* w, const float* m
         load_row(next_dys, dy + next * WIDTH, next < last);
         load_row(old, dx + row * WIDTH, live && add);
         float mean = live ? moments[2 * row] : 0.0f, r = live ? moments[2 * row + 1] : 0.0f;
-        float total = 0.0f, along = 0.0f;
+        float sums[2] = {};  // of g and of g·x̂
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
@@ -73,13 +75,13 @@ layer_norm_backward(const Real* x, const Real* dy, const Real* w, const float* m
                 // Beyond the row's end dy and w are zeros.
                 float d = widen(dys[c].at[i]), normed = (widen(xs[c].at[i]) - mean) * r;
                 float g = d * widen(ws[c].at[i]);
-                total += g;
-                along += g * normed;
+                sums[0] += g;
+                sums[1] += g * normed;
                 dw[c][i] += d * normed;
                 db[c][i] += d;
             }
-        total = group_sum(total) / WIDTH;
-        along = group_sum(along) / WIDTH;
+        group_sums(sums, turn++);
+        float total = sums[0] / WIDTH, along = sums[1] / WIDTH;
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
             if (!live || !inside(c)) continue;

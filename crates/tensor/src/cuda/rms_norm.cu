@@ -9,15 +9,16 @@ KERNEL rms_norm_forward(const Real* x, const Real* w, Real* y, float* inverse, i
     bool live = row < rows;
     Piece xs[CHUNKS];
     load_row(xs, x + row * WIDTH, live);
-    float squares = 0.0f;
+    float squares[1] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
             float v = widen(xs[c].at[i]);
-            squares += v * v;
+            squares[0] += v * v;
         }
-    float r = 1.0f / sqrtf(group_sum(squares) / WIDTH + eps);
+    group_sums(squares, 0);
+    float r = 1.0f / sqrtf(squares[0] / WIDTH + eps);
     if (!live) return;
     if (lane() == 0) inverse[row] = r;
 #pragma unroll
@@ -43,6 +44,7 @@ rms_norm_backward(const Real* x, const Real* dy, const Real* w, const float* inv
     Piece xs[CHUNKS], dys[CHUNKS];
     load_row(xs, x + (first + group()) * WIDTH, first + group() < last);
     load_row(dys, dy + (first + group()) * WIDTH, first + group() < last);
+    int turn = 0;
     for (i64 base = first; base < last; base += GROUPS) {
         i64 row = base + group(), next = row + GROUPS;
         bool live = row < last;
@@ -52,16 +54,17 @@ rms_norm_backward(const Real* x, const Real* dy, const Real* w, const float* inv
         load_row(next_dys, dy + next * WIDTH, next < last);
         load_row(old, dx + row * WIDTH, live && add);
         float r = live ? inverse[row] : 0.0f;
-        float along = 0.0f;
+        float along[1] = {};
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
             for (int i = 0; i < VEC; ++i) {
                 float d = widen(dys[c].at[i]), normed = widen(xs[c].at[i]) * r;
-                along += d * widen(ws[c].at[i]) * normed;
+                along[0] += d * widen(ws[c].at[i]) * normed;
                 dw[c][i] += d * normed;
             }
-        float mean = group_sum(along) / WIDTH;
+        group_sums(along, turn++);
+        float mean = along[0] / WIDTH;
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
             if (!live || !inside(c)) continue;

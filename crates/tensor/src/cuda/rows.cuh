@@ -37,16 +37,29 @@ DEVICE void load_row(Piece (&row)[CHUNKS], const Real* at, bool live) {
     }
 }
 
-// Sum over a group, the same bits in each of its threads; every thread of the block must call.
-DEVICE float group_sum(float x) {
-    if constexpr (LANES > 32) {
-        __shared__ float scratch[32];
-        return block_sum(x, scratch);
-    } else {
+// Sums over a group, the same bits in each of its threads; every thread of the block must call,
+// with `turn` one more than in the call before: calls then need one barrier each.
+template <int N>
+DEVICE void group_sums(float (&x)[N], int turn) {
+    constexpr int INSIDE = LANES < 32 ? LANES : 32;
 #pragma unroll
-        for (int offset = LANES / 2; offset > 0; offset >>= 1)
-            x += __shfl_xor_sync(ALL_LANES, x, offset);
-        return x;
+    for (int offset = INSIDE / 2; offset > 0; offset >>= 1)
+#pragma unroll
+        for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(ALL_LANES, x[n], offset);
+    if constexpr (LANES > 32) {
+        constexpr int WARPS = LANES > 32 ? LANES / 32 : 1;
+        __shared__ float scratch[2][N][WARPS];
+        float(&here)[N][WARPS] = scratch[turn & 1];
+        if (threadIdx.x % 32 == 0)
+#pragma unroll
+            for (int n = 0; n < N; ++n) here[n][threadIdx.x / 32] = x[n];
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < N; ++n) x[n] = here[n][threadIdx.x % WARPS];
+#pragma unroll
+        for (int offset = WARPS / 2; offset > 0; offset >>= 1)
+#pragma unroll
+            for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(ALL_LANES, x[n], offset);
     }
 }
 

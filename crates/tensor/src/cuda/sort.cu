@@ -22,27 +22,37 @@ KERNEL sort_count(const i32* keys, i32* counts, i64 n, i32 limit, int shift) {
     counts[(i64)threadIdx.x * gridDim.x + blockIdx.x] = found[threadIdx.x];
 }
 
-// counts[i] = counts[0] + … + counts[i − 1], in one block of 1024 threads.
+// The sum over lanes up to and with this one.
+DEVICE int inclusive(int x) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset <<= 1) {
+        int other = __shfl_up_sync(ALL_LANES, x, offset);
+        if (lane >= offset) x += other;
+    }
+    return x;
+}
+
+// counts[i] = counts[0] + … + counts[i − 1], in one block of 1024 threads; a warp has a stretch.
 KERNEL sort_scan(i32* counts, i64 n) {
     __shared__ int sums[32];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    i64 per = (n + 1023) / 1024, first = threadIdx.x * per;
+    i64 per = (n + 1023) / 1024 * 32, first = warp * per;
     i64 last = first + per < n ? first + per : n;
     int total = 0;
-    for (i64 i = first; i < last; ++i) total += counts[i];
-    int before = total;
-    for (int offset = 1; offset < 32; offset <<= 1) {
-        int other = __shfl_up_sync(ALL_LANES, before, offset);
-        if (lane >= offset) before += other;
-    }
-    if (lane == 31) sums[warp] = before;
+#pragma unroll 8
+    for (i64 i = first + lane; i < last; i += 32) total += counts[i];
+    total = inclusive(total);
+    if (lane == 31) sums[warp] = total;
     __syncthreads();
-    int start = before - total;
+    int start = 0;
     for (int w = 0; w < warp; ++w) start += sums[w];
-    for (i64 i = first; i < last; ++i) {
-        int here = counts[i];
-        counts[i] = start;
-        start += here;
+#pragma unroll 8
+    for (i64 base = first; base < last; base += 32) {
+        i64 i = base + lane;
+        int here = i < last ? counts[i] : 0, before = inclusive(here);
+        if (i < last) counts[i] = start + before - here;
+        start += __shfl_sync(ALL_LANES, before, 31);
     }
 }
 

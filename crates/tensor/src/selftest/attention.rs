@@ -87,4 +87,49 @@ fn compressors(cases: &mut Vec<Case>) {
         // 2⁻⁸ each.
         cases.push(mlp.stored(3.0 / 512.0));
     }
+    averages(cases);
+    chunks(cases);
+}
+
+/// Averages whose blocks overlap more or less, in rows that do and do not fill vectors.
+fn averages(cases: &mut Vec<Case>) {
+    for (heads, dim, l, d) in [(1, 7, 24, 4), (3, 20, 32, 16), (4, 128, 16, 16), (2, 64, 8, 1)] {
+        let name = format!("compress mean [600, {heads}, {dim}], {l} every {d}");
+        let inputs = all_of(&[&[600, heads, dim]], 120);
+        cases.push(Case::new(name, inputs, 1, l, move |tape, x, _| {
+            let spec = NsaSpec { compress_block: l, compress_stride: d, ..NsaSpec::default() };
+            let offsets = [0, 5, 5, 37, 300, 331, 600];
+            Ok(vec![ops::compress(tape, &x[0], &Phi::Mean, &spec, &offsets)?])
+        }));
+    }
+}
+
+/// More flattened blocks, in f32, than a device makes at once; they share tokens over the seam.
+fn chunks(cases: &mut Vec<Case>) {
+    let (tokens, kv_heads, dim, l, hidden) = (4400, 8, 8, 64, 8);
+    let x = [tokens, kv_heads, dim];
+    let spec = || NsaSpec { compress_block: 64, compress_stride: 1, ..NsaSpec::default() };
+    let offsets = || [0, 2000, 2010, 4400];
+    let (weight, pe) = ([kv_heads, l * dim, dim], [kv_heads, l, dim]);
+    let inputs = all_of(&[&x, &weight, &pe], 130);
+    let name = format!("compress linear in chunks {x:?}");
+    cases.push(Case::new(name, inputs, 1, tokens, move |tape, x, _| {
+        let phi = Phi::Linear { weight: x[1].clone(), pe: x[2].clone() };
+        Ok(vec![ops::compress(tape, &x[0], &phi, &spec(), &offsets())?])
+    }));
+    let (weight1, bias1) = ([kv_heads, l * dim, hidden], [kv_heads, hidden]);
+    let (weight2, bias2) = ([kv_heads, hidden, dim], [kv_heads, dim]);
+    let inputs = all_of(&[&x, &weight1, &bias1, &weight2, &bias2, &pe], 140);
+    let name = format!("compress mlp in chunks {x:?}, {hidden} wide");
+    let case = Case::new(name, inputs, 1, tokens, move |tape, x, _| {
+        let phi = Phi::Mlp {
+            weight1: x[1].clone(),
+            bias1: x[2].clone(),
+            weight2: x[3].clone(),
+            bias2: x[4].clone(),
+            pe: x[5].clone(),
+        };
+        Ok(vec![ops::compress(tape, &x[0], &phi, &spec(), &offsets())?])
+    });
+    cases.push(case.stored(3.0 / 512.0));
 }

@@ -106,7 +106,10 @@ fn norms(cases: &mut Vec<Case>) {
 }
 
 fn tokens(cases: &mut Vec<Case>) {
-    for (vocab, width, count) in [(1, 1, 1), (50, 33, 200), (3000, 256, 700)] {
+    // Ids that come once, tens, hundreds and thousands of times.
+    for (vocab, width, count) in
+        [(1, 1, 1), (50, 33, 200), (3000, 256, 700), (9, 132, 12_000), (700, 20, 3000)]
+    {
         let name = format!("embedding [{vocab}, {width}] of {count}");
         let inputs = all_of(&[&[vocab, width]], 40);
         cases.push(Case::new(name, inputs, 0, count, move |tape, x, device| {
