@@ -9,6 +9,9 @@ before every run. What cannot run says why in the table. Written: peers.md, peer
 
 Peers are found where Python finds them, and in each --path: a folder on which `flash_nsa`, `fla`,
 `native_sparse_attention`, `fsa`, `flash_attn`, `flash_attn_3/_C*.so` lie. None of their code is here.
+
+--recorded takes a safetensors file with a trained model's `q` [T, H, D], `k` [T, K, D] and `v` [T, K, V] of one layer,
+roped; for them and for random data it says how many blocks neighbouring queries have in common.
 """
 
 import argparse

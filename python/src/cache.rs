@@ -11,7 +11,7 @@ use crate::dlpack::{DType, Device, Tensor, refuse};
 use crate::error::value_error;
 
 /// Reads `[c, heads, dim]` for a known number of heads and dimension; c may be anything.
-fn rows<'py>(
+pub fn rows<'py>(
     name: &'static str,
     object: &Bound<'py, PyAny>,
     [heads, dim]: [usize; 2],
@@ -23,7 +23,8 @@ fn rows<'py>(
     Ok(tensor)
 }
 
-fn head_dims(dims: [usize; 4]) -> PyResult<Dims> {
+/// Heads and dimensions, checked.
+pub fn head_dims(dims: [usize; 4]) -> PyResult<Dims> {
     let [heads, kv_heads, key_dim, value_dim] = dims;
     let dims = Dims { heads, kv_heads, key_dim, value_dim };
     dims.validate().map_err(|error| refuse("dims", error))?;

@@ -144,11 +144,18 @@ impl Stream {
 
     /// The kernels for these dims and the storage type of `like`.
     pub fn plan(&self, dims: Dims, like: &Tensor) -> PyResult<Plan> {
-        let number = match like.dtype() {
-            DType::F32 => Number::F32,
+        match like.dtype() {
+            DType::F64 | DType::I32 => Err(no_kernels(like)),
+            dtype => self.plan_of(dims, dtype),
+        }
+    }
+
+    /// The kernels for these dims and a storage type.
+    pub fn plan_of(&self, dims: Dims, dtype: DType) -> PyResult<Plan> {
+        let number = match dtype {
             DType::Bf16 => Number::BF16,
             DType::F16 => Number::F16,
-            DType::F64 | DType::I32 => return Err(no_kernels(like)),
+            DType::F32 | DType::F64 | DType::I32 => Number::F32,
         };
         Plan::new(&self.gpu, dims, number).map_err(value_error)
     }

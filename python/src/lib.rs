@@ -8,6 +8,7 @@ mod cache;
 mod call;
 mod compress;
 mod cuda;
+mod decode;
 mod dlpack;
 mod error;
 mod nsa;
@@ -26,6 +27,8 @@ mod _native {
     };
     #[pymodule_export]
     use super::cuda::{cache_warning, capturing, memory, reset_memory, use_cache};
+    #[pymodule_export]
+    use super::decode::{PyCudaDenseCache, PyCudaNsaCache, dense as dense_rows, nsa as nsa_rows};
     #[pymodule_export]
     use super::nsa::{backward as nsa_backward, forward as nsa_forward};
     use super::*;
