@@ -47,7 +47,8 @@ type Name = (usize, String);
 /// All modules of a device.
 #[derive(Default)]
 pub(crate) struct Modules {
-    functions: Mutex<HashMap<Name, Module>>,
+    /// Each with a lock of its own: what one thread compiles, others need not wait for.
+    functions: Mutex<HashMap<Name, Arc<Mutex<Option<Module>>>>>,
     disk: Mutex<Disk>,
 }
 
@@ -114,13 +115,11 @@ impl Gpu {
         defines: &[(&str, String)],
     ) -> Result<Kernel> {
         let name = (source.text.as_ptr() as usize, constants(defines));
-        let mut modules = lock(&self.0.modules.functions);
-        let module = match modules.entry(name) {
-            std::collections::hash_map::Entry::Occupied(held) => held.into_mut(),
-            std::collections::hash_map::Entry::Vacant(free) => {
-                let module = self.module(source, &free.key().1)?;
-                free.insert(module)
-            }
+        let held = lock(&self.0.modules.functions).entry(name).or_default().clone();
+        let mut held = lock(&held);
+        let module = match &mut *held {
+            Some(module) => module,
+            none => none.insert(self.module(source, &constants(defines))?),
         };
         if let Some(function) = module.entries.get(entry) {
             return Ok(Kernel { gpu: self.clone(), function: function.clone() });
@@ -143,8 +142,9 @@ impl Gpu {
         let modules = lock(&self.0.modules.functions);
         let mut all: Vec<_> = modules
             .iter()
-            .map(|((_, constants), module)| {
-                (module.name, constants.replace("-D", "").replace('\n', " "))
+            .filter_map(|((_, constants), held)| {
+                let name = lock(held).as_ref()?.name;
+                Some((name, constants.replace("-D", "").replace('\n', " ")))
             })
             .collect();
         all.sort();
