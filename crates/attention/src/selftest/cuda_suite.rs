@@ -61,11 +61,21 @@ pub fn cuda_parts<'a>(gpu: &Gpu, golden: &'a [Golden], long: bool) -> Vec<Part<'
             Box::new(move |each| run(std::slice::from_ref(&way), golden, long, each)),
         ));
     }
-    let [f32, bf16, f16] = ways();
+    let [f32, _, f16] = ways();
     let plain = plain.way::<bf16>("cuda bf16, plain", Storage::Bf16);
-    for way in [bf16, f16, plain] {
-        let name = format!("usual dims, {}", way.name);
-        parts.push((name, Box::new(move |each| usual(&way, long, each))));
+    for shape in 0..if long { SHAPES.len() } else { SHORT_SHAPES } {
+        let way = device.way::<bf16>("cuda bf16", Storage::Bf16);
+        parts.push((
+            format!("dims {:?}, {}", SHAPES[shape], way.name),
+            Box::new(move |each| usual(&way, &shape_cases(shape, long), each)),
+        ));
+    }
+    let way = device.way::<bf16>("cuda bf16", Storage::Bf16);
+    let name = format!("specs, {}", way.name);
+    parts.push((name, Box::new(move |each| usual(&way, &spec_cases(), each))));
+    for way in [f16, plain] {
+        let name = format!("dims {:?}, {}", SHAPES[2], way.name);
+        parts.push((name, Box::new(move |each| usual(&way, &shape_cases(2, long), each))));
     }
     let name = "only devices".to_string();
     let own = device.clone();
@@ -119,73 +129,74 @@ fn default_like() -> NsaSpec {
     NsaSpec { select_count: 4, window: 70, ..NsaSpec::default() }
 }
 
-/// The dims, groups and specs that special kernels are for.
-fn usual(way: &Way, long: bool, each: &mut dyn FnMut(Row)) {
+/// Head dims that special kernels are for; the short suites take the first few.
+const SHAPES: [(usize, usize); 7] =
+    [(128, 128), (64, 64), (192, 128), (96, 96), (192, 192), (256, 256), (64, 128)];
+/// How many of them the short suites take.
+const SHORT_SHAPES: usize = 3;
+
+/// Query heads and key/value heads.
+const USUAL_GROUPS: [(usize, usize); 6] = [(16, 1), (8, 2), (4, 4), (2, 1), (32, 1), (64, 1)];
+
+/// A case of the 2× rule, and whether dense and window attention are asked of it too.
+type Usual = (String, Case, bool);
+
+/// Groups and lengths at usual dims: all at the commonest dims, two of them elsewhere.
+fn shape_cases(shape: usize, long: bool) -> Vec<Usual> {
     let lengths: [&[usize]; 3] = [&[270], &[129, 1, 0, 150], &[31, 32, 33, 200]];
-    let shapes: [(usize, usize); 7] =
-        [(128, 128), (64, 64), (96, 96), (192, 128), (192, 192), (256, 256), (64, 128)];
-    let groups: [(usize, usize); 6] = [(16, 1), (8, 2), (4, 4), (2, 1), (32, 1), (64, 1)];
-    let mut seed = 500;
-    let mut cases: Vec<(String, Case, bool)> = Vec::new();
-    for (i, (d, v)) in shapes.into_iter().enumerate() {
-        for (j, (heads, kv_heads)) in groups.into_iter().enumerate() {
-            // All groups at the commonest dims, and each other pair of dims with two of them.
-            if !long && i > 0 && j != 0 && j != 1 + i % 5 {
-                continue;
-            }
-            seed += 1;
-            let lengths = lengths[(i + j) % 3];
-            let dims = dims(heads, kv_heads, d, v);
-            let case = Case::random(&default_like(), dims, lengths, seed);
-            let what = format!("{heads} heads of {kv_heads}, dims {d}/{v}, {lengths:?}");
-            cases.push((what, case, j < 2));
-        }
-    }
-    for (what, spec) in [
-        ("overlap 4", spec([64, 16, 64, 5, 64], Compressor::Mean)),
-        ("blocks alike", spec([64, 64, 64, 4, 64], Compressor::Mean)),
-        ("blocks of 128", spec([32, 16, 128, 3, 128], Compressor::Mean)),
-        ("stride 8", spec([32, 8, 64, 6, 33], Compressor::Mean)),
-        (
-            "no forced blocks",
-            NsaSpec {
-                select_initial: 0,
-                select_local: 0,
-                ..spec([32, 16, 64, 4, 9], Compressor::Mean)
-            },
-        ),
-        (
-            "only forced blocks",
-            NsaSpec {
-                select_initial: 2,
-                select_local: 2,
-                ..spec([32, 16, 64, 4, 9], Compressor::Mean)
-            },
-        ),
-    ] {
+    let (d, v) = SHAPES[shape];
+    let wanted = |j: usize| long || shape == 0 || j == 0 || j == 1 + shape % 5;
+    let groups = USUAL_GROUPS.into_iter().enumerate().filter(|(j, _)| wanted(*j));
+    let case = |(j, (heads, kv_heads)): (usize, (usize, usize))| {
+        let (lengths, seed) = (lengths[(shape + j) % 3], 500 + 10 * shape + j);
+        let case = Case::random(&default_like(), dims(heads, kv_heads, d, v), lengths, seed as u64);
+        (format!("{heads} heads of {kv_heads}, dims {d}/{v}, {lengths:?}"), case, j < 2)
+    };
+    groups.map(case).collect()
+}
+
+/// Specs at the commonest dims.
+fn spec_cases() -> Vec<Usual> {
+    let of = |numbers| spec(numbers, Compressor::Mean);
+    let forced = |select_initial, select_local| NsaSpec {
+        select_initial,
+        select_local,
+        ..of([32, 16, 64, 4, 9])
+    };
+    let specs = [
+        ("overlap 4", of([64, 16, 64, 5, 64])),
+        ("blocks alike", of([64, 64, 64, 4, 64])),
+        ("blocks of 128", of([32, 16, 128, 3, 128])),
+        ("stride 8", of([32, 8, 64, 6, 33])),
+        ("no forced blocks", forced(0, 0)),
+        ("only forced blocks", forced(2, 2)),
+    ];
+    let mut cases: Vec<Usual> = Vec::new();
+    for (what, spec) in specs {
         let case = Case::random(&spec, dims(8, 1, 128, 128), &[500, 40], 800);
         cases.push((what.into(), case, false));
     }
     // The paper's spec beyond the tokens that see everything.
     let case = Case::random(&NsaSpec::default(), dims(4, 1, 128, 128), &[1500], 801);
     cases.push(("the default spec, 1500 tokens".into(), case, false));
-    // The float64 side takes most of the time and has many cores.
-    let rows: Vec<Vec<Row>> = cases
-        .par_iter()
-        .map(|(what, case, masks)| {
-            let mut rows = vec![twice(what, way, case)];
-            for (name, mask) in [("dense", Mask::Causal), ("window 100", Mask::Window(100))] {
-                if *masks {
-                    rows.push(Row::of(
-                        "property",
-                        format!("{name}, {what} · {}", way.name),
-                        |tally| two_times_rule_attend(tally, way, case, mask),
-                    ));
-                }
+    cases
+}
+
+/// Cases side by side: the float64 side takes most of the time.
+fn usual(way: &Way, cases: &[Usual], each: &mut dyn FnMut(Row)) {
+    let rows_of = |(what, case, masks): &Usual| {
+        let mut rows = vec![twice(what, way, case)];
+        for (name, mask) in [("dense", Mask::Causal), ("window 100", Mask::Window(100))] {
+            if *masks {
+                let what = format!("{name}, {what} · {}", way.name);
+                rows.push(Row::of("property", what, |tally| {
+                    two_times_rule_attend(tally, way, case, mask)
+                }));
             }
-            rows
-        })
-        .collect();
+        }
+        rows
+    };
+    let rows: Vec<Vec<Row>> = cases.par_iter().map(rows_of).collect();
     rows.into_iter().flatten().for_each(each);
 }
 
