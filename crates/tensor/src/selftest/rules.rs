@@ -20,6 +20,8 @@ pub(super) fn run(device: &Device, each: &mut dyn FnMut(Row)) {
     row("a captured graph reads new numbers", graphs);
     row("tensors of two devices are refused", two_devices);
     row("empty tensors", empty);
+    row("integers made on the device", made_there);
+    row("integers out of range are refused", out_of_range);
 }
 
 fn bits(x: &Tensor) -> Result<Vec<u32>> {
@@ -197,4 +199,58 @@ fn empty(device: &Device) -> Result<Check<()>> {
     let zero = none.is_some_and(|g| g.len() == 40 && g.iter().all(|&g| g == 0));
     let fine = y.shape() == [0, 5] && loss.value().item()? == 0.0 && zero;
     Ok(ensure(fine, || "the sum of nothing is not 0".into()))
+}
+
+/// Ids and positions that the host does not know, as in a captured graph: the same results, and
+/// a row of NaN for an id that does not exist.
+fn made_there(device: &Device) -> Result<Check<()>> {
+    if *device == Device::Cpu {
+        return Ok(Ok(()));
+    }
+    let list = |values: Vec<i32>| Tensor::from_i32(values, &[40]);
+    let known = list((0..40).map(|t| t * 7 % 30).collect())?;
+    let made = Tensor::zeros_on(device, DType::I32, &[40])?;
+    made.overwrite(&known)?;
+    let table = tensor(&[30, 64], 1)?.to_device(device)?;
+    let angles = crate::RopeTable::plain(64, 10_000.0)?;
+    let run = |ids: &Tensor| -> Result<Vec<Vec<u32>>> {
+        let mut tape = Tape::recording();
+        let table = tape.param(table.clone(), 0);
+        let rows = ops::embedding(&mut tape, &table, ids)?.reshape(&[40, 1, 64])?;
+        let turned = ops::rope(&mut tape, &rows, ids, &angles)?;
+        let loss = super::weigh(&mut tape, &[turned.clone()], device)?;
+        let mut grads = Grads::new(1);
+        tape.backward(&loss, &mut grads)?;
+        let mut found = vec![bits(turned.value())?];
+        for gradient in grads.iter().flatten() {
+            found.push(bits(gradient)?);
+        }
+        Ok(found)
+    };
+    let (here, there) = (run(&known.to_device(device)?)?, run(&made)?);
+    made.overwrite(&list((0..40).map(|t| [0, -1, 30, i32::MIN, i32::MAX][t % 5]).collect())?)?;
+    let mut tape = Tape::inference();
+    let table = tape.leaf(table.clone());
+    let rows = ops::embedding(&mut tape, &table, &made)?.value().to_vec_f32()?;
+    let marked = rows.chunks(64).enumerate().all(|(t, row)| match t % 5 {
+        0 => row.iter().all(|x| x.is_finite()),
+        _ => row.iter().all(|x| x.is_nan()),
+    });
+    let same = here.len() == 2 && here == there;
+    Ok(ensure(same && marked, || format!("same numbers: {same}, missing ids marked: {marked}")))
+}
+
+fn out_of_range(device: &Device) -> Result<Check<()>> {
+    let mut tape = Tape::inference();
+    let table = tape.leaf(tensor(&[5, 8], 1)?.to_device(device)?);
+    let heads = tape.leaf(tensor(&[2, 1, 8], 1)?.to_device(device)?);
+    let angles = crate::RopeTable::plain(8, 10_000.0)?;
+    let list = |values: Vec<i32>| Tensor::from_i32(values, &[2])?.to_device(device);
+    let refused = [
+        ops::embedding(&mut tape, &table, &list(vec![4, 5])?).err(),
+        ops::embedding(&mut tape, &table, &list(vec![-1, 0])?).err(),
+        ops::rope(&mut tape, &heads, &list(vec![0, -3])?, &angles).err(),
+    ];
+    let all = refused.iter().all(|e| matches!(e, Some(Error::Value { .. })));
+    Ok(ensure(all, || format!("{refused:?}")))
 }
