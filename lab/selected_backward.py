@@ -12,6 +12,7 @@ from harness import ROOT, TYPES, Kernel, Map, median_ms
 
 FOLDER = ROOT / "crates/attention/src/cuda/hopper"
 SHARED_LIMIT = 227 * 1024
+SMS = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 pad = lambda x: -(-x // 64) * 64
 power = lambda x: 1 << (x - 1).bit_length()
 
@@ -80,17 +81,17 @@ class Keys:
         self.sum = Kernel(source, "selected_backward_keys_sum", defines)
         self.parts, self.group = block // 64, group
 
-    def __call__(self, inverse, q, k, v, d_out, lse, delta, dk, dv, gate=None, gated=0, scale=None):
+    def __call__(self, inverse, q, k, v, d_out, lse, delta, dk, dv, gate=None, scale=None):
         (t, h, d), (kv, e) = q.shape, v.shape[1:]
         sums = torch.full((max(1, inverse.slots * self.parts * 64 * (d + e)),), math.nan, device="cuda")
         params = structure([("items", inverse.items), ("queries", inverse.queries), ("q", q), ("d_out", d_out),
                             ("gate", gate), ("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv), ("sums", sums),
-                            ("tokens", t), ("heads", h), ("kv_heads", kv), ("gate_index", 1), ("gated", gated),
+                            ("tokens", t), ("heads", h), ("kv_heads", kv), ("gate_index", 1),
                             ("scale", scale or 1 / math.sqrt(d))])
         maps = Map(q, (64, self.group, 1)), Map(d_out, (64, self.group, 1)), Map(k, (64, 1, 64)), Map(v, (64, 1, 64))
         grid = (inverse.capacity * self.parts,)
 
-        def run(only_first=False):
+        def run():
             self.kernel(grid, (384,), *maps, params)
             self.sum(grid, (256,), params)
             return sums
@@ -99,32 +100,33 @@ class Keys:
 
 
 class Queries:
-    def __init__(self, d, v, group, block, listed, dtype=torch.bfloat16, stages=None,
+    def __init__(self, d, v, group, block, listed, dtype=torch.bfloat16, stages=None, more={},
                  source=FOLDER / "selected_backward_queries.cu"):
         self.gp = power(group)
         warps = 8 if d + v <= 384 else 4
         rows = 16 * warps
         self.queries = rows // self.gp
         entries = self.queries * listed
-        lists = entries * (4 + 4 * -(-self.queries // 32) + 8) + 64
+        lists = entries * (12 + 4 * -(-self.queries // 32))
+        plans = 2 if lists <= 16384 else 1
+        lists = plans * (lists + 48) + 64
         held = 32 if d + v <= 256 else rows * (pad(d) + pad(v)) * 2
         stage = 32 * (pad(d) + pad(v)) * 2 + 16
         stages = stages or min(24, (SHARED_LIMIT - held - lists) // stage)
         assert stages >= 2, "too many lists for shared memory"
-        defines = {TYPES[dtype]: 1, "D": d, "V": v, "MASK": 0, "GP": self.gp, "SB": block, "S": listed, "STAGES": stages}
+        defines = {TYPES[dtype]: 1, "D": d, "V": v, "MASK": 0, "GP": self.gp, "SB": block, "S": listed, "STAGES": stages, **more}
         self.kernel = Kernel(source, "selected_backward_queries", defines, stages * stage + held + lists)
         self.threads = 128 + 32 * warps
 
-    def __call__(self, q, k, v, d_out, lse, delta, indices, lengths, dq, total=None, first=1, last=1, gate=None, gated=0,
-                 scale=None):
+    def __call__(self, q, k, v, d_out, lse, delta, indices, lengths, dq, total=None, first=1, last=1, gate=None, scale=None):
         (t, h, d), kv = q.shape, k.shape[1]
         table, tiles = sequence_table(lengths), t // self.queries + len(lengths)
-        params = structure([("sequences", table), ("q", q), ("d_out", d_out), ("gate", gate), ("lse", lse), ("delta", delta),
-                            ("indices", indices), ("dq", dq), ("sum", total), ("sequence_count", len(lengths)), ("tile_count", tiles), ("heads", h),
-                            ("group", h // kv), ("gate_index", 1), ("gated", gated), ("first", first), ("last", last),
+        params = structure([("sequences", table), ("sequence_count", len(lengths)), ("spare", 0), ("q", q), ("d_out", d_out), ("gate", gate), ("lse", lse), ("delta", delta),
+                            ("indices", indices), ("dq", dq), ("sum", total), ("tile_count", tiles), ("heads", h), ("kv_heads", kv),
+                            ("group", h // kv), ("gate_index", 1), ("first", first), ("last", last),
                             ("scale", scale or 1 / math.sqrt(d))])
         maps = Map(k, (64, 1, 32)), Map(v, (64, 1, 32))
-        return lambda: (self.kernel((tiles * kv,), (self.threads,), *maps, params), table)
+        return lambda: (self.kernel((min(tiles * kv, SMS),), (self.threads,), *maps, params), table)
 
 
 def choose(lengths, kv, block, count, neighbours=1, noise=0.0, seed=1):
@@ -198,7 +200,7 @@ def rough(a):
 class Setup:
     """Inputs of one case and the kernels' runs."""
 
-    def __init__(self, d, v, h, kv, lengths, block, count, dtype=torch.bfloat16, gated=0, with_gate=True, hostile=False):
+    def __init__(self, d, v, h, kv, lengths, block, count, dtype=torch.bfloat16, with_gate=True, hostile=False):
         t = sum(lengths)
         normal = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)
         self.q, self.k, self.v, self.d_out = normal(t, h, d) * 2, normal(t, kv, d), normal(t, kv, v), normal(t, h, v)
@@ -220,19 +222,18 @@ class Setup:
         self.plain = formula(*self.args, dtype)
         self.lse = self.exact[3].float()
         self.delta = self.exact[4].float()
-        if gated and with_gate:
+        if with_gate:
             self.delta = self.delta * self.gate[..., 1].float()
-        self.gated, self.lengths, self.block, self.dtype = gated, lengths, block, dtype
+        self.lengths, self.block, self.dtype = lengths, block, dtype
         self.grads = rough(self.q), rough(self.k), rough(self.v)
         self.inverse = Inverse(dtype)
         self.invert = self.inverse(self.indices, lengths, block)
-        common = dict(gate=self.gate, gated=gated)
         self.keys = Keys(d, v, h // kv, block, dtype)
         self.run_keys = self.keys(self.inverse, self.q, self.k, self.v, self.d_out, self.lse, self.delta, *self.grads[1:],
-                                  **common)
+                                  gate=self.gate)
         self.queries = Queries(d, v, h // kv, block, count, dtype)
         self.inputs = self.q, self.k, self.v, self.d_out, self.lse, self.delta, self.indices, lengths
-        self.run_queries = self.queries(*self.inputs, self.grads[0], **common)
+        self.run_queries = self.queries(*self.inputs, self.grads[0], gate=self.gate)
 
     def run(self):
         for g in self.grads:
@@ -263,7 +264,8 @@ class Setup:
 
 
 def compare(name, got, exact, plain):
-    norm = exact.norm().item() + 1e-30
+    # Gradients may be zero but for rounding (one key seen): then what counts is the size of their terms.
+    norm = max(exact.norm().item(), 1e-2 * exact.numel() ** 0.5)
     error = (got.double() - exact).norm().item() / norm
     bound = 2 * (plain.double() - exact).norm().item() / norm + 1e-6
     return error <= bound, f"{name} {error:.1e}/{bound:.1e}"
@@ -279,7 +281,6 @@ def cases():
     for h in (16, 4):
         yield 128, 128, h, 1, many, 128, 4, {}
         yield 128, 128, h, 1, [700], 64, 16, dict(dtype=torch.float16)
-        yield 128, 128, h, 1, many, 64, 16, dict(gated=1)
         yield 128, 128, h, 1, [1], 64, 16, dict(with_gate=False)
         yield 128, 128, h, 1, many, 64, 16, dict(hostile=True)
     yield 128, 128, 16, 1, [3000], 64, 16, {}

@@ -21,6 +21,18 @@ struct Sequences {
     DEVICE int first_block(int b) const { return at[b].key / block_tokens + b; }
 };
 
+// The last i of [0, count) with start(i) <= x; start ascends and start(0) <= x.
+template <class Start>
+DEVICE int find(int count, int x, Start start) {
+    int low = 0, high = count - 1;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (start(middle) <= x) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
 // Whether the lane's entry counts; `last` is the greatest that counted so far.
 DEVICE bool counts(int block, int current, int& last) {
     int lane = threadIdx.x & 31;

@@ -1,11 +1,7 @@
-// What the kernels of the selected branch's gradients share: where sequences lie, work items.
+// What the kernels of the selected branch's gradients share: work items, a count of what was issued.
 #pragma once
 #include "hopper.cuh"
-
-// A sequence of the batch: queries and keys are rows of q and k; query i is at `position` + i.
-struct Sequence {
-    int query, queries, position, key, keys, block, blocks, spare;
-};
+#include "sequences.cuh"
 
 // A run of one block's queries: what one block of threads owns of the keys' gradient.
 struct alignas(16) Item {
@@ -17,18 +13,6 @@ struct alignas(16) Item {
     i64 first;               // into the list of queries
     int run, spare;          // which of the block's items this is
 };
-
-// The last i of [0, count) with start(i) <= x; start ascends and start(0) <= x.
-template <class Start>
-DEVICE int find(int count, int x, Start start) {
-    int low = 0, high = count - 1;
-    while (low < high) {
-        int middle = (low + high + 1) / 2;
-        if (start(middle) <= x) low = middle;
-        else high = middle - 1;
-    }
-    return low;
-}
 
 // A barrier's phases go by parity only, so whoever does not wait for each of them must first know that
 // the one it wants has begun: the producer counts what it has issued.

@@ -1,14 +1,18 @@
 //! Gradients of the selected branch on Hopper: the inverse index, dK and dV, dQ.
 
-use tercet_cuda::{Args, Buffer, Kernel, Label, Number, Source, Swizzle, TensorMap};
+use tercet_cuda::{Args, Buffer, Kernel, Label, Source};
 
 use super::super::attend::{Branch, Grads, Upstream};
 use super::super::plain::{self, int, items};
 use super::super::{Plan, Slice};
+use super::{MOST_GROUP, Sequences, aligned, boxes, defines, padded};
 use crate::{Dims, NsaSpec, Result};
 
-const HEADERS: &[(&str, &str)] =
-    &[("backward.cuh", include_str!("backward.cuh")), ("selected.cuh", include_str!("selected.cuh"))];
+const HEADERS: &[(&str, &str)] = &[
+    ("backward.cuh", include_str!("backward.cuh")),
+    ("selected.cuh", include_str!("selected.cuh")),
+    ("sequences.cuh", include_str!("sequences.cuh")),
+];
 static INVERSE: Source =
     Source { name: "inverse", text: include_str!("inverse.cu"), headers: HEADERS };
 static KEYS: Source = Source {
@@ -39,20 +43,17 @@ const KEY_STAGE: usize = 32;
 const COUNTERS: usize = 48 << 10;
 
 /// Whether these kernels serve a call.
-pub(in super::super) fn serves(branch: &Branch, spec: &NsaSpec, up: Upstream, grads: Grads) -> bool {
-    let aligned = [
-        branch.q.ptr(),
-        branch.k.ptr(),
-        branch.v.ptr(),
-        up.d_out.ptr(),
-        grads.q.ptr(),
-        grads.k.ptr(),
-        grads.v.ptr(),
-    ];
+pub(in super::super) fn serves(
+    branch: &Branch,
+    spec: &NsaSpec,
+    up: Upstream,
+    grads: Grads,
+) -> bool {
+    let slices = [branch.q, branch.k, branch.v, up.d_out, grads.q, grads.k, grads.v];
     branch.plan.hopper()
-        && branch.plan.dims.group() <= 64
+        && branch.plan.dims.group() <= MOST_GROUP
         && spec.select_block.is_multiple_of(KEY_TILE)
-        && aligned.iter().all(|address| address.is_multiple_of(16))
+        && aligned(&slices)
         && QueryShape::new(branch.plan, spec).stages >= 2
 }
 
@@ -73,33 +74,15 @@ fn label(what: &'static str, shape: &[usize]) -> Label {
     Label::shaped(what, shape)
 }
 
-/// Head dims as shared memory holds them, in panels of 64.
-fn padded(dims: Dims) -> usize {
-    dims.key_dim.next_multiple_of(64) + dims.value_dim.next_multiple_of(64)
+/// Bytes of a row of keys and of values in shared memory.
+fn row_bytes(dims: Dims) -> usize {
+    2 * (padded(dims.key_dim) + padded(dims.value_dim))
 }
 
-fn real(number: Number) -> (&'static str, String) {
-    let name = match number {
-        Number::F32 => "REAL_F32",
-        Number::BF16 => "REAL_BF16",
-        Number::F16 => "REAL_F16",
-    };
-    (name, "1".into())
-}
-
-/// Boxes of 64 columns, `heads` heads and `rows` rows of `[rows, heads, dim]`.
-fn boxes(plan: &Plan, slice: Slice, [rows, heads, dim]: [usize; 3], size: [usize; 2]) -> Result<TensorMap> {
-    let bytes = plan.number.bytes();
-    let dims = [dim as u64, heads as u64, rows as u64];
-    let strides = [(dim * bytes) as u64, (heads * dim * bytes) as u64];
-    let size = [64, size[1] as u32, size[0] as u32];
-    Ok(TensorMap::tiled(plan.number, slice.ptr(), &dims, &strides, &size, Swizzle::B128)?)
-}
-
-/// Sequences of `inverse.cu`.
+/// `Sequences` of `inverse.cu`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Sequences {
+struct BlockSequences {
     at: u64,
     count: i32,
     block_tokens: i32,
@@ -127,20 +110,20 @@ impl Inverse {
         let (capacity, slots) = (bins + pairs / chunk, 2 * (pairs / chunk));
 
         let shape = [pieces, kv_heads, blocks];
-        let counts = gpu.alloc_for(pieces * bins * 4, label("histograms of chosen blocks", &shape))?;
+        let counts =
+            gpu.alloc_for(pieces * bins * 4, label("histograms of chosen blocks", &shape))?;
         let totals = gpu.alloc_for(bins * 4, label("sizes of the inverse index", &[bins]))?;
-        let starts = gpu.alloc_for((bins + 1) * 8, label("starts of the inverse index", &[bins]))?;
+        let starts =
+            gpu.alloc_for((bins + 1) * 8, label("starts of the inverse index", &[bins]))?;
         let queries = gpu.alloc_for(pairs * 4, label("inverse index", &[pairs]))?;
         let table = gpu.alloc_for(capacity * ITEM, label("work items of keys", &[capacity]))?;
 
-        let sequences = Sequences {
+        let sequences = BlockSequences {
             at: batch.table.ptr(),
             count: int(batch.count()),
             block_tokens: int(spec.select_block),
         };
-        let kernel = |entry| -> Result<Kernel> {
-            Ok(plan.gpu.kernel(&INVERSE, entry, &[real(plan.number)])?)
-        };
+        let kernel = |entry| -> Result<Kernel> { Ok(plan.gpu.kernel(&INVERSE, entry, &[])?) };
         let lists = || {
             let args = Args::new().value(sequences).ptr(indices.ptr()).i32(int(batch.tokens));
             let args = args.i32(int(kv_heads)).i32(int(spec.select_count)).i32(int(blocks));
@@ -202,19 +185,18 @@ fn key_grads(
     let sums = plan.gpu.alloc_for(sums, label("partial sums of keys' gradients", &rows))?;
 
     // A stage: rows of q and dOut, and four numbers of each.
-    let (tile, stage) = (KEY_TILE * padded(plan.dims) * 2, KEY_TILE * padded(plan.dims) * 2 + 1024);
+    let tile = KEY_TILE * row_bytes(plan.dims);
+    let stage = tile + 16 * KEY_TILE;
     let most = plan.gpu.info().shared_per_block_optin as usize;
     let stages = ((most - tile - 128) / (stage + 16)).min(6);
     let shared = (tile + stages * (stage + 16) + 16) as u32;
-    let defines = [
-        real(plan.number),
-        ("D", key_dim.to_string()),
-        ("V", value_dim.to_string()),
+    let mut constants = defines(plan);
+    constants.extend([
         ("MASK", "0".into()),
         ("G", group.to_string()),
         ("SB", spec.select_block.to_string()),
         ("STAGES", stages.to_string()),
-    ];
+    ]);
     let (gate, gate_index) = up.gate.map_or((0, 0), |(gate, index)| (gate.ptr(), int(index)));
     let params = KeyParams {
         items: inverse.items.ptr(),
@@ -240,8 +222,8 @@ fn key_grads(
         .map(boxes(plan, branch.v, [tokens, kv_heads, value_dim], [KEY_TILE, 1])?)
         .value(params);
     let blocks = inverse.capacity * parts;
-    let kernel = plan.gpu.kernel(&KEYS, "selected_backward_keys", &defines)?;
-    let sum = plan.gpu.kernel(&KEYS, "selected_backward_keys_sum", &defines)?;
+    let kernel = plan.gpu.kernel(&KEYS, "selected_backward_keys", &constants)?;
+    let sum = plan.gpu.kernel(&KEYS, "selected_backward_keys_sum", &constants)?;
     // SAFETY: the kernels' arguments; lengths were checked and addresses are the caller's promise.
     // The buffers are freed in the stream's order, after the kernels.
     unsafe {
@@ -271,9 +253,11 @@ impl QueryShape {
         // Lists: four bytes an entry, a bit a query, and eight bytes of order; q and dOut where
         // registers do not hold them.
         let words = queries.div_ceil(32);
-        let lists = queries * spec.select_count * (4 + 4 * words + 8) + 64;
-        let held = if both <= 256 { 32 } else { rows * padded(dims) * 2 };
-        let stage = KEY_STAGE * padded(dims) * 2 + 16;
+        let lists = queries * spec.select_count * (12 + 4 * words);
+        let plans = if lists <= 16384 { 2 } else { 1 };
+        let lists = plans * (lists + 48) + 64;
+        let held = if both <= 256 { 32 } else { rows * row_bytes(dims) };
+        let stage = KEY_STAGE * row_bytes(dims) + 16;
         let most = plan.gpu.info().shared_per_block_optin as usize;
         let stages = (most.saturating_sub(held + lists) / stage).min(24);
         QueryShape { warps, heads, queries, stages, shared: stages * stage + held + lists }
@@ -284,7 +268,7 @@ impl QueryShape {
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct QueryParams {
-    sequences: u64,
+    sequences: Sequences,
     q: u64,
     d_out: u64,
     gate: u64,
@@ -293,9 +277,9 @@ struct QueryParams {
     indices: u64,
     d_q: u64,
     sum: u64,
-    sequence_count: i32,
     tile_count: i32,
     heads: i32,
+    kv_heads: i32,
     group: i32,
     gate_index: i32,
     first: i32,
@@ -313,20 +297,18 @@ fn query_grads(
     let (plan, batch) = (branch.plan, branch.batch);
     let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
     let shape = QueryShape::new(plan, spec);
-    let defines = [
-        real(plan.number),
-        ("D", key_dim.to_string()),
-        ("V", value_dim.to_string()),
+    let mut constants = defines(plan);
+    constants.extend([
         ("MASK", "0".into()),
         ("GP", shape.heads.to_string()),
         ("SB", spec.select_block.to_string()),
         ("S", spec.select_count.to_string()),
         ("STAGES", shape.stages.to_string()),
-    ];
+    ]);
     let tiles = items(batch.tokens, shape.queries, batch.count());
     let (gate, gate_index) = up.gate.map_or((0, 0), |(gate, index)| (gate.ptr(), int(index)));
     let params = QueryParams {
-        sequences: batch.table.ptr(),
+        sequences: Sequences::of(batch),
         q: branch.q.ptr(),
         d_out: up.d_out.ptr(),
         gate,
@@ -335,9 +317,9 @@ fn query_grads(
         indices: indices.ptr(),
         d_q: grads.q.ptr(),
         sum: grads.sum,
-        sequence_count: int(batch.count()),
         tile_count: int(tiles),
         heads: int(heads),
+        kv_heads: int(kv_heads),
         group: int(plan.dims.group()),
         gate_index,
         first: grads.first.into(),
@@ -349,8 +331,9 @@ fn query_grads(
         .map(boxes(plan, branch.k, [tokens, kv_heads, key_dim], [KEY_STAGE, 1])?)
         .map(boxes(plan, branch.v, [tokens, kv_heads, value_dim], [KEY_STAGE, 1])?)
         .value(params);
-    let kernel = plan.gpu.kernel(&QUERIES, "selected_backward_queries", &defines)?;
+    let kernel = plan.gpu.kernel(&QUERIES, "selected_backward_queries", &constants)?;
     let threads = 128 + 32 * shape.warps as u32;
     // SAFETY: the kernel's arguments; lengths were checked and addresses are the caller's promise.
-    unsafe { plain::launch(&kernel, tiles * kv_heads, threads, shape.shared as u32, args) }
+    let blocks = (tiles * kv_heads).min(plan.gpu.multiprocessors() as usize);
+    unsafe { plain::launch(&kernel, blocks, threads, shape.shared as u32, args) }
 }

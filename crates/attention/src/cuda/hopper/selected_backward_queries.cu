@@ -1,16 +1,16 @@
 // dQ of the selected branch: every query walks the blocks it chose, dQ += dS·K.
 //
-// A block of threads has 16 rows a warp: neighbouring queries × GP heads (the group padded to a power of
-// two). First all threads merge the queries' lists: each block that any of them wants stands once in the
-// order of fetching, with the queries that want it. Then one thread fetches K and V, 32 keys a stage,
-// through TMA, and the warps that want a stage compute on it by mma.sync; the others never look at it.
-// Stages are fetched list place by list place, every query's first block before any query's second, so
-// that all warps have work also where queries share nothing.
+// A block of threads walks tiles of queries, 16 rows a warp: neighbouring queries × GP heads (the group
+// padded to a power of two). Three warps plan a tile ahead: they merge the queries' lists, so that each
+// block that any query wants stands once in the order of fetching, with the queries that want it. One
+// thread fetches K and V, 32 keys a stage, through TMA, and the warps that want a stage compute on it by
+// mma.sync; the others never look at it. Stages are fetched list place by list place, every query's first
+// block before any query's second, so that all warps have work also where queries share nothing.
 //
 // A stage is free again when its users, whatever their number, have arrived: each of n arrives 840/n times.
 //
-// Constants: D, V, MASK 0, GP (1 to 64), SB (l', a multiple of 64), S (blocks a list), STAGES. Grid: tiles ·
-// K blocks. Block: 128 threads and the warps that compute.
+// Constants: D, V, MASK 0, GP (1 to 64), SB (l', a multiple of 64), S (blocks a list), STAGES. Grid: at most
+// as many blocks as multiprocessors. Block: 128 threads and the warps that compute.
 #include "backward.cuh"
 #include "mma.cuh"
 #include "selected.cuh"
@@ -20,16 +20,12 @@ static constexpr bool KEEP = D + V <= 256;               // q and dOut stay in r
 static constexpr int WARPS = D + V <= 384 ? 8 : 4, ROWS = 16 * WARPS, THREADS = 128 + 32 * WARPS;
 static constexpr int QUERIES = ROWS / GP, WORDS = (QUERIES + 31) / 32;
 static constexpr int ENTRIES = QUERIES * S;
+static constexpr int PLANS = ENTRIES * (12 + 4 * WORDS) <= 16384 ? 2 : 1, PLANNERS = 96;
 static constexpr int K_BYTES = KEYS * DP * 2, V_BYTES = KEYS * VP * 2;
 static constexpr int RELEASES = 840;  // the least number that 1 to 8 divide
 
-// Queries `token..token+rows` at positions `position..` of a sequence whose keys start at row `key`.
-struct Tile {
-    int token, rows, position, key;
-};
-
 struct Params {
-    const Sequence* sequences;
+    Batch batch;
     const Real* q;        // [T, H, D]
     const Real* d_out;    // [T, H, V]
     const Real* gate;     // [T, H, 3], or null: 1
@@ -38,9 +34,20 @@ struct Params {
     const i32* indices;   // [T, K, S], ascending, then −1
     Real* dq;             // [T, H, D]
     float* sum;           // [T, H, D] where branches add up before the last one rounds into dq; or null: in dq
-    int sequence_count, tile_count, heads, group, gate_index;
+    int tile_count, heads, kv_heads, group, gate_index;
     int first, last;      // whether this branch is the first, the last, that adds to dQ
     float scale;
+};
+
+// What is to be fetched for a tile, and for whom.
+struct Plan {
+    Tile tile;
+    int kv_head;
+    u32 total, stages;           // entries and stages to fetch
+    int lists[QUERIES][S];       // the greatest block so far: it counts where it grows
+    u32 wanted[ENTRIES][WORDS];  // of entry place·QUERIES + query: the queries that want its block
+    u32 order[ENTRIES];          // entries in the order of fetching: entry | users << 16
+    u32 begin[ENTRIES];          // their first stage, counted from the tile's
 };
 
 struct Shared {
@@ -48,12 +55,8 @@ struct Shared {
     u8 v[STAGES][V_BYTES];
     u8 q[KEEP ? 16 : ROWS * DP * 2];
     u8 o[KEEP ? 16 : ROWS * VP * 2];
-    u64 full[STAGES], empty[STAGES];
-    int lists[QUERIES][S];       // the greatest block so far: it counts where it grows
-    u32 wanted[ENTRIES][WORDS];  // of entry place·QUERIES + query: the queries that want its block
-    u32 order[ENTRIES];          // entries in the order of fetching: entry | users << 16
-    u32 begin[ENTRIES];          // their first stage, counted from the start
-    u32 total;
+    u64 full[STAGES], empty[STAGES], plan_full[PLANS], plan_empty[PLANS];
+    Plan plans[PLANS];
     Issued issued;  // stages
 };
 
@@ -63,10 +66,11 @@ DEVICE int stages_of(const Tile& tile, int block) {
 }
 
 // Reads the lists: a warp a query.
-DEVICE void read_lists(Shared& s, const Params& a, const Tile& tile, int kv_head, int kv_heads) {
-    int lane = threadIdx.x & 31;
-    for (int query = threadIdx.x / 32; query < QUERIES; query += THREADS / 32) {
-        const i32* list = a.indices + ((i64)(tile.token + query) * kv_heads + kv_head) * S;
+DEVICE void read_lists(Plan& s, const Params& a, int thread) {
+    int lane = thread & 31;
+    Tile tile = s.tile;
+    for (int query = thread / 32; query < QUERIES; query += PLANNERS / 32) {
+        const i32* list = a.indices + ((i64)(tile.token + query) * a.kv_heads + s.kv_head) * S;
         int current = (tile.position + query) / SB, last = -1;
         for (int e = 0; e < S; e += 32) {
             int block = query < tile.rows && e + lane < S ? list[e + lane] : -1;
@@ -84,8 +88,8 @@ DEVICE void read_lists(Shared& s, const Params& a, const Tile& tile, int kv_head
 }
 
 // Who wants each entry's block; nobody if another entry comes first with it.
-DEVICE void merge_lists(Shared& s) {
-    for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
+DEVICE void merge_lists(Plan& s, int thread) {
+    for (int entry = thread; entry < ENTRIES; entry += PLANNERS) {
         int place = entry / QUERIES, query = entry % QUERIES;
         int block = s.lists[query][place];
         bool counts = block >= 0 && (place == 0 || s.lists[query][place - 1] < block);
@@ -115,7 +119,7 @@ DEVICE void merge_lists(Shared& s) {
 }
 
 // This warp's queries among those that want an entry.
-DEVICE u32 mine(const Shared& s, int entry, int warp) {
+DEVICE u32 mine(const Plan& s, int entry, int warp) {
     if (GP >= 16) return s.wanted[entry][0] >> (warp * 16 / GP) & 1;
     static constexpr int EACH = GP >= 16 ? 1 : 16 / GP;
     int first = warp * EACH;
@@ -123,8 +127,9 @@ DEVICE u32 mine(const Shared& s, int entry, int warp) {
 }
 
 // One warp: the order of fetching.
-DEVICE void order_entries(Shared& s, const Tile& tile) {
+DEVICE void order_entries(Plan& s) {
     int lane = threadIdx.x & 31;
+    Tile tile = s.tile;
     u32 count = 0, stages = 0;
     for (int base = 0; base < ENTRIES; base += 32) {
         int entry = base + lane;
@@ -147,32 +152,86 @@ DEVICE void order_entries(Shared& s, const Tile& tile) {
         count += __popc(vote);
         stages += __shfl_sync(ALL_LANES, before, 31);
     }
-    if (lane == 0) s.total = count;
+    if (lane == 0) s.total = count, s.stages = stages;
 }
 
-// One thread.
-DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Tile& tile, int kv_head) {
-    int stage = 0;
-    u32 parity = 1, issued = 0;
-    for (u32 n = 0; n < s.total; n++) {
-        int entry = s.order[n] & 0xffff, block = s.lists[entry % QUERIES][entry / QUERIES];
-        int count = stages_of(tile, block), row = tile.key + block * SB;
-        for (int i = 0; i < count; i++, row += KEYS) {
-            barrier_wait(&s.empty[stage], parity);
-            barrier_expect(&s.full[stage], K_BYTES + V_BYTES);
-            s.issued.publish(++issued);
-#pragma unroll
-            for (int c = 0; c < DP / PANEL; c++)
-                tma_load(s.k[stage] + c * KEYS * 128, k, &s.full[stage], c * PANEL, kv_head, row);
-#pragma unroll
-            for (int c = 0; c < VP / PANEL; c++)
-                tma_load(s.v[stage] + c * KEYS * 128, v, &s.full[stage], c * PANEL, kv_head, row);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
+// As tma_load, the tensor staying in L2 before others: K and V of a KV head are read again and again, what
+// belongs to queries once.
+DEVICE void tma_load_kept(void* target, const TensorMap* map, u64* barrier, int column, int head, int row) {
+#ifdef NO_HINT
+    tma_load(target, map, barrier, column, head, row);
+#else
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+        "{%3, %4, %5}], [%2], %6;" ::"r"(shared_address(target)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(row), "l"(0x14F0000000000000ull)
+        : "memory");
+#endif
+}
+
+// Three warps.
+DEVICE void plan(Shared& s, const Params& a) {
+    int thread = threadIdx.x - (THREADS - PLANNERS);
+    for (int n = 0, work = blockIdx.x; work < a.tile_count * a.kv_heads; n++, work += gridDim.x) {
+        Plan& p = s.plans[n % PLANS];
+        barrier_wait(&s.plan_empty[n % PLANS], (n / PLANS & 1) ^ 1);
+        if (thread == 0) {
+            p.tile = find_tile<QUERIES>(a.batch, a.tile_count - 1 - work % a.tile_count);
+            p.kv_head = work / a.tile_count;
+        }
+        named_sync(1, PLANNERS);
+        read_lists(p, a, thread);
+        named_sync(1, PLANNERS);
+        merge_lists(p, thread);
+        named_sync(1, PLANNERS);
+        if (thread < 32) {
+            order_entries(p);
+            __syncwarp();
+            if (thread == 0) barrier_arrive(&s.plan_full[n % PLANS]);
         }
     }
 }
 
+// One thread.
+DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Params& a) {
+    int stage = 0;
+    u32 parity = 1, issued = 0;
+    for (int m = 0, work = blockIdx.x; work < a.tile_count * a.kv_heads; m++, work += gridDim.x) {
+        const Plan& p = s.plans[m % PLANS];
+        barrier_wait(&s.plan_full[m % PLANS], m / PLANS & 1);
+        Tile tile = p.tile;
+        int kv_head = p.kv_head, total = p.total;
+        for (int n = 0; n < total; n++) {
+            int entry = p.order[n] & 0xffff, block = p.lists[entry % QUERIES][entry / QUERIES];
+            int count = stages_of(tile, block), row = tile.key + block * SB;
+            for (int i = 0; i < count; i++, row += KEYS) {
+                barrier_wait(&s.empty[stage], parity);
+                barrier_expect(&s.full[stage], K_BYTES + V_BYTES);
+                s.issued.publish(++issued);
+#pragma unroll
+                for (int c = 0; c < DP / PANEL; c++)
+                    tma_load_kept(s.k[stage] + c * KEYS * 128, k, &s.full[stage], c * PANEL, kv_head, row);
+#pragma unroll
+                for (int c = 0; c < VP / PANEL; c++)
+                    tma_load_kept(s.v[stage] + c * KEYS * 128, v, &s.full[stage], c * PANEL, kv_head, row);
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+        }
+        barrier_arrive(&s.plan_empty[m % PLANS]);
+    }
+}
+
 // The warp's 16 rows as left operands: kept in registers, or in swizzled shared memory.
+DEVICE u32 load_once(const Real* at) {
+#if defined(NO_HINT) || defined(KV_HINT)
+    return *(const u32*)at;
+#else
+    u32 x;
+    asm volatile("ld.global.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(x) : "l"(at), "l"(0x12F0000000000000ull) : "memory");
+    return x;
+#endif
+}
+
 template <int DIM>
 struct Rows {
     static constexpr int STEPS = (DIM + 15) / 16;
@@ -187,7 +246,7 @@ struct Rows {
 #pragma unroll
             for (int part = 0; part < 4; part++) {
                 int r = part % 2, column = 16 * i + 8 * (part / 2) + 2 * (lane % 4);
-                x[part] = real[r] ? *(const u32*)(from + place[r] * DIM + column) : 0u;
+                x[part] = real[r] ? load_once(from + place[r] * DIM + column) : 0u;
                 if (!KEEP) {
                     int row = warp * 16 + lane / 4 + 8 * r, chunk = (2 * i + part / 2) % 8;
                     *(u32*)(shared + i / 4 * ROWS * 128 + row * 128 + ((chunk ^ (row & 7)) << 4) + lane % 4 * 4) = x[part];
@@ -230,20 +289,22 @@ DEVICE void multiply(float (&d)[KEYS / 8][4], const Rows<DIM>& rows, u32 b) {
     }
 }
 
-DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
+// One warp's share of a tile, whose first stage is number `first`; `issued` is what Issued::wait keeps.
+DEVICE void consume(Shared& s, const Plan& p, const Params& a, u32 first, u32& issued) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float scale_log2 = a.scale * 1.4426950408889634f;
-    // The thread's two rows.
-    int query[2];
+    // The thread's two rows, each (token, head).
+    auto find_row = [&](int r, i64& place) {
+        int row = warp * 16 + lane / 4 + 8 * r, query = row / GP, head = row % GP;
+        place = (i64)(p.tile.token + query) * a.heads + p.kv_head * a.group + head;
+        return query < p.tile.rows && head < a.group;
+    };
     bool real[2];
     i64 place[2];
     float lse[2], gate[2], delta[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        int row = warp * 16 + lane / 4 + 8 * r, head = row % GP;
-        query[r] = row / GP;
-        real[r] = query[r] < tile.rows && head < a.group;
-        place[r] = real[r] ? (i64)(tile.token + query[r]) * a.heads + kv_head * a.group + head : 0;
+        real[r] = find_row(r, place[r]);
         lse[r] = real[r] ? a.lse[place[r]] * 1.4426950408889634f : -INF;
         if (lse[r] == -INF) lse[r] = INF;  // a row that saw nothing weighs nothing
         gate[r] = !real[r] ? 0.0f : a.gate != nullptr ? widen(a.gate[place[r] * 3 + a.gate_index]) : 1.0f;
@@ -258,23 +319,23 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
 #pragma unroll
     for (int j = 0; j < D / 8; j++) dq[j][0] = dq[j][1] = dq[j][2] = dq[j][3] = 0.0f;
 
-    int total = s.total;
-    u32 issued = 0;
+    int total = p.total;
     for (int base = 0; base < total; base += 32) {
-        u32 order = base + lane < total ? s.order[base + lane] : 0;
-        u32 own = base + lane < total ? mine(s, order & 0xffff, warp) : 0;
-        u32 begin = base + lane < total ? s.begin[base + lane] : 0;
+        u32 order = base + lane < total ? p.order[base + lane] : 0;
+        u32 own = base + lane < total ? mine(p, order & 0xffff, warp) : 0;
+        u32 begin = base + lane < total ? first + p.begin[base + lane] : 0;
         for (u32 vote = __ballot_sync(ALL_LANES, own != 0); vote != 0; vote &= vote - 1) {
             int from = __ffs(vote) - 1;
             u32 here = __shfl_sync(ALL_LANES, order, from), at = __shfl_sync(ALL_LANES, begin, from);
             u32 wants = __shfl_sync(ALL_LANES, own, from);
             int entry = here & 0xffff, releases = RELEASES / (here >> 16);
-            int block = s.lists[entry % QUERIES][entry / QUERIES], count = stages_of(tile, block);
+            int block = p.lists[entry % QUERIES][entry / QUERIES], count = stages_of(p.tile, block);
             int limit[2];  // the last key of the stage that a row sees
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                bool wanted = GP >= 16 || wants >> (query[r] - warp * 16 / GP) & 1;
-                limit[r] = wanted ? tile.position + query[r] - block * SB : -1;
+                int query = (warp * 16 + lane / 4 + 8 * r) / GP;
+                bool wanted = GP >= 16 || wants >> (query - warp * 16 / GP) & 1;
+                limit[r] = wanted ? p.tile.position + query - block * SB : -1;
             }
             for (int i = 0; i < count; i++, at++) {
                 int stage = at % STAGES;
@@ -289,8 +350,8 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
 #pragma unroll
                     for (int c = 0; c < 4; c++) {
                         int r = c / 2;
-                        float p = gate[r] * exp2_approx(fmaf(scores[j][c], scale_log2, -lse[r]));
-                        scores[j][c] = p * (d_p[j][c] - delta[r]);
+                        float x = gate[r] * exp2_approx(fmaf(scores[j][c], scale_log2, -lse[r]));
+                        scores[j][c] = x * (d_p[j][c] - delta[r]);
                     }
                 }
                 if (GP < 16 || limit[0] < KEYS - 1) {
@@ -324,12 +385,14 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
+        i64 to;
+        bool inside = find_row(r, to);
         if (a.sum == nullptr) {
-            store_row<D>((const float(&)[D / 2])dq, r, a.scale, a.dq + place[r] * D, real[r], !a.first);
+            store_row<D>((const float(&)[D / 2])dq, r, a.scale, a.dq + to * D, inside, !a.first);
             continue;
         }
-        if (!real[r]) continue;
-        float* sum = a.sum + place[r] * D;
+        if (!inside) continue;
+        float* sum = a.sum + to * D;
 #pragma unroll
         for (int j = 0; j < D / 8; j++) {
             int column = 8 * j + 2 * (lane % 4);
@@ -338,7 +401,7 @@ DEVICE void consume(Shared& s, const Params& a, const Tile& tile, int kv_head) {
                 float2 before = *(const float2*)(sum + column);
                 x.x += before.x, x.y += before.y;
             }
-            if (a.last) *(u32*)(a.dq + place[r] * D + column) = pack<Real>(x.x, x.y);
+            if (a.last) *(u32*)(a.dq + to * D + column) = pack<Real>(x.x, x.y);
             else *(float2*)(sum + column) = x;
         }
     }
@@ -349,33 +412,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                               const __grid_constant__ Params a) {
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
-    // Every sequence starts a new tile; sequence b's are numbered from ⌊query/QUERIES⌋ + b, and some numbers
-    // belong to nobody.
-    int number = a.tile_count - 1 - blockIdx.x % a.tile_count, kv_head = blockIdx.x / a.tile_count;
-    auto first_tile = [&](int b) { return a.sequences[b].query / QUERIES + b; };
-    int b = find(a.sequence_count, number, first_tile), start = (number - first_tile(b)) * QUERIES;
-    Sequence sequence = a.sequences[b];
-    if (start >= sequence.queries) return;
-    Tile tile = {sequence.query + start, min(QUERIES, sequence.queries - start), sequence.position + start, sequence.key};
     if (threadIdx.x == 0) {
         s.issued.count = 0;
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&s.full[i], 1);
             barrier_init(&s.empty[i], RELEASES);
         }
+        for (int i = 0; i < PLANS; i++) {
+            barrier_init(&s.plan_full[i], 1);
+            barrier_init(&s.plan_empty[i], WARPS + 1);
+        }
         barrier_fence_init();
     }
-    read_lists(s, a, tile, kv_head, gridDim.x / a.tile_count);
-    __syncthreads();
-    merge_lists(s);
-    __syncthreads();
-    if (threadIdx.x < 32) order_entries(s, tile);
     __syncthreads();
     if (threadIdx.x >= 32 * WARPS) {
         if (WARPS == 8) registers_shrink<40>();
-        if (threadIdx.x == 32 * WARPS) produce(s, &k, &v, tile, kv_head);
+        if (threadIdx.x >= THREADS - PLANNERS) plan(s, a);
+        else if (threadIdx.x == 32 * WARPS) produce(s, &k, &v, a);
     } else {
         if (WARPS == 8) registers_grow<232>();
-        consume(s, a, tile, kv_head);
+        u32 first = 0, issued = 0;
+        for (int n = 0, work = blockIdx.x; work < a.tile_count * a.kv_heads; n++, work += gridDim.x) {
+            const Plan& p = s.plans[n % PLANS];
+            barrier_wait(&s.plan_full[n % PLANS], n / PLANS & 1);
+            consume(s, p, a, first, issued);
+            first += p.stages;
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) barrier_arrive(&s.plan_empty[n % PLANS]);
+        }
     }
 }
