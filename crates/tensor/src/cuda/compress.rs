@@ -21,58 +21,61 @@ pub(crate) struct Blocks<'a> {
     pub(super) stride: usize,
     pub(super) heads: usize,
     pub(super) dim: usize,
-    /// First token of every row, on the host.
-    pub(super) first_tokens: Vec<usize>,
     pub(super) tokens: usize,
     vector: usize,
-    sequences: usize,
+    /// Offsets of the sequences' tokens and compressed rows, here and on the device.
+    cu_seqlens: &'a [i32],
+    cu_rows: &'a [usize],
     tokens_at: Buffer,
     rows_at: Buffer,
 }
 
 impl<'a> Blocks<'a> {
-    /// Of x `[T, K, C]`; `rows_at` are the B+1 offsets of the compressed rows.
+    /// Of x `[T, K, C]`; `cu_rows` are the B+1 offsets of the compressed rows.
     pub(crate) fn new(
         gpu: &'a Gpu,
         x: &Tensor,
         spec: &NsaSpec,
-        cu_seqlens: &[i32],
-        rows_at: &[usize],
+        cu_seqlens: &'a [i32],
+        cu_rows: &'a [usize],
     ) -> Result<Self> {
         let &[tokens, heads, dim] = x.shape() else {
             return Err(crate::Error::shape("compress", "x", "[T, K, C]", x.shape()));
         };
-        let stride = spec.compress_stride;
-        let starts = rows_at.windows(2).zip(cu_seqlens);
-        let first_tokens = starts
-            .flat_map(|(rows, &start)| (0..rows[1] - rows[0]).map(move |i| (start as usize, i)))
-            .map(|(start, i)| start + i * stride)
-            .collect();
-        let rows_at: Vec<i32> = rows_at.iter().map(|&row| row as i32).collect();
+        let rows_at: Vec<i32> = cu_rows.iter().map(|&row| row as i32).collect();
         Ok(Blocks {
             gpu,
             dtype: x.dtype(),
             block: spec.compress_block,
-            stride,
+            stride: spec.compress_stride,
             heads,
             dim,
-            first_tokens,
             tokens,
             vector: vector(dim, x.dtype()),
-            sequences: cu_seqlens.len() - 1,
+            cu_seqlens,
+            cu_rows,
             tokens_at: gpu.upload(cu_seqlens)?,
             rows_at: gpu.upload(&rows_at)?,
         })
     }
 
     pub(super) fn rows(&self) -> usize {
-        self.first_tokens.len()
+        self.cu_rows.last().copied().unwrap_or(0)
+    }
+
+    /// First token of a row's block; for the number of rows, the end of the tokens.
+    fn first_token(&self, row: usize) -> usize {
+        if row >= self.rows() {
+            return self.tokens;
+        }
+        let sequence = self.cu_rows.partition_point(|&at| at <= row) - 1;
+        self.cu_seqlens[sequence] as usize + (row - self.cu_rows[sequence]) * self.stride
     }
 
     /// The offsets as arguments.
     fn offsets(&self, args: Args) -> Args {
         let args = args.ptr(self.tokens_at.ptr()).ptr(self.rows_at.ptr());
-        args.i32(self.sequences as i32)
+        args.i32(self.cu_rows.len() as i32 - 1)
     }
 
     /// Launches `entry` with a thread for each vector of `items` tokens or rows, of one head or
@@ -167,7 +170,7 @@ impl<'a> Blocks<'a> {
     /// The tokens whose last covering row is in `first..last`: with the other ranges of rows,
     /// all tokens once.
     pub(super) fn own_tokens(&self, first: usize, last: usize) -> std::ops::Range<usize> {
-        let from = if first == 0 { 0 } else { self.first_tokens[first] };
-        from..self.first_tokens.get(last).copied().unwrap_or(self.tokens)
+        let from = if first == 0 { 0 } else { self.first_token(first) };
+        from..self.first_token(last)
     }
 }

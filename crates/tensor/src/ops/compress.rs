@@ -148,7 +148,7 @@ impl Call {
         })
     }
 
-    fn blocks<'g>(&self, gpu: &'g Gpu, rows_at: &[usize]) -> Result<Blocks<'g>> {
+    fn blocks<'g>(&'g self, gpu: &'g Gpu, rows_at: &'g [usize]) -> Result<Blocks<'g>> {
         Blocks::new(gpu, &self.x, &self.spec, &self.cu_seqlens, rows_at)
     }
 
