@@ -49,6 +49,36 @@ def warn_once_about_cache() -> None:
         warnings.warn(reason, RuntimeWarning, stacklevel=3)
 
 
+def check_choice(
+    indices: Tensor, cu_seqlens: Optional[Tensor], batch: int, spec: List[int]
+) -> None:
+    """Refuses a choice of blocks that no selection makes; waits for the device. What does not fit
+    in shape or type is left to the native module, and what is captured to the kernels, which pass
+    over entries that are no blocks of their query."""
+    tokens, count = indices.shape[0], indices.shape[-1]
+    if torch.cuda.is_current_stream_capturing() or indices.dtype != torch.int32 or not tokens:
+        return
+    if cu_seqlens is None:
+        position = torch.arange(tokens) % max(tokens // max(batch, 1), 1)
+    else:
+        offsets = cu_seqlens.cpu().to(torch.int64)
+        if len(offsets) < 2 or offsets[-1] != tokens or bool((offsets.diff() < 0).any()):
+            return  # refused by name where all offsets are
+        position = torch.arange(tokens) - offsets[:-1].repeat_interleave(offsets.diff())
+    own = (position // spec[2]).to(indices.device).view(-1, 1, 1)
+    used = torch.arange(count, device=indices.device) <= own
+    good = torch.where(used, (indices >= 0) & (indices <= own), indices == -1)
+    good[..., 1:] &= ~used[..., 1:] | (indices[..., 1:] > indices[..., :-1])
+    bad = (~good.all(-1)).nonzero()
+    if len(bad):
+        token, head = bad[0].tolist()
+        last = int(own[token])
+        raise ValueError(
+            f"indices: token {token}, KV head {head}: {indices[token, head].tolist()}, expected "
+            f"{min(last + 1, count)} ascending blocks of 0..={last} and then -1"
+        )
+
+
 def _check_phi(x: Tensor, phi: List[Tensor], block: int) -> None:
     heads, dim = x.shape[1:]
     if len(phi) == 2:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from . import _native
-from ._cuda import prepare_cuda, warn_once_about_cache
+from ._cuda import check_choice, prepare_cuda, warn_once_about_cache
 from .spec import blocks_of
 
 # Inputs arrive as they were given: a graph compiler may not choose other strides for them.
@@ -98,11 +98,14 @@ def nsa_forward(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _nsa_outputs(q, v_slc, spec, save, choose)
     out, chosen, *saved = outputs
+    stream, offsets = stream_of(q), host_offsets(cu_seqlens)
+    if indices is not None and indices.device.type == "cuda":
+        check_choice(indices, cu_seqlens, batch, spec)
     _native.nsa_forward(
-        stream_of(q),
+        stream,
         spec,
         scale,
-        host_offsets(cu_seqlens),
+        offsets,
         batch,
         capsules((q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate)),
         None if indices is None else capsule(indices),
