@@ -14,6 +14,7 @@ import torch
 import peers_formula as formula
 from peers_adapters import PEERS, Cannot
 
+HEAD_START = 1_500_000  # cycles, most of a millisecond
 FLUSH_BYTES = 256 << 20  # several times the second-level cache
 ERROR_LIMIT = 0.02  # of a sampled row's norm, median; bf16 keeps eight bits
 GRAD_LIMIT = 0.05
@@ -82,7 +83,8 @@ class Case:
 
 
 class Timer:
-    """Medians of CUDA event times, the second-level cache flushed before every run."""
+    """Medians of CUDA event times, the second-level cache flushed before every run. The device
+    sleeps first, so that the host is ahead and its launches are not what is measured."""
 
     def __init__(self):
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -94,6 +96,7 @@ class Timer:
         times, started = [], time.monotonic()
         while len(times) < least or (len(times) < most and time.monotonic() - started < seconds):
             self.flush.zero_()
+            torch.cuda._sleep(HEAD_START)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             run()
