@@ -207,6 +207,7 @@ def main():
     names = [name for name in names if name in wanted] or names
     place = environment(options, output)
     workers = {name: Worker(name, place) for name in names}
+    does = {peer.name: peer.does for peer in PEERS}
     results = {
         "command": " ".join(sys.argv),
         "when": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
@@ -222,9 +223,11 @@ def main():
     try:
         for worker in workers.values():
             worker.wait_ready(min(90, max(left(), 1)))
-        warm(workers, todo, common, min(options.cell_limit, left() / 3))
+        warm(workers, does, todo, common, min(options.cell_limit, left() / 3))
         for cell in todo:
             for name, worker in workers.items():
+                if cell["what"] not in does[name]:
+                    continue
                 if left() < 3:
                     answer = {"cannot": "no time left"}
                 else:
@@ -243,7 +246,7 @@ def main():
     print(f"written to {output}: peers.md, peers.json and the pictures")
 
 
-def warm(workers, todo, common, limit):
+def warm(workers, does, todo, common, limit):
     """Compiles everybody's kernels at once, on short sequences: nothing is timed meanwhile."""
     shapes = {}
     for cell in todo:
@@ -254,7 +257,7 @@ def warm(workers, todo, common, limit):
     for cell in shapes.values():
         asked = []
         for worker in workers.values():
-            if worker.cannot is None:
+            if worker.cannot is None and cell["what"] in does[worker.name]:
                 worker.send(cell)
                 asked.append(worker)
         for worker in asked:

@@ -134,6 +134,11 @@ def window_branch(q, k, v, window):
         return _TorchFlash.apply(q, k, v, window)
 
 
+def heads_first(cache):
+    """[B, n, K, dim] as [B, K, n, dim]."""
+    return cache.transpose(1, 2).contiguous()
+
+
 # --- dense attention ------------------------------------------------------------------------------
 
 
@@ -142,12 +147,10 @@ class Dense:
 
     kind = "dense"
     spec = None
+    does = ("training", "decoding")
 
     def load(self):
         pass
-
-    def decode(self, case):
-        raise Cannot("no decoding here")
 
 
 class Sdpa(Dense):
@@ -232,6 +235,12 @@ class TercetDense(Dense):
     def forward(self, case):
         return lambda: self.library.attend(case.q, case.k, case.v)
 
+    def decode(self, case):
+        lib, longest = self.library, case.tokens
+        pages = lib.Pages(*(heads_first(c) for c in case.caches), heads_first=True)
+        positions = case.lengths - 1
+        return lambda: lib.attend_decode(case.q1, pages, positions, longest=longest, check=False)
+
 
 # --- native sparse attention ----------------------------------------------------------------------
 
@@ -241,12 +250,10 @@ class Sparse:
 
     kind = "nsa"
     spec = SPEC
+    does = ("training", "decoding")
 
     def load(self):
         pass
-
-    def decode(self, case):
-        raise Cannot("no decoding here")
 
 
 class Tercet(Sparse):
@@ -300,12 +307,10 @@ class TercetStep(Sparse):
     """A step of a cache: the token is appended and its block averaged as well."""
 
     name = "tercet step"
+    does = ("decoding",)
 
     def load(self):
         self.library = module("tercet")
-
-    def forward(self, case):
-        raise Cannot("decoding only; see tercet")
 
     def decode(self, case):
         if case.batch > 1:
@@ -322,11 +327,6 @@ class TercetStep(Sparse):
         k1, v1 = (c[:, last].contiguous() for c in case.caches)
         position = case.lengths - 1
         return lambda: cache.step(position, case.q1, k1, v1, k1, v1, k1, v1, case.gate1)
-
-
-def heads_first(cache):
-    """[B, n, K, dim] as [B, K, n, dim]."""
-    return cache.transpose(1, 2).contiguous()
 
 
 def block_means(cache, rows):
@@ -414,6 +414,7 @@ class FlashNsa(Sparse):
 
 class Fla(Sparse):
     name = "fla"
+    does = ("training",)
     spec = (64, 64, 64, 16, 1, 2, 512)  # blocks do not overlap there
 
     def load(self):
@@ -494,6 +495,7 @@ class XunhaoLai(Sparse):
 
 class Fsa(XunhaoLai):
     name = "FSA"
+    does = ("training",)  # its decoding is a preview
 
     def load(self):
         module("einops")
@@ -506,9 +508,6 @@ class Fsa(XunhaoLai):
         # Its own module falls back to the reference kernel above eight heads per group.
         few = case.heads // case.kv_heads <= 8
         return (self.optimised if few else self.reference)(q, k, v, top, SPEC[2], case.offsets)
-
-    def decode(self, case):
-        raise Cannot("decoding is a preview there")
 
 
 PEERS = [

@@ -5,6 +5,8 @@ from typing import List, Optional, Sequence, Tuple
 Capsule = object
 Spec = Sequence[int]  # l, d, l', n, initial, local, window
 
+Pages = Tuple[Capsule, Capsule, Optional[Capsule], bool, bool]
+
 __version__: str
 
 def nsa_forward(
@@ -74,6 +76,26 @@ def compress_backward(
     d_x: Capsule,
     d_phi: List[Capsule],
 ) -> None: ...
+def nsa_rows(
+    stream: int,
+    spec: Spec,
+    scale: float,
+    q: Capsule,
+    gate: Capsule,
+    at: Tuple[Capsule, Optional[Capsule], int, int],
+    caches: Sequence[Pages],
+    out: Capsule,
+    indices: Optional[Capsule],
+) -> None: ...
+def dense_rows(
+    stream: int,
+    scale: float,
+    window: Optional[int],
+    q: Capsule,
+    at: Tuple[Capsule, Optional[Capsule], int, int],
+    pages: Pages,
+    out: Capsule,
+) -> None: ...
 def use_cache(folder: Optional[str]) -> None: ...
 def capturing(ordinal: int) -> None: ...
 def cache_warning() -> Optional[str]: ...
@@ -102,3 +124,60 @@ class CompressTail:
     def blocks(self) -> int: ...
     def completes(self, count: int) -> int: ...
     def push(self, x: Capsule, phi: List[Capsule], out: Capsule) -> None: ...
+
+class CudaNsaCache:
+    def __new__(
+        cls,
+        ordinal: int,
+        stream: int,
+        spec: Spec,
+        dims: Sequence[int],
+        dtype: str,
+        sequences: int,
+        capacity: int,
+    ) -> "CudaNsaCache": ...
+    def len(self, sequence: int) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    def extend(
+        self,
+        stream: int,
+        sequence: int,
+        scale: float,
+        inputs: Sequence[Capsule],
+        out: Capsule,
+        indices: Capsule,
+    ) -> None: ...
+    def prime(self, stream: int, sequence: int, k: Capsule, v: Capsule) -> None: ...
+    def step(
+        self,
+        stream: int,
+        scale: float,
+        positions: Capsule,
+        inputs: Sequence[Capsule],
+        turns: Optional[Capsule],
+        out: Capsule,
+        indices: Capsule,
+    ) -> None: ...
+    def advance(self, active: List[int]) -> None: ...
+    def reserve(self, tokens: int) -> None: ...
+
+class CudaDenseCache:
+    def __new__(
+        cls,
+        ordinal: int,
+        stream: int,
+        dims: Sequence[int],
+        dtype: str,
+        window: Optional[int],
+        sequences: int,
+        capacity: int,
+    ) -> "CudaDenseCache": ...
+    def len(self, sequence: int) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def extend(
+        self, stream: int, sequence: int, scale: float, inputs: Sequence[Capsule], out: Capsule
+    ) -> None: ...
