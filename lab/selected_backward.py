@@ -12,6 +12,7 @@ from harness import ROOT, TYPES, Kernel, Map, median_ms
 
 FOLDER = ROOT / "crates/attention/src/cuda/hopper"
 SHARED_LIMIT = 227 * 1024
+PARTS_LIMIT = 2304 << 20
 SMS = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 pad = lambda x: -(-x // 64) * 64
 power = lambda x: 1 << (x - 1).bit_length()
@@ -40,20 +41,25 @@ class Inverse:
         self.count, self.pieces, self.fill_global = (entry("inverse_" + n) for n in ("count", "pieces", "fill"))
         self.blocks, self.fill_shared = entry("inverse_blocks"), None
 
-    def __call__(self, indices, lengths, block):
+    def __call__(self, indices, lengths, block, parts_bytes=None):
+        """parts_bytes: of one KV head's parts of dQ, if the keys' kernel is to make dQ too."""
         t, kv, listed = indices.shape
         self.table = sequence_table(lengths)
         j = t // block + len(lengths)
         bins, pairs = kv * j, t * kv * listed
         piece = max(64, -(-t // 256))
         count = -(-t // piece)
-        self.chunk = max(256, power(max(1, pairs // 512)))
+        self.heads_a_launch = kv if parts_bytes is None else max(1, min(kv, PARTS_LIMIT // max(1, parts_bytes)))
+        self.launches = [(a, min(a + self.heads_a_launch, kv)) for a in range(0, kv, self.heads_a_launch)]
+        self.chunk = max(256, power(max(1, t * self.heads_a_launch * listed // 512)))
+        self.blocks_a_head = j
         self.capacity = bins + pairs // self.chunk
         self.slots = 2 * (pairs // self.chunk)
         make = lambda n, kind: torch.full((max(n, 1),), -7, dtype=kind, device="cuda")
         pieces, totals = make(count * bins, torch.int32), make(bins, torch.int32)
         self.starts, self.queries = make(bins + 1, torch.int64), make(pairs, torch.int32)
         self.items = make(self.capacity * 12, torch.int32)
+        self.heads, self.places = make(kv + 1, torch.int32), None if parts_bytes is None else make(pairs, torch.int32)
         sequences = structure([("at", self.table), ("count", len(lengths)), ("block", block)])
         in_shared = j * 4 <= 48 * 1024
         kernel = Kernel.__new__(Kernel)
@@ -63,38 +69,56 @@ class Inverse:
         def run():
             self.count((count, kv), (256,), sequences, indices, t, kv, listed, j, piece, pieces)
             self.pieces((-(-bins // 128),), (128,), pieces, totals, count, bins)
-            self.blocks((1,), (1024,), sequences, totals, self.starts, self.items, self.capacity, self.chunk, kv, j)
+            self.blocks((1,), (1024,), sequences, totals, self.starts, self.items, self.heads, self.capacity, self.chunk, kv, j)
             kernel((count, kv), (32,), sequences, indices, t, kv, listed, j, piece, pieces, self.starts,
-                   self.queries, int(in_shared))
+                   self.queries, self.places, int(in_shared))
 
         self.keep = pieces, totals
         return run
 
 
 class Keys:
-    def __init__(self, d, v, group, block, dtype=torch.bfloat16, stages=None, source=FOLDER / "selected_backward_keys.cu"):
-        stage = 64 * (pad(d) + pad(v)) * 2 + 64 * 16
-        keys = 64 * (pad(d) + pad(v)) * 2
-        stages = stages or min(6, (SHARED_LIMIT - keys - 128) // (stage + 16))
-        defines = {TYPES[dtype]: 1, "D": d, "V": v, "MASK": 0, "G": group, "SB": block, "STAGES": stages}
-        self.kernel = Kernel(source, "selected_backward_keys", defines, keys + stages * (stage + 16) + 16)
+    def __init__(self, d, v, group, block, dtype=torch.bfloat16, stages=None, with_queries=False,
+                 source=FOLDER / "selected_backward_keys.cu"):
+        stage = 64 * (pad(d) + pad(v)) * 2 + 64 * 16 + 16
+        held = 64 * (pad(d) + pad(v)) * 2 + (2 * 64 * 64 * 2 if with_queries else 0) + 16
+        stages = stages or min(6, (SHARED_LIMIT - held) // stage)
+        defines = {TYPES[dtype]: 1, "D": d, "V": v, "G": group, "SB": block, "STAGES": stages}
+        if with_queries:
+            assert d <= 128 and v <= 128
+            defines["WITH_QUERIES"] = 1
+        self.kernel = Kernel(source, "selected_backward_keys", defines, held + stages * stage)
         self.sum = Kernel(source, "selected_backward_keys_sum", defines)
+        self.queries_sum = Kernel(source, "selected_backward_queries_sum", defines) if with_queries else None
         self.parts, self.group = block // 64, group
 
-    def __call__(self, inverse, q, k, v, d_out, lse, delta, dk, dv, gate=None, scale=None):
+    def __call__(self, inverse, q, k, v, d_out, lse, delta, dk, dv, gate=None, scale=None, dq=None, total=None, first=1,
+                 last=1, listed=0):
         (t, h, d), (kv, e) = q.shape, v.shape[1:]
         sums = torch.full((max(1, inverse.slots * self.parts * 64 * (d + e)),), math.nan, device="cuda")
-        params = structure([("items", inverse.items), ("queries", inverse.queries), ("q", q), ("d_out", d_out),
-                            ("gate", gate), ("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv), ("sums", sums),
-                            ("tokens", t), ("heads", h), ("kv_heads", kv), ("gate_index", 1),
-                            ("scale", scale or 1 / math.sqrt(d))])
+        parts = None
+        if dq is not None:
+            parts = torch.full((inverse.heads_a_launch * t * listed * self.group * d,), math.nan, dtype=q.dtype, device="cuda")
         maps = Map(q, (64, self.group, 1)), Map(d_out, (64, self.group, 1)), Map(k, (64, 1, 64)), Map(v, (64, 1, 64))
-        grid = (inverse.capacity * self.parts,)
+        launches = []
+        for a, b in inverse.launches if dq is not None else [(0, kv)]:
+            params = structure([("items", inverse.items), ("item_heads", inverse.heads), ("starts", inverse.starts),
+                                ("queries", inverse.queries), ("places", inverse.places), ("q", q), ("d_out", d_out),
+                                ("gate", gate), ("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv), ("sums", sums),
+                                ("parts", parts), ("dq", dq), ("dq_sum", total), ("tokens", t), ("heads", h),
+                                ("kv_heads", kv), ("gate_index", 1), ("first_head", a), ("end_head", b),
+                                ("blocks", inverse.blocks_a_head), ("listed", listed), ("first", first), ("last", last),
+                                ("scale", scale or 1 / math.sqrt(d))])
+            items = (b - a) * inverse.blocks_a_head + inverse.slots // 2
+            launches.append((params, items * self.parts, t * (b - a)))
 
         def run():
-            self.kernel(grid, (384,), *maps, params)
-            self.sum(grid, (256,), params)
-            return sums
+            for params, blocks, rows in launches:
+                self.kernel((blocks,), (384,), *maps, params)
+                self.sum((blocks,), (256,), params)
+                if dq is not None:
+                    self.queries_sum((rows,), (-(-self.group * d // 256) * 32,), params)
+            return sums, parts
 
         return run
 
@@ -114,7 +138,7 @@ class Queries:
         stage = 32 * (pad(d) + pad(v)) * 2 + 16
         stages = stages or min(24, (SHARED_LIMIT - held - lists) // stage)
         assert stages >= 2, "too many lists for shared memory"
-        defines = {TYPES[dtype]: 1, "D": d, "V": v, "MASK": 0, "GP": self.gp, "SB": block, "S": listed, "STAGES": stages, **more}
+        defines = {TYPES[dtype]: 1, "D": d, "V": v, "GP": self.gp, "SB": block, "S": listed, "STAGES": stages, **more}
         self.kernel = Kernel(source, "selected_backward_queries", defines, stages * stage + held + lists)
         self.threads = 128 + 32 * warps
 
@@ -156,13 +180,10 @@ def choose(lengths, kv, block, count, neighbours=1, noise=0.0, seed=1):
 
 
 def visible(indices, start, n, block):
-    """[n, K, n] by the rule: inside 0..=current and greater than all counted before."""
+    """[n, K, n]: a list is the set of those of its entries that are blocks of its query."""
     rows = indices[start:start + n].long()
     position = torch.arange(n, device="cuda")
-    fine = (rows >= 0) & (rows <= (position // block)[:, None, None])
-    top = torch.where(fine, rows, -1)
-    before = torch.nn.functional.pad(torch.cummax(top, -1).values, (1, 0), value=-1)[..., :-1]
-    counts = fine & (top > before)
+    counts = (rows >= 0) & (rows <= (position // block)[:, None, None])
     j = -(-n // block)
     seen = torch.zeros(n, rows.shape[1], j + 1, dtype=torch.bool, device="cuda")
     seen.scatter_(2, torch.where(counts, rows, j), True)
@@ -217,6 +238,7 @@ class Setup:
             again = torch.rand(t, kv, count, device="cuda") < 0.2
             again[..., 0] = False
             self.indices = torch.where(again, self.indices.roll(1, -1), self.indices)
+            self.indices[2::5] = self.indices[2::5].flip(-1)
         self.args = (self.q, self.k, self.v, self.indices, self.gate, self.d_out, lengths, block)
         self.exact = formula(*self.args, torch.float64)
         self.plain = formula(*self.args, dtype)
@@ -227,7 +249,16 @@ class Setup:
         self.lengths, self.block, self.dtype = lengths, block, dtype
         self.grads = rough(self.q), rough(self.k), rough(self.v)
         self.inverse = Inverse(dtype)
-        self.invert = self.inverse(self.indices, lengths, block)
+        with_queries = d <= 128 and v <= 128 and block == 64
+        self.invert = self.inverse(self.indices, lengths, block, t * count * (h // kv) * d * 2 if with_queries else None)
+        self.together = None
+        if with_queries:
+            self.both = Keys(d, v, h // kv, block, dtype, with_queries=True)
+            self.grads_together = rough(self.q), rough(self.k), rough(self.v)
+            self.together = lambda **more: self.both(
+                self.inverse, self.q, self.k, self.v, self.d_out, self.lse, self.delta, *self.grads_together[1:],
+                gate=self.gate, listed=count, **{"dq": self.grads_together[0], **more})
+            self.run_together = self.together()
         self.keys = Keys(d, v, h // kv, block, dtype)
         self.run_keys = self.keys(self.inverse, self.q, self.k, self.v, self.d_out, self.lse, self.delta, *self.grads[1:],
                                   gate=self.gate)
@@ -241,6 +272,10 @@ class Setup:
         self.invert()
         self.run_keys()
         self.run_queries()
+        if self.together:
+            for g in self.grads_together:
+                g.fill_(math.nan)
+            self.run_together()
         torch.cuda.synchronize()
 
     def lists_right(self):
@@ -296,6 +331,8 @@ def check():
             s = Setup(d, v, h, kv, lengths, block, count, **more)
             s.run()
             results = [compare(*x) for x in zip(("dq", "dk", "dv"), s.grads, s.exact, s.plain)]
+            if s.together:
+                results += [compare(*x) for x in zip(("together dq", "dk", "dv"), s.grads_together, s.exact, s.plain)]
             lists = s.lists_right()
             ok = all(r[0] for r in results) and lists
             print("ok  " if ok else "FAIL", name, *(r[1] for r in results), "" if lists else "LISTS WRONG", flush=True)
@@ -308,24 +345,26 @@ def check():
     torch.manual_seed(1)
     s = Setup(128, 128, 32, 2, [1500, 300], 64, 16)
     s.run()
-    kept = [g.clone() for g in s.grads]
+    kept = [g.clone() for g in s.grads + s.grads_together]
     same = True
     for _ in range(50):
         s.run()
-        same &= all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(kept, s.grads))
+        same &= all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(kept, s.grads + s.grads_together))
     print("ok  " if same else "FAIL", "50 repeats, the same bits; longest list in items:", s.inverse.chunk)
     # dQ on top of what is there, in 16 bits and in f32.
     base = torch.randn_like(s.grads[0])
-    dq = base.clone()
-    s.queries(*s.inputs, dq, first=0, gate=s.gate)()
-    error = (dq.double() - (base.double() + s.exact[0])).norm() / (base.double() + s.exact[0]).norm()
-    total = base.float()
-    s.queries(*s.inputs, dq, total=total, first=0, last=0, gate=s.gate)()
-    error32 = (total.double() - (base.double() + s.exact[0])).norm() / (base.double() + s.exact[0]).norm()
-    final = rough(dq)
-    s.queries(*s.inputs, final, total=base.float(), first=0, last=1, gate=s.gate)()
-    fine = error < 4e-3 and error32 < 3e-3 and torch.equal(final, total.to(final.dtype))
-    print("ok  " if fine else "FAIL", f"dQ added: {error:.1e} in 16 bits, {error32:.1e} in f32")
+    want = base.double() + s.exact[0]
+    distance = lambda x: ((x.double() - want).norm() / want.norm()).item()
+    fine = True
+    for name, start in (("apart", lambda dq, **m: s.queries(*s.inputs, dq, gate=s.gate, **m)()),
+                        ("together", lambda dq, **m: s.together(dq=dq, **m)())):
+        dq, total, final = base.clone(), base.float(), rough(base)
+        start(dq, first=0)
+        start(dq.clone(), total=total, first=0, last=0)
+        start(final, total=base.float(), first=0, last=1)
+        good = distance(dq) < 5e-3 and distance(total) < 4e-3 and torch.equal(final, total.to(final.dtype))
+        print("ok  " if good else "FAIL", f"dQ added, {name}: {distance(dq):.1e} in 16 bits, {distance(total):.1e} in f32")
+        fine &= good
     print("ALL RIGHT" if right and same and fine else "SOME WRONG")
 
 
@@ -338,15 +377,22 @@ def time_one(n, d, v, h, kv, label, neighbours=1, noise=0.0, block=64, count=16,
     delta = torch.randn(n, h, device="cuda")
     indices = choose([n], kv, block, count, neighbours, noise)
     inverse = Inverse()
-    invert = inverse(indices, [n], block)
+    with_queries = d <= 128 and v <= 128 and block == 64
+    invert = inverse(indices, [n], block, n * count * (h // kv) * d * 2 if with_queries else None)
     ms = {"inverse": median_ms(invert, repeats, 1)}
     keys, queries = Keys(d, v, h // kv, block), Queries(d, v, h // kv, block, count)
     dk, dv, dq = torch.empty_like(k), torch.empty_like(x), torch.empty_like(q)
-    ms["keys"] = median_ms(keys(inverse, q, k, x, d_out, lse, delta, dk, dv, gate=gate), repeats, 1)
+    inputs = inverse, q, k, x, d_out, lse, delta, dk, dv
+    ms["keys"] = median_ms(keys(*inputs, gate=gate), repeats, 1)
     ms["queries"] = median_ms(queries(q, k, x, d_out, lse, delta, indices, [n], dq, gate=gate), repeats, 1)
+    if with_queries:
+        both = Keys(d, v, h // kv, block, with_queries=True)
+        ms["together"] = median_ms(both(*inputs, gate=gate, dq=dq, listed=count), repeats, 1)
+        keys = both
     pairs = int((indices >= 0).sum())
     products = 2 * pairs * block * (h // kv)
-    flop = {"keys": products * 2 * (d + v), "queries": products * (2 * d + v)}
+    flop = {"keys": products * 2 * (d + v), "queries": products * (2 * d + v),
+            "together": products * (3 * d + 2 * v)}
     lists = inverse.starts.diff()
     print(f"time {label} d {d}/{v} h {h}/{kv} n {n}: "
           + ", ".join(f"{a} {m:.3f} ms" + (f" {flop[a] / m / 1e9:.0f} TFLOP/s" if a in flop else "") for a, m in ms.items())

@@ -6,9 +6,8 @@
 // blocks, and in `inverse_fill` one warp walks a piece's queries in order, so that a query's place
 // in its blocks' lists depends on nothing but the indices.
 //
-// Which entries of a query's list count: those inside 0..=its own block that are greater than every
-// counted one before. On a proper list (ascending, −1 padded) that is each block; the kernels that
-// merge lists pass over anything else too.
+// Which entries of a query's list count: those inside 0..=its own block that stand for the first time. On a
+// proper list (ascending, −1 padded) that is each block.
 //
 // Blocks of all sequences are numbered together: sequence b's begin at ⌊key/l'⌋ + b; some numbers
 // belong to nobody.
@@ -33,8 +32,8 @@ DEVICE int find(int count, int x, Start start) {
     return low;
 }
 
-// Whether the lane's entry counts; `last` is the greatest that counted so far.
-DEVICE bool counts(int block, int current, int& last) {
+// Whether the lane's entry, list[index], counts; `last` is the greatest block of the list so far.
+DEVICE bool counts(int block, int current, int& last, const i32* list, int index) {
     int lane = threadIdx.x & 31;
     int candidate = block >= 0 && block <= current ? block : -1, top = candidate;
 #pragma unroll
@@ -45,7 +44,13 @@ DEVICE bool counts(int block, int current, int& last) {
     int before = __shfl_up_sync(ALL_LANES, top, 1);
     before = lane == 0 ? last : max(before, last);
     last = max(last, __shfl_sync(ALL_LANES, top, 31));
-    return candidate > before;
+    // Only a list that does not ascend has a block that is not greater than all before.
+    bool first = candidate > before;
+    if (candidate >= 0 && !first) {
+        first = true;
+        for (int i = 0; i < index; i++) first &= list[i] != block;
+    }
+    return first;
 }
 
 // Grid: pieces × K. Block: whole warps. pieces[piece][K][J] = how often each block is chosen.
@@ -64,7 +69,7 @@ KERNEL inverse_count(Sequences sequences, const i32* indices, int tokens, int kv
         const i32* list = indices + ((i64)t * kv_heads + kv_head) * listed;
         for (int e = 0; e < listed; e += 32) {
             int block = e + lane < listed ? list[e + lane] : -1;
-            if (counts(block, current, last)) atomicAdd(own + block, 1u);
+            if (counts(block, current, last, list, e + lane)) atomicAdd(own + block, 1u);
         }
     }
 }
@@ -108,10 +113,11 @@ DEVICE i64 block_scan(i64 x, i64* scratch) {
 }
 
 // One CTA of 1024 threads. `starts` [K·J + 1] says where each block's list starts. Lists longer than
-// `chunk` are cut into items of `chunk`, each with a slot for partial sums. `items` holds `capacity`.
+// `chunk` are cut into items of `chunk`, each with a slot for partial sums. `items` holds `capacity`; those of
+// KV head i are numbers heads[i] to heads[i + 1].
 KERNEL __launch_bounds__(1024, 1)
-    inverse_blocks(Sequences sequences, const u32* totals, i64* starts, Item* items, int capacity, int chunk,
-                   int kv_heads, int blocks) {
+    inverse_blocks(Sequences sequences, const u32* totals, i64* starts, Item* items, i32* heads, int capacity,
+                   int chunk, int kv_heads, int blocks) {
     __shared__ i64 scratch[32];
     __shared__ i64 carry[2];
     int thread = threadIdx.x, bins = kv_heads * blocks;
@@ -146,6 +152,7 @@ KERNEL __launch_bounds__(1024, 1)
         i64 first = after - count;
         starts[bin] = first;
         int place = (int)(both_after & 0x7fffffff) - runs, slot = (int)(both_after >> 32) - slots;
+        if (bin % blocks == 0) heads[bin / blocks] = place;
         for (int r = 0; r < runs && place + r < capacity; r++) {
             item.run = r;
             item.first = first + (i64)r * chunk;
@@ -155,14 +162,14 @@ KERNEL __launch_bounds__(1024, 1)
         }
     }
     __syncthreads();
-    if (thread == 0) starts[bins] = carry[0];
-    for (int i = (int)(carry[1] & 0x7fffffff) + thread; i < capacity; i += 1024) items[i].count = -1;
+    if (thread == 0) starts[bins] = carry[0], heads[kv_heads] = (int)(carry[1] & 0x7fffffff);
 }
 
 // Grid: pieces × K. Block: one warp. Shared: J counters, or none, and they stay in `pieces`. `queries`
-// are rows of q.
+// are rows of q. `places` [T, K, S], if not null, says where each entry went, counted from its KV head's first
+// list; those that do not count went to −1.
 KERNEL inverse_fill(Sequences sequences, const i32* indices, int tokens, int kv_heads, int listed, int blocks,
-                    int piece_tokens, u32* pieces, const i64* starts, i32* queries, int in_shared) {
+                    int piece_tokens, u32* pieces, const i64* starts, i32* queries, u32* places, int in_shared) {
     extern __shared__ u32 shared_counter[];
     int lane = threadIdx.x, kv_head = blockIdx.y;
     i64 begin = min((i64)blockIdx.x * piece_tokens, (i64)tokens), end = min(begin + piece_tokens, (i64)tokens);
@@ -180,6 +187,7 @@ KERNEL inverse_fill(Sequences sequences, const i32* indices, int tokens, int kv_
     int base = sequences.first_block(b);
     i64 step = (i64)kv_heads * listed;
     const i32* list = indices + begin * step + (i64)kv_head * listed;
+    u32* own_places = places + begin * step + (i64)kv_head * listed;
     // The first 32 entries of the next queries are on their way while this one is placed.
     static constexpr int AHEAD = 8;
     i32 coming[AHEAD];
@@ -194,16 +202,19 @@ KERNEL inverse_fill(Sequences sequences, const i32* indices, int tokens, int kv_
             while (t >= s.query + s.queries) s = sequences.at[++b], base = sequences.first_block(b);
             int current = (s.position + (int)(t - s.query)) / sequences.block_tokens, last = -1, block = coming[i];
             coming[i] = fetch(t + AHEAD);
+            const i32* own_list = list + (t - begin) * step;
             for (int e = 0;;) {
-                if (counts(block, current, last)) {
-                    u32 place = counter[base + block];
+                u32 place = 0xffffffffu;
+                if (counts(block, current, last, own_list, e + lane)) {
+                    place = counter[base + block];
                     counter[base + block] = place + 1;
                     queries[place] = (i32)t;
                 }
+                if (places != nullptr && e + lane < listed) own_places[(t - begin) * step + e + lane] = place;
                 __syncwarp();
                 e += 32;
                 if (e >= listed) break;
-                block = e + lane < listed ? list[(t - begin) * step + e + lane] : -1;
+                block = e + lane < listed ? own_list[e + lane] : -1;
             }
         }
     }

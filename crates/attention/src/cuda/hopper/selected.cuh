@@ -1,4 +1,5 @@
-// What the kernels of the selected branch's gradients share: work items, a count of what was issued.
+// What the kernels of the selected branch's gradients share: work items, a count of what was issued, products
+// on tiles, the way out. Constants of the latter: D, V (head dims, multiples of 32, at most 256).
 #pragma once
 #include "hopper.cuh"
 #include "sequences.cuh"
@@ -8,7 +9,7 @@ struct alignas(16) Item {
     int key, keys, kv_head;  // the block's first row of k, and how many of its rows there are
     int origin;              // position p's query is row origin + p of q
     int position;            // of the block's first key
-    int count;               // queries; −1: the item is not needed
+    int count;               // queries
     int slot, slots;         // where its partial sums go (−1: it is the block's only item), of how many
     i64 first;               // into the list of queries
     int run, spare;          // which of the block's items this is
@@ -27,3 +28,83 @@ struct Issued {
             asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(seen) : "r"(shared_address(&count)) : "memory");
     }
 };
+
+#if defined(D)
+static constexpr int PANEL = 64;
+static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
+
+template <int N>
+DEVICE void clear(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) d[i] = 0.0f;
+}
+
+// d = a·bᵀ over INNER columns: 64 rows of `a`, N rows of `b`; panels of 64 columns lie A_PANEL and B_PANEL
+// bytes apart.
+template <int N, int INNER, int A_PANEL, int B_PANEL>
+DEVICE void multiply_rows(float (&d)[N / 2], u64 a, u64 b) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < INNER / 16; i++) {
+        int panel = i / 4, inner = i % 4;
+        Wgmma<N>::template ss<0, 0>(d, descriptor_step(a, panel * A_PANEL + inner * 32),
+                                    descriptor_step(b, panel * B_PANEL + inner * 32), i > 0);
+    }
+    wgmma_commit();
+}
+
+// d += p·b: `p` 64×ROWS in registers, `b` ROWS×N in shared memory.
+template <int N, int ROWS>
+DEVICE void add_product(float (&d)[N / 2], const u32 (&p)[ROWS / 4], u64 b) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < ROWS / 16; i++) Wgmma<N>::template rs<1>(d, p + 4 * i, descriptor_step(b, i * 2048), 1);
+    wgmma_commit();
+}
+
+// Among four neighbouring lanes: word i of lane l becomes word l of lane i.
+DEVICE void transpose_quad(u32 (&w)[4]) {
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 given = __shfl_xor_sync(ALL_LANES, odd ? w[i] : w[i + 1], 1);
+        if (odd) w[i] = given;
+        else w[i + 1] = given;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 given = __shfl_xor_sync(ALL_LANES, high ? w[i] : w[i + 2], 2);
+        if (high) w[i] = given;
+        else w[i + 2] = given;
+    }
+}
+
+// One of a thread's two rows of a 64×N accumulator, times `factor`, to `row` (N numbers) in 16-byte pieces,
+// added to what is there if `add`. All lanes of a warp take part; `inside` says which store.
+template <int N>
+DEVICE void store_row(const float (&d)[N / 2], int r, float factor, Real* row, bool inside, bool add) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j += 4) {
+        u32 words[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* pair = d + 4 * (j + i) + 2 * r;
+            words[i] = pack<Real>(pair[0] * factor, pair[1] * factor);
+        }
+        transpose_quad(words);
+        if (!inside) continue;
+        auto* place = (Vec<u32, 4>*)(row + 8 * (j + (threadIdx.x & 3)));
+        Vec<u32, 4> sum;
+        if (add) sum = *place;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (!add) sum.at[i] = words[i];
+            else {
+                float2 x = unpack<Real>(words[i]), y = unpack<Real>(sum.at[i]);
+                sum.at[i] = pack<Real>(x.x + y.x, x.y + y.y);
+            }
+        }
+        *place = sum;
+    }
+}
+#endif

@@ -9,7 +9,6 @@ use super::{MOST_GROUP, Sequences, aligned, boxes, defines, padded};
 use crate::{Dims, NsaSpec, Result};
 
 const HEADERS: &[(&str, &str)] = &[
-    ("backward.cuh", include_str!("backward.cuh")),
     ("selected.cuh", include_str!("selected.cuh")),
     ("sequences.cuh", include_str!("sequences.cuh")),
 ];
@@ -57,7 +56,15 @@ pub(in super::super) fn serves(
         && QueryShape::new(branch.plan, spec).stages >= 2
 }
 
+/// Bytes of dQ's shares that one KV head may need, and that the KV heads of one launch may need
+/// when there are several.
+const HEAD_SHARES: usize = 8 << 30;
+const LAUNCH_SHARES: usize = 2304 << 20;
+
 /// Backward of the selected branch; [`serves`] must hold and there must be tokens.
+///
+/// dQ comes from the kernel that makes dK and dV, as a share for every (query, block) that a second
+/// kernel adds up, where memory for the shares is in proportion; else from a kernel of its own.
 pub(in super::super) fn selected_grads(
     branch: &Branch,
     spec: &NsaSpec,
@@ -65,9 +72,17 @@ pub(in super::super) fn selected_grads(
     up: Upstream,
     grads: Grads,
 ) -> Result<()> {
+    let Dims { kv_heads, key_dim, value_dim, .. } = branch.plan.dims;
+    let shares = indices.len() / kv_heads * branch.plan.dims.group() * key_dim * 2;
+    let fits = key_dim.max(value_dim) <= 128 && spec.select_block == KEY_TILE;
+    if fits && shares <= HEAD_SHARES {
+        let heads = (LAUNCH_SHARES / shares).clamp(1, kv_heads);
+        let inverse = Inverse::new(branch, spec, indices, heads, true)?;
+        return key_grads(branch, spec, &inverse, up, grads, Some(heads * shares));
+    }
     query_grads(branch, spec, indices, up, grads)?;
-    let inverse = Inverse::new(branch, spec, indices)?;
-    key_grads(branch, spec, &inverse, up, grads)
+    let inverse = Inverse::new(branch, spec, indices, kv_heads, false)?;
+    key_grads(branch, spec, &inverse, up, grads, None)
 }
 
 fn label(what: &'static str, shape: &[usize]) -> Label {
@@ -90,23 +105,39 @@ struct BlockSequences {
 
 /// The queries of every block, and the work items of the keys' kernel.
 struct Inverse {
+    /// Where lists start, i64 `[K · J + 1]`, and the lists.
+    starts: Buffer,
     queries: Buffer,
+    /// u32 `[T, K, S]`: where a query stands in its blocks' lists; empty if nobody asks.
+    places: Buffer,
+    /// Work items, and i32 `[K + 1]` where those of each KV head start.
     items: Buffer,
-    /// How many items there may be.
+    heads: Buffer,
+    /// KV heads a launch, and the most items it may have.
+    heads_a_launch: usize,
     capacity: usize,
     /// How many partial sums there may be.
     slots: usize,
+    /// J, the numbers that blocks of all sequences together go by.
+    blocks: usize,
 }
 
 impl Inverse {
-    fn new(branch: &Branch, spec: &NsaSpec, indices: Slice) -> Result<Self> {
+    fn new(
+        branch: &Branch,
+        spec: &NsaSpec,
+        indices: Slice,
+        heads_a_launch: usize,
+        with_places: bool,
+    ) -> Result<Self> {
         let (plan, batch) = (branch.plan, branch.batch);
         let (gpu, kv_heads) = (&plan.gpu, plan.dims.kv_heads);
         let blocks = items(batch.tokens, spec.select_block, batch.count());
         let (bins, pairs) = (kv_heads * blocks, indices.len());
         let piece = batch.tokens.div_ceil(PIECES).max(PIECE);
         let pieces = batch.tokens.div_ceil(piece);
-        let chunk = (pairs / CHUNKS).next_power_of_two().max(CHUNK);
+        let launched = pairs / kv_heads * heads_a_launch;
+        let chunk = (launched / CHUNKS).next_power_of_two().max(CHUNK);
         let (capacity, slots) = (bins + pairs / chunk, 2 * (pairs / chunk));
 
         let shape = [pieces, kv_heads, blocks];
@@ -117,6 +148,9 @@ impl Inverse {
             gpu.alloc_for((bins + 1) * 8, label("starts of the inverse index", &[bins]))?;
         let queries = gpu.alloc_for(pairs * 4, label("inverse index", &[pairs]))?;
         let table = gpu.alloc_for(capacity * ITEM, label("work items of keys", &[capacity]))?;
+        let heads = gpu.alloc_for((kv_heads + 1) * 4, label("work items a head", &[kv_heads]))?;
+        let placed = if with_places { pairs } else { 0 };
+        let places = gpu.alloc_for(placed * 4, label("places in the inverse index", &[placed]))?;
 
         let sequences = BlockSequences {
             at: batch.table.ptr(),
@@ -139,13 +173,25 @@ impl Inverse {
             let args = args.i32(int(pieces)).i32(int(bins));
             plain::launch(&kernel("inverse_pieces")?, bins.div_ceil(128), 128, 0, args)?;
             let args = Args::new().value(sequences).ptr(totals.ptr()).ptr(starts.ptr());
-            let args = args.ptr(table.ptr()).i32(int(capacity)).i32(int(chunk));
+            let args = args.ptr(table.ptr()).ptr(heads.ptr()).i32(int(capacity)).i32(int(chunk));
             let args = args.i32(int(kv_heads)).i32(int(blocks));
             plain::launch(&kernel("inverse_blocks")?, 1, 1024, 0, args)?;
-            let args = lists().ptr(starts.ptr()).ptr(queries.ptr()).i32((shared > 0).into());
+            let args = lists().ptr(starts.ptr()).ptr(queries.ptr()).ptr(places.ptr());
+            let args = args.i32((shared > 0).into());
             kernel("inverse_fill")?.launch(grid, [32, 1, 1], shared as u32, args)?;
         }
-        Ok(Inverse { queries, items: table, capacity, slots })
+        let capacity = heads_a_launch * blocks + pairs / chunk;
+        Ok(Inverse {
+            starts,
+            queries,
+            places,
+            items: table,
+            heads,
+            heads_a_launch,
+            capacity,
+            slots,
+            blocks,
+        })
     }
 }
 
@@ -154,7 +200,10 @@ impl Inverse {
 #[derive(Clone, Copy)]
 struct KeyParams {
     items: u64,
+    item_heads: u64,
+    starts: u64,
     queries: u64,
+    places: u64,
     q: u64,
     d_out: u64,
     gate: u64,
@@ -163,19 +212,30 @@ struct KeyParams {
     d_k: u64,
     d_v: u64,
     sums: u64,
+    shares: u64,
+    d_q: u64,
+    d_q_sum: u64,
     tokens: i32,
     heads: i32,
     kv_heads: i32,
     gate_index: i32,
+    first_head: i32,
+    end_head: i32,
+    blocks: i32,
+    listed: i32,
+    first: i32,
+    last: i32,
     scale: f32,
 }
 
+/// dK and dV; with `shares`, bytes of a launch's shares of dQ, dQ as well.
 fn key_grads(
     branch: &Branch,
     spec: &NsaSpec,
     inverse: &Inverse,
     up: Upstream,
     grads: Grads,
+    shares: Option<usize>,
 ) -> Result<()> {
     let (plan, tokens) = (branch.plan, branch.batch.tokens);
     let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
@@ -183,53 +243,81 @@ fn key_grads(
     let rows = [inverse.slots, parts * KEY_TILE, key_dim + value_dim];
     let sums = rows.iter().product::<usize>() * 4;
     let sums = plan.gpu.alloc_for(sums, label("partial sums of keys' gradients", &rows))?;
+    let share = [inverse.heads_a_launch * tokens, spec.select_count, group, key_dim];
+    let share = label("blocks' shares of the query's gradient", &share);
+    let share = plan.gpu.alloc_for(shares.unwrap_or(0), share)?;
 
-    // A stage: rows of q and dOut, and four numbers of each.
+    // A stage: rows of q and dOut, four numbers of each, two barriers. Held: keys and values, dS.
     let tile = KEY_TILE * row_bytes(plan.dims);
-    let stage = tile + 16 * KEY_TILE;
+    let stage = tile + 16 * KEY_TILE + 16;
+    let held = tile + 16 + if shares.is_some() { 4 * KEY_TILE * KEY_TILE } else { 0 };
     let most = plan.gpu.info().shared_per_block_optin as usize;
-    let stages = ((most - tile - 128) / (stage + 16)).min(6);
-    let shared = (tile + stages * (stage + 16) + 16) as u32;
+    let stages = ((most - held) / stage).min(6);
+    let shared = (held + stages * stage) as u32;
     let mut constants = defines(plan);
     constants.extend([
-        ("MASK", "0".into()),
         ("G", group.to_string()),
         ("SB", spec.select_block.to_string()),
         ("STAGES", stages.to_string()),
     ]);
-    let (gate, gate_index) = up.gate.map_or((0, 0), |(gate, index)| (gate.ptr(), int(index)));
-    let params = KeyParams {
-        items: inverse.items.ptr(),
-        queries: inverse.queries.ptr(),
-        q: branch.q.ptr(),
-        d_out: up.d_out.ptr(),
-        gate,
-        lse: up.lse.ptr(),
-        delta: up.delta,
-        d_k: grads.k.ptr(),
-        d_v: grads.v.ptr(),
-        sums: sums.ptr(),
-        tokens: int(tokens),
-        heads: int(heads),
-        kv_heads: int(kv_heads),
-        gate_index,
-        scale: branch.scale,
-    };
-    let args = Args::new()
-        .map(boxes(plan, branch.q, [tokens, heads, key_dim], [1, group])?)
-        .map(boxes(plan, up.d_out, [tokens, heads, value_dim], [1, group])?)
-        .map(boxes(plan, branch.k, [tokens, kv_heads, key_dim], [KEY_TILE, 1])?)
-        .map(boxes(plan, branch.v, [tokens, kv_heads, value_dim], [KEY_TILE, 1])?)
-        .value(params);
-    let blocks = inverse.capacity * parts;
-    let kernel = plan.gpu.kernel(&KEYS, "selected_backward_keys", &constants)?;
-    let sum = plan.gpu.kernel(&KEYS, "selected_backward_keys_sum", &constants)?;
-    // SAFETY: the kernels' arguments; lengths were checked and addresses are the caller's promise.
-    // The buffers are freed in the stream's order, after the kernels.
-    unsafe {
-        plain::launch(&kernel, blocks, 384, shared, args)?;
-        plain::launch(&sum, blocks, 256, 0, Args::new().value(params))
+    if shares.is_some() {
+        constants.push(("WITH_QUERIES", "1".into()));
     }
+    let kernel = |entry| -> Result<Kernel> { Ok(plan.gpu.kernel(&KEYS, entry, &constants)?) };
+    let (gate, gate_index) = up.gate.map_or((0, 0), |(gate, index)| (gate.ptr(), int(index)));
+    for first_head in (0..kv_heads).step_by(inverse.heads_a_launch) {
+        let end_head = (first_head + inverse.heads_a_launch).min(kv_heads);
+        let params = KeyParams {
+            items: inverse.items.ptr(),
+            item_heads: inverse.heads.ptr(),
+            starts: inverse.starts.ptr(),
+            queries: inverse.queries.ptr(),
+            places: inverse.places.ptr(),
+            q: branch.q.ptr(),
+            d_out: up.d_out.ptr(),
+            gate,
+            lse: up.lse.ptr(),
+            delta: up.delta,
+            d_k: grads.k.ptr(),
+            d_v: grads.v.ptr(),
+            sums: sums.ptr(),
+            shares: share.ptr(),
+            d_q: grads.q.ptr(),
+            d_q_sum: grads.sum,
+            tokens: int(tokens),
+            heads: int(heads),
+            kv_heads: int(kv_heads),
+            gate_index,
+            first_head: int(first_head),
+            end_head: int(end_head),
+            blocks: int(inverse.blocks),
+            listed: int(spec.select_count),
+            first: grads.first.into(),
+            last: grads.last.into(),
+            scale: branch.scale,
+        };
+        let args = Args::new()
+            .map(boxes(plan, branch.q, [tokens, heads, key_dim], [1, group])?)
+            .map(boxes(plan, up.d_out, [tokens, heads, value_dim], [1, group])?)
+            .map(boxes(plan, branch.k, [tokens, kv_heads, key_dim], [KEY_TILE, 1])?)
+            .map(boxes(plan, branch.v, [tokens, kv_heads, value_dim], [KEY_TILE, 1])?)
+            .value(params);
+        let params = || Args::new().value(params);
+        let blocks = inverse.capacity * parts;
+        // SAFETY: the kernels' arguments; lengths were checked and addresses are the caller's
+        // promise. The buffers are freed in the stream's order, after the kernels.
+        unsafe {
+            plain::launch(&kernel("selected_backward_keys")?, blocks, 384, shared, args)?;
+            plain::launch(&kernel("selected_backward_keys_sum")?, blocks, 256, 0, params())?;
+            if shares.is_some() {
+                let rows = tokens * (end_head - first_head);
+                let threads = (group * key_dim).div_ceil(256) as u32 * 32;
+                let sum = kernel("selected_backward_queries_sum")?;
+                plain::launch(&sum, rows, threads, 0, params())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// How the queries' kernel is cut for a plan and spec.
@@ -299,7 +387,6 @@ fn query_grads(
     let shape = QueryShape::new(plan, spec);
     let mut constants = defines(plan);
     constants.extend([
-        ("MASK", "0".into()),
         ("GP", shape.heads.to_string()),
         ("SB", spec.select_block.to_string()),
         ("S", spec.select_count.to_string()),

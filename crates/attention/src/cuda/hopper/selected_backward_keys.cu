@@ -10,9 +10,8 @@
 // A list longer than a chunk is several items; each writes f32 sums, which `selected_backward_keys_sum`
 // adds in order.
 //
-// Constants: D, V, MASK 0, G (heads a group, 1 to 64), SB (l', a multiple of 64), STAGES. Grid: items ·
+// Constants: D, V, G (heads a group, 1 to 64), SB (l', a multiple of 64), STAGES. Grid: items ·
 // (SB/64). Block: 384 threads.
-#include "backward.cuh"
 #include "selected.cuh"
 
 static constexpr int KEYS = 64, COLUMNS = 64, PARTS = SB / KEYS;
@@ -24,10 +23,16 @@ static constexpr bool BY_TMA = GP >= 8;
 static constexpr int Q_BYTES = COLUMNS * DP * 2, O_BYTES = COLUMNS * VP * 2;
 static constexpr int PANELS = DP / PANEL + VP / PANEL;
 static constexpr int AHEAD = 4;
+#ifdef WITH_QUERIES
+static_assert(!SPLIT && PARTS == 1, "dQ comes along for head dims up to 128 and blocks of 64");
+#endif
 
 struct Params {
     const Item* items;
-    const i32* queries;
+    const i32* heads;    // [K + 1] where KV heads' items start
+    const i64* starts;   // [K·blocks + 1] where lists start
+    const i32* queries;  // the lists
+    const u32* places;   // [T, K, S] where a query stands in the list of each of its blocks
     const Real* q;       // [T, H, D]
     const Real* d_out;   // [T, H, V]
     const Real* gate;    // [T, H, 3], or null: 1
@@ -36,7 +41,12 @@ struct Params {
     Real* dk;            // [T, K, D]
     Real* dv;            // [T, K, V]
     float* sums;         // [slots, SB/64, 64, D + V]
-    int tokens, heads, kv_heads, gate_index;
+    Real* shares;        // [entries of the lists of KV heads first_head.., G, D]: each one's share of dQ / scale
+    Real* dq;            // [T, H, D]
+    float* dq_sum;       // [T, H, D] where branches add up before the last one rounds into dq; or null: in dq
+    int tokens, query_heads, kv_heads, gate_index;
+    int first_head, end_head, blocks, listed;  // KV heads [first_head, end_head) in this launch
+    int first, last;     // whether this branch is the first, the last, that adds to dQ
     float scale;
 };
 
@@ -47,6 +57,9 @@ struct Shared {
     u8 o[STAGES][O_BYTES];
     float lse[STAGES][COLUMNS], gate[STAGES][COLUMNS], delta[STAGES][COLUMNS];  // lse in base 2
     int last[STAGES][COLUMNS];  // the last key of the tile that the column sees
+#ifdef WITH_QUERIES
+    u8 ds[2][KEYS * COLUMNS * 2];  // dSᵀ of each warpgroup
+#endif
     u64 keys_full, full[STAGES], empty[STAGES];
     Issued issued;  // steps
 };
@@ -116,7 +129,7 @@ DEVICE void gather_rows(Shared& s, const Params& a, const Walk& w, int half) {
         for (int r = 0; r < 8; r++) {
             int row = half * 32 + 4 * r + lane / 8, n = i * QUERIES + row / GP;
             bool here = n < w.count && row % GP < G;
-            i64 place = here ? (i64)w.list[n] * a.heads + w.head + row % GP : 0;
+            i64 place = here ? (i64)w.list[n] * a.query_heads + w.head + row % GP : 0;
             int offset = row * 128 + ((chunk ^ (row & 7)) << 4);
 #pragma unroll
             for (int p = 0; p < DP / PANEL; p++) {
@@ -162,7 +175,7 @@ DEVICE void gather_columns(Shared& s, const Params& a, const Walk& w, int half) 
             lse[i] = -INF, gate[i] = 0.0f, delta[i] = 0.0f, last[i] = -1;
             coming[i] = fetch(group + i + AHEAD);
             if (token < 0) continue;
-            i64 row = (i64)token * a.heads + w.head + head;
+            i64 row = (i64)token * a.query_heads + w.head + head;
             lse[i] = a.lse[row];
             delta[i] = a.delta[row];
             gate[i] = a.gate != nullptr ? widen(a.gate[row * 3 + a.gate_index]) : 1.0f;
@@ -205,7 +218,7 @@ DEVICE void write_sums(const float (&d)[N / 2], float factor, int row, int rows,
 }
 
 template <bool DO_K, bool DO_V>
-DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by) {
+DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by, i64 first_entry, int entries) {
     int thread = threadIdx.x % 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
     float dk[DO_K ? D / 2 : 1], dv[DO_V ? V / 2 : 1];
     clear(dk);
@@ -251,6 +264,49 @@ DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by) {
             p[2 * j] = pack<Real>(scores[4 * j], scores[4 * j + 1]);
             p[2 * j + 1] = pack<Real>(scores[4 * j + 2], scores[4 * j + 3]);
         }
+#ifdef WITH_QUERIES
+        add_product<V, COLUMNS>(dv, p, descriptor_columns(s.o[stage], COLUMNS * 128));
+        wgmma_wait<1>();
+        wgmma_hold(d_p);
+        // dS goes through shared memory: its columns are the rows of dQ.
+        u8* own = s.ds[from];
+        named_sync(2 + from, 128);  // all warps have read the last step's
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; j++) {
+            float2 delta = *(const float2*)&s.delta[stage][8 * j + 2 * (lane & 3)];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float2 x = unpack<Real>(p[2 * j + r]);
+                int at = row + 8 * r;
+                *(u32*)(own + at * 128 + ((j ^ (at & 7)) << 4) + (lane & 3) * 4) =
+                    pack<Real>(x.x * (d_p[4 * j + 2 * r] - delta.x), x.y * (d_p[4 * j + 2 * r + 1] - delta.y));
+            }
+        }
+        fence_proxy_async();
+        wgmma_wait<0>();
+        wgmma_hold(dv);
+        named_sync(2 + from, 128);
+        float dq[D / 2];
+        wgmma_fence();
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 16; n++)
+            Wgmma<D>::template ss<0, 1>(dk, descriptor_step(descriptor_rows(own), n * 32),
+                                        descriptor_step(descriptor_columns(s.q[stage], COLUMNS * 128), n * 2048), 1);
+#pragma unroll
+        for (int n = 0; n < KEYS / 16; n++)
+            Wgmma<D>::template ss<1, 1>(dq, descriptor_step(descriptor_columns(own, KEYS * 128), n * 2048),
+                                        descriptor_step(descriptor_columns(s.k, KEYS * 128), n * 2048), n > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(dk);
+        wgmma_hold(dq);
+        if (lane == 0) barrier_arrive(&s.empty[stage]);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int at = row + 8 * r, n = i * QUERIES + at / GP;
+            store_row<D>(dq, r, 1.0f, a.shares + ((first_entry + n) * G + at % GP) * D, n < entries && at % GP < G, false);
+        }
+#else
         u32 ds[DO_K ? COLUMNS / 4 : 1];
         if constexpr (DO_K) {
             wgmma_wait<0>();
@@ -271,6 +327,7 @@ DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by) {
         if constexpr (DO_V) wgmma_hold(dv);
         if constexpr (DO_K) wgmma_hold(dk);
         if (lane == 0) barrier_arrive(&s.empty[stage]);
+#endif
     }
 
     if constexpr (DO_K && DO_V) {
@@ -294,7 +351,7 @@ DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by) {
         }
     }
     // Read again, not kept: registers are short in the loop.
-    Item item = a.items[blockIdx.x / PARTS];
+    Item item = a.items[a.heads[a.first_head] + blockIdx.x / PARTS];
     int part = blockIdx.x % PARTS, rows = item.keys - part * KEYS;
     i64 place = (i64)(item.key + part * KEYS) * a.kv_heads + item.kv_head;
     float* sums = item.slot < 0 ? nullptr : a.sums + ((i64)item.slot * PARTS + part) * KEYS * (D + V);
@@ -312,9 +369,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                            const __grid_constant__ Params a) {
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
-    Item item = a.items[blockIdx.x / PARTS];
-    int part = blockIdx.x % PARTS, key = item.key + part * KEYS, rows = min(KEYS, item.keys - part * KEYS);
-    if (item.count < 0 || rows <= 0) return;
+    int number = a.heads[a.first_head] + blockIdx.x / PARTS;
+    if (number >= a.heads[a.end_head]) return;
+    Item item = a.items[number];
+    int part = blockIdx.x % PARTS, key = item.key + part * KEYS;
+    if (item.keys <= part * KEYS) return;
     Walk w;
     w.list = a.queries + item.first;
     w.count = item.count;
@@ -363,19 +422,22 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         registers_grow<224>();
         int warpgroup = threadIdx.x / 128 - 1;
         if constexpr (SPLIT) {
-            if (warpgroup == 0) consume<false, true>(s, a, w.steps, 0, 1);
-            else consume<true, false>(s, a, w.steps, 0, 1);
+            if (warpgroup == 0) consume<false, true>(s, a, w.steps, 0, 1, 0, 0);
+            else consume<true, false>(s, a, w.steps, 0, 1, 0, 0);
         } else {
-            consume<true, true>(s, a, w.steps, warpgroup, 2);
+            i64 first_entry = item.first - a.starts[(i64)a.first_head * a.blocks];
+            consume<true, true>(s, a, w.steps, warpgroup, 2, first_entry, item.count);
         }
     }
 }
 
 // Grid as above. Block: whole warps. Adds the sums of blocks that have several items.
 KERNEL __launch_bounds__(256) selected_backward_keys_sum(const Params a) {
-    Item item = a.items[blockIdx.x / PARTS];
+    int number = a.heads[a.first_head] + blockIdx.x / PARTS;
+    if (number >= a.heads[a.end_head]) return;
+    Item item = a.items[number];
     int part = blockIdx.x % PARTS, key = item.key + part * KEYS, rows = min(KEYS, item.keys - part * KEYS);
-    if (item.count < 0 || rows <= 0 || item.slot < 0 || item.run != 0) return;
+    if (rows <= 0 || item.slot < 0 || item.run != 0) return;
     i64 step = (i64)PARTS * KEYS * (D + V);
     const float* sums = a.sums + item.slot * step + (i64)part * KEYS * (D + V);
     for (int i = threadIdx.x; i < rows * (D + V); i += blockDim.x) {
@@ -386,4 +448,42 @@ KERNEL __launch_bounds__(256) selected_backward_keys_sum(const Params a) {
         if (column < D) a.dk[place * D + column] = narrow<Real>(total * a.scale);
         else a.dv[place * V + column - D] = narrow<Real>(total);
     }
+}
+
+// dQ of a query and the heads of a KV head: what its blocks' shares add up to, in the list's order. Grid:
+// T · KV heads of the launch. Block: G·D/8 threads, rounded up to warps.
+KERNEL selected_backward_queries_sum(const Params a) {
+    int heads = a.end_head - a.first_head, kv_head = a.first_head + blockIdx.x % heads, chunk = threadIdx.x;
+    i64 token = blockIdx.x / heads;
+    if (chunk >= G * D / 8) return;
+    const u32* places = a.places + (token * a.kv_heads + kv_head) * a.listed;
+    const Real* shares = a.shares + (a.starts[(i64)kv_head * a.blocks] - a.starts[(i64)a.first_head * a.blocks]) * (G * D) + chunk * 8;
+    float total[8] = {};
+#pragma unroll 8
+    for (int i = 0; i < a.listed; i++) {
+        u32 place = places[i];
+        if (place == 0xffffffffu) continue;
+        auto share = *(const Vec<Real, 8>*)(shares + (i64)place * (G * D));
+#pragma unroll
+        for (int c = 0; c < 8; c++) total[c] += widen(share.at[c]);
+    }
+    i64 to = (token * a.query_heads + (i64)kv_head * G) * D + chunk * 8;
+    Vec<Real, 8> rounded;
+    if (a.dq_sum == nullptr && !a.first) rounded = *(const Vec<Real, 8>*)(a.dq + to);
+    auto* sum = (Vec<float, 4>*)(a.dq_sum + to);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        Vec<float, 4> before = {};
+        if (a.dq_sum != nullptr && !a.first) before = sum[half];
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int at = 4 * half + c;
+            float x = total[at] * a.scale;
+            if (!a.first) x += a.dq_sum != nullptr ? before.at[c] : widen(rounded.at[at]);
+            before.at[c] = x;
+            rounded.at[at] = narrow<Real>(x);
+        }
+        if (a.dq_sum != nullptr && !a.last) sum[half] = before;
+    }
+    if (a.dq_sum == nullptr || a.last) *(Vec<Real, 8>*)(a.dq + to) = rounded;
 }

@@ -9,9 +9,8 @@
 //
 // A stage is free again when its users, whatever their number, have arrived: each of n arrives 840/n times.
 //
-// Constants: D, V, MASK 0, GP (1 to 64), SB (l', a multiple of 64), S (blocks a list), STAGES. Grid: at most
+// Constants: D, V, GP (1 to 64), SB (l', a multiple of 64), S (blocks a list), STAGES. Grid: at most
 // as many blocks as multiprocessors. Block: 128 threads and the warps that compute.
-#include "backward.cuh"
 #include "mma.cuh"
 #include "selected.cuh"
 
@@ -65,24 +64,39 @@ DEVICE int stages_of(const Tile& tile, int block) {
     return min(SB / KEYS, (tile.position + tile.rows - 1 - block * SB) / KEYS + 1);
 }
 
-// Reads the lists: a warp a query.
+// Reads the lists, a warp a query. What is none of a query's blocks, or was there before, counts for nothing.
 DEVICE void read_lists(Plan& s, const Params& a, int thread) {
     int lane = thread & 31;
     Tile tile = s.tile;
     for (int query = thread / 32; query < QUERIES; query += PLANNERS / 32) {
         const i32* list = a.indices + ((i64)(tile.token + query) * a.kv_heads + s.kv_head) * S;
         int current = (tile.position + query) / SB, last = -1;
+        bool ascends = true;
         for (int e = 0; e < S; e += 32) {
             int block = query < tile.rows && e + lane < S ? list[e + lane] : -1;
-            int top = block >= 0 && block <= current ? block : -1;
+            int top = block >= 0 && block <= current ? block : -1, own = top;
 #pragma unroll
             for (int offset = 1; offset < 32; offset *= 2) {
                 int below = __shfl_up_sync(ALL_LANES, top, offset);
                 if (lane >= offset) top = max(top, below);
             }
+            int before = __shfl_up_sync(ALL_LANES, top, 1);
+            before = lane == 0 ? last : max(before, last);
+            ascends &= own < 0 || own > before;
             top = max(top, last);
             last = __shfl_sync(ALL_LANES, top, 31);
             if (e + lane < S) s.lists[query][e + lane] = top;
+        }
+        if (__all_sync(ALL_LANES, ascends)) continue;
+        __syncwarp();
+        // Nobody's selection: the blocks one by one, the least first.
+        for (int e = 0, block = -1; e < S; e++) {
+            int next = 0x7fffffff;
+            for (int i = lane; i < S; i += 32)
+                if (list[i] > block && list[i] <= current) next = min(next, list[i]);
+            next = __reduce_min_sync(ALL_LANES, next);
+            if (next != 0x7fffffff) block = next;
+            if (lane == 0) s.lists[query][e] = block;
         }
     }
 }
