@@ -11,6 +11,7 @@ use super::fast::{Narrow, fast_compress_backward};
 use super::ways::{Outcome, Storage, UNIT32, Way, widen};
 use super::{Check, ensure};
 use crate::cpu::{self, Mask};
+use crate::cuda::decode::{NsaCache, NsaStep};
 use crate::cuda::{
     AttendGrads, AttendInput, Batch, NsaBatch, NsaGrads, NsaInput, NsaState, Plan, Slice,
     attend_backward, attend_forward, nsa_backward, nsa_forward, nsa_forward_into,
@@ -229,14 +230,14 @@ impl Device {
 
     /// This device as a way, with `E` for storage.
     pub fn way<E: Stored>(&self, name: &str, storage: Storage) -> Way<'static> {
-        let (run, attend) = (self.clone(), self.clone());
+        let (run, attend, decode) = (self.clone(), self.clone(), self.clone());
         Way {
             name: name.into(),
             unit: UNIT32,
             storage,
             run: Box::new(move |case| run.run::<E>(case)),
             attend: Box::new(move |case, branch, mask| attend.attend::<E>(case, branch, mask)),
-            decode: None,
+            decode: Some(Box::new(move |case, cut| decode.decode::<E>(case, cut))),
         }
     }
 
@@ -333,6 +334,48 @@ impl Device {
             held.read()?;
         }
         Ok(Outcome { indices: state.indices.integers()?, tensors })
+    }
+
+    /// Decodes a case of one sequence, `chunks` tokens at a time: outputs `[T, H, V]`, indices.
+    fn decode<E: Stored>(&self, case: &Case, chunks: &[usize]) -> Check<(Vec<f64>, Vec<i32>)> {
+        let padded = Padded::new(case.dims, self.wide);
+        let plan = self.plan::<E>(padded.to)?;
+        let narrow = Narrow::<E>::of(case);
+        let Dims { heads, kv_heads, key_dim, value_dim } = case.dims;
+        let spec = &case.spec;
+        let mut tails = [
+            cpu::CompressTail::<E>::new(spec, kv_heads, key_dim)?,
+            cpu::CompressTail::<E>::new(spec, kv_heads, value_dim)?,
+        ];
+        let mut cache = NsaCache::new(&plan, spec, 1, 1)?;
+        let (mut outs, mut indices, mut at) = (Vec::new(), Vec::new(), 0);
+        for &c in chunks {
+            let rows = |name: &str, width: usize| &narrow.get(name)[at * width..(at + c) * width];
+            let (keys, values) = (kv_heads * key_dim, kv_heads * value_dim);
+            let hold = |name: &str, x: &[E]| self.hold(&padded.input(name, x));
+            let held = [
+                hold("q", rows("q", heads * key_dim))?,
+                hold("k", &tails[0].push(rows("k_cmp", keys), narrow.phi("k"))?)?,
+                hold("v", &tails[1].push(rows("v_cmp", values), narrow.phi("v"))?)?,
+                hold("k", rows("k_slc", keys))?,
+                hold("v", rows("v_slc", values))?,
+                hold("k", rows("k_win", keys))?,
+                hold("v", rows("v_win", values))?,
+                hold("gate", rows("gate", heads * 3))?,
+            ];
+            let [q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate] =
+                held.each_ref().map(Guarded::slice);
+            let scale = padded.to.scale();
+            let step = NsaStep { scale, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate };
+            let out = self.poison::<E>(c * heads * padded.to.value_dim)?;
+            let chosen =
+                Guarded::poison(&self.gpu, c * kv_heads * spec.select_count, 4, self.margin)?;
+            cache.extend(0, &step, out.slice(), Some(chosen.slice()))?;
+            outs.extend(widen(&padded.out(&out.values::<E>()?)));
+            indices.extend(chosen.integers()?);
+            at += c;
+        }
+        Ok((outs, indices))
     }
 
     /// Dense or window attention over one branch's keys and values.

@@ -42,7 +42,7 @@ pub fn cuda_parts<'a>(gpu: &Gpu, golden: &'a [Golden], long: bool) -> Vec<Part<'
         ]
     };
     let mut parts: Vec<Part> = Vec::new();
-    for way in ways() {
+    for way in ways().into_iter().filter(|way| long || way.storage != Storage::F16) {
         let name = format!("suites, {}", way.name);
         parts.push((
             name,
@@ -54,7 +54,10 @@ pub fn cuda_parts<'a>(gpu: &Gpu, golden: &'a [Golden], long: bool) -> Vec<Part<'
     for way in [
         wide.way::<bf16>("cuda bf16, padded", Storage::Bf16),
         wide.way::<f16>("cuda f16, padded", Storage::F16),
-    ] {
+    ]
+    .into_iter()
+    .filter(|way| long || way.storage != Storage::F16)
+    {
         let name = format!("suites, {}", way.name);
         parts.push((
             name,
