@@ -155,7 +155,9 @@ pub fn farewell() {
     }
     // For whoever keeps the list of `tercet kernels`: the constants of real launches.
     if let Some(path) = std::env::var_os("TERCET_KERNELS") {
-        let line = |(name, constants): (&str, String)| format!("{name} {}\n", constants.trim());
+        let line = |(name, constants, entries): (&str, String, Vec<String>)| {
+            format!("{name} {}: {}\n", constants.trim(), entries.join(" "))
+        };
         let lines: String = gpu.modules().into_iter().map(line).collect();
         if let Err(error) = crate::files::write(path.as_ref(), lines.as_bytes()) {
             eprintln!("tercet: cannot write {}: {error}", path.display());

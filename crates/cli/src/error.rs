@@ -46,6 +46,9 @@ fn is_users(cause: &(dyn std::error::Error + 'static)) -> Option<bool> {
     if let Some(error) = cause.downcast_ref::<tercet_model::Error>() {
         return Some(error.is_users());
     }
+    if let Some(error) = cause.downcast_ref::<tercet_tensor::Error>() {
+        return Some(error.is_users());
+    }
     if let Some(error) = cause.downcast_ref::<tercet_cuda::Error>() {
         return Some(error.is_users());
     }

@@ -50,6 +50,9 @@ struct Build {
     /// `NAME=VALUE`, as a launch gives them.
     #[serde(default)]
     defines: Vec<String>,
+    /// The kernels that are launched; all that the source holds when there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    entries: Vec<String>,
     /// By compute capability and entry: registers of a thread, bytes of its stack (what was
     /// spilled, and arrays that no register holds), bytes of static shared memory of a block.
     #[serde(default)]
@@ -73,8 +76,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         }
         for arch in build.archs.clone() {
             let name = format!("{} {} sm_{arch}", build.source, build.defines.join(" "));
-            let all = match compile(root, build, arch) {
-                Ok(all) => all,
+            let launched = |kernel: &Resources| {
+                build.entries.is_empty() || build.entries.contains(&kernel.entry)
+            };
+            let all: Vec<Resources> = match compile(root, build, arch) {
+                Ok(all) => all.into_iter().filter(launched).collect(),
                 Err(error) => {
                     problems.push(format!("{name}: {error:#}"));
                     continue;
@@ -166,8 +172,8 @@ fn read(path: &Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Headers that a text includes and theirs, from the folder of the source or its parent; those
-/// that every kernel gets are left to the compiler's room.
+/// Headers that a text includes and theirs; those that every kernel gets are left to the
+/// compiler's room.
 fn gather(source: &Path, text: &str, all: &mut Vec<(String, String)>) -> anyhow::Result<()> {
     for line in text.lines() {
         let Some(rest) = line.trim_start().strip_prefix("#include \"") else { continue };
@@ -176,8 +182,15 @@ fn gather(source: &Path, text: &str, all: &mut Vec<(String, String)>) -> anyhow:
         if known || all.iter().any(|(held, _)| *held == name) {
             continue;
         }
-        let folders = source.ancestors().skip(1).take(2);
-        let found = folders.map(|folder| folder.join(&name)).find(|path| path.exists());
+        // Beside the source, or in a folder beside its own.
+        let here = source.parent().unwrap_or(Path::new(""));
+        let mut folders = vec![here.to_owned()];
+        if let Some(above) = here.parent() {
+            folders.push(above.to_owned());
+            let others = std::fs::read_dir(above).into_iter().flatten().flatten();
+            folders.extend(others.map(|entry| entry.path()).filter(|path| path.is_dir()));
+        }
+        let found = folders.iter().map(|folder| folder.join(&name)).find(|path| path.exists());
         let path = found.ok_or_else(|| user(format!("{name} is included, but not there")))?;
         let text = read(&path)?;
         all.push((name, text.clone()));

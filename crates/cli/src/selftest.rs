@@ -30,6 +30,9 @@ pub struct Args {
     /// More random cases and repeats: minutes instead of seconds
     #[arg(long)]
     long: bool,
+    /// What to test
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Part::ALL, value_name = "PART,…")]
+    parts: Vec<Part>,
     /// Also read golden cases, NAME.input.safetensors and NAME.expected.safetensors, from this
     /// folder
     #[arg(long, value_name = "DIR")]
@@ -39,6 +42,21 @@ pub struct Args {
     json: Option<PathBuf>,
 }
 
+/// A layer of the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// The attention operator: golden, property, bitwise and hostile suites.
+    Operator,
+    /// Every tensor operation.
+    Ops,
+    /// Small decoders.
+    Model,
+}
+
+impl Part {
+    const ALL: [Part; 3] = [Part::Operator, Part::Ops, Part::Model];
+}
+
 /// Runs the suites and prints the table.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let device = args.device.choose()?;
@@ -46,7 +64,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let only_json = args.json.as_ref().is_some_and(|path| path.as_os_str() == "-");
     let mut table = Table::new(!only_json);
     table.say(&format!("tercet {} on {device}", env!("CARGO_PKG_VERSION")));
-    suites(&device, &golden, args.long, &mut |row| table.add(row));
+    suites(args, &device, &golden, &mut |row| table.add(row));
     table.totals();
     if let Some(path) = &args.json {
         let json = table.json(&device.to_string())?;
@@ -69,17 +87,23 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn suites(device: &Choice, golden: &[Golden], long: bool, each: &mut dyn FnMut(Row)) {
+fn suites(args: &Args, device: &Choice, golden: &[Golden], each: &mut dyn FnMut(Row)) {
+    let wanted = |part| args.parts.contains(&part);
     match device {
-        Choice::Cuda(gpu) => selftest::run_cuda(gpu, golden, long, each),
+        _ if !wanted(Part::Operator) => {}
+        Choice::Cuda(gpu) => selftest::run_cuda(gpu, golden, args.long, each),
         Choice::Cpu => {
-            selftest::run(&[Way::cpu_f32(), Way::cpu_bf16()], golden, long, each);
+            selftest::run(&[Way::cpu_f32(), Way::cpu_bf16()], golden, args.long, each);
             selftest::facts(&Way::reference(), each);
         }
     }
     let tensors = device.tensors();
-    tercet_tensor::selftest(&tensors, each);
-    tercet_model::selftest(&tensors, each);
+    if wanted(Part::Ops) {
+        tercet_tensor::selftest(&tensors, each);
+    }
+    if wanted(Part::Model) {
+        tercet_model::selftest(&tensors, each);
+    }
 }
 
 /// The embedded case and those of a folder.

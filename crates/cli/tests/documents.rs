@@ -16,7 +16,11 @@ fn read(name: &str) -> String {
 fn dependencies() -> Vec<String> {
     let manifest: toml::Table = read("Cargo.toml").parse().unwrap();
     let table = manifest["workspace"]["dependencies"].as_table().unwrap();
-    table.keys().filter(|name| !name.starts_with("tercet-")).cloned().collect()
+    // The Python module is a workspace of its own.
+    let python: toml::Table = read("python/Cargo.toml").parse().unwrap();
+    let python = python["dependencies"].as_table().unwrap();
+    let all = table.keys().chain(python.keys());
+    all.filter(|name| !name.starts_with("tercet-")).cloned().collect()
 }
 
 /// Names in back quotes in the first column of the dependency table.

@@ -192,3 +192,84 @@ fn a_reader_that_leaves_ends_a_verb_quietly() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
+
+/// A golden case of the operator's crate, in a folder of its own.
+fn golden(change: impl FnOnce(&mut Vec<u8>)) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../attention/tests/data");
+    for end in ["input", "expected"] {
+        let file = format!("varlen.{end}.safetensors");
+        std::fs::copy(data.join(&file), folder.path().join(&file)).unwrap();
+    }
+    let expected = folder.path().join("varlen.expected.safetensors");
+    let mut bytes = std::fs::read(&expected).unwrap();
+    change(&mut bytes);
+    std::fs::write(expected, bytes).unwrap();
+    folder
+}
+
+#[test]
+fn the_selftest_is_one_table_and_its_json_has_every_row() {
+    let folder = golden(|_| {});
+    let args = ["selftest", "--device", "cpu", "--golden", ".", "--json", "rows.json"];
+    let text = fine(folder.path(), &args);
+    let json = std::fs::read(folder.path().join("rows.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let rows = json["rows"].as_array().unwrap();
+    assert_eq!(
+        (json["cases"].as_u64(), json["passed"].as_u64()),
+        (Some(rows.len() as u64), json["cases"].as_u64())
+    );
+    for suite in ["golden", "property", "bitwise", "hostile", "ops", "model"] {
+        let of = rows.iter().filter(|row| row["suite"] == suite).count();
+        assert!(of > 0 && text.contains(&format!("{suite} {of} of {of}")), "{suite}:\n{text}");
+    }
+    assert_eq!(text.matches("  pass\n").count(), rows.len());
+    assert!(!text.contains('\x1b'), "colours are for terminals");
+}
+
+#[test]
+fn a_selftest_that_fails_says_so_and_leaves_with_1() {
+    // A number in the middle of the expected results is another.
+    let folder = golden(|bytes| {
+        let at = bytes.len() / 2 & !3;
+        bytes[at..at + 4].copy_from_slice(&1e9f32.to_le_bytes());
+    });
+    let args = ["selftest", "--device", "cpu", "--parts", "operator", "--golden", "."];
+    let output = tercet(folder.path(), &args);
+    let (text, error) =
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(text.contains("varlen · reference") && text.contains("FAIL"), "{text}");
+    assert!(error.contains("1 of") && error.contains("do not trust"), "{error}");
+}
+
+#[test]
+fn steps_are_timed_at_each_length_for_the_model_and_its_dense_twin() {
+    let folder = folder();
+    let args = [
+        "bench",
+        "step",
+        "--config",
+        "run.toml",
+        "--lengths",
+        "64,128",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+        "-",
+    ];
+    let json: serde_json::Value = serde_json::from_str(&fine(folder.path(), &args)).unwrap();
+    let rows = json["rows"].as_array().unwrap();
+    let kinds: Vec<(&str, u64)> = rows
+        .iter()
+        .map(|row| {
+            let step = &row["step"];
+            (step["attention"].as_str().unwrap(), step["context"].as_u64().unwrap())
+        })
+        .collect();
+    assert_eq!(kinds, [("nsa", 64), ("dense", 64), ("nsa", 128), ("dense", 128)]);
+    assert!(rows.iter().all(|row| row["share_of_gemm"].as_f64().unwrap() > 0.0));
+}

@@ -136,15 +136,18 @@ impl Gpu {
         Ok(Kernel { gpu: self.clone(), function })
     }
 
-    /// Names and constants of the modules that launches have asked for so far, in alphabetical
-    /// order.
-    pub fn modules(&self) -> Vec<(&'static str, String)> {
+    /// Names, constants and entries of the modules that launches have asked for so far, in
+    /// alphabetical order.
+    pub fn modules(&self) -> Vec<(&'static str, String, Vec<String>)> {
         let modules = lock(&self.0.modules.functions);
         let mut all: Vec<_> = modules
             .iter()
             .filter_map(|((_, constants), held)| {
-                let name = lock(held).as_ref()?.name;
-                Some((name, constants.replace("-D", "").replace('\n', " ")))
+                let held = lock(held);
+                let module = held.as_ref()?;
+                let mut entries: Vec<String> = module.entries.keys().cloned().collect();
+                entries.sort();
+                Some((module.name, constants.replace("-D", "").replace('\n', " "), entries))
             })
             .collect();
         all.sort();
@@ -230,6 +233,8 @@ fn options(target: &Target, constants: &str) -> Vec<String> {
         format!("--gpu-architecture={}", target.name),
         "--std=c++17".into(),
         "--generate-line-info".into(),
+        // Else a lambda is taken for a function of the host.
+        "--device-as-default-execution-space".into(),
     ];
     options.extend(constants.lines().map(str::to_owned));
     options

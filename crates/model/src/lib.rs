@@ -27,6 +27,7 @@ mod layout;
 mod model;
 mod params;
 mod plan;
+mod plan_cuda;
 mod sampling;
 mod selftest;
 mod stop;

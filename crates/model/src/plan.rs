@@ -121,6 +121,9 @@ impl ModelConfig {
 
     /// Memory of a training step.
     pub fn training_memory(&self, load: &Workload) -> Memory {
+        if load.cuda {
+            return crate::plan_cuda::training_memory(self, load);
+        }
         let total = self.parameter_counts().total;
         let element = load.dtype.bytes() as u64;
         let tokens = load.tokens_at_once as u64;

@@ -97,3 +97,27 @@ fn memory_parts_follow_the_choices_that_change_them() {
         full.weights + full.gradients + full.optimizer + full.activations + full.workspace
     );
 }
+
+/// Peaks of the tensors on an H200, as `tercet bench step --lengths 8k` measured them.
+#[test]
+fn the_plan_for_a_gpu_is_within_a_tenth_of_what_was_measured() {
+    for (name, tokens, recompute, measured) in [
+        ("nsa-125m", 8192, true, 3.2),
+        ("dense-125m", 8192, true, 3.1),
+        ("nsa-125m", 8192, false, 6.1),
+        ("dense-125m", 8192, false, 5.4),
+        ("nsa-1b", 16384, true, 20.2),
+        ("dense-1b", 16384, true, 19.6),
+    ] {
+        let load = Workload {
+            context: 8192,
+            tokens_at_once: tokens,
+            dtype: DType::BF16,
+            recompute,
+            cuda: true,
+        };
+        let planned = recipe(name).training_memory(&load).total() as f64 / f64::from(1 << 30);
+        let off = (planned / measured - 1.0).abs();
+        assert!(off < 0.1, "{name}, recompute {recompute}: {planned:.1} GiB, not {measured}");
+    }
+}

@@ -101,7 +101,7 @@ impl Error {
     }
 
     /// The same error with the keys that help, when memory ran out.
-    pub(crate) fn with_advice(self, config: &RunConfig) -> Self {
+    pub fn with_advice(self, config: &RunConfig) -> Self {
         let (Self::Tensor(error) | Self::Model(tercet_model::Error::Tensor(error))) = &self else {
             return self;
         };

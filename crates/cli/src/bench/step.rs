@@ -312,6 +312,27 @@ pub fn measure(
     steps: usize,
     device: &Choice,
 ) -> anyhow::Result<StepTime> {
+    timed(model, run, steps, device).map_err(|error| advised(error, run))
+}
+
+/// The same error with the keys that help, when memory ran out.
+fn advised(error: anyhow::Error, run: &RunConfig) -> anyhow::Error {
+    let error = match error.downcast::<tercet_model::Error>() {
+        Ok(error) => tercet_train::Error::from(error),
+        Err(error) => match error.downcast::<tercet_tensor::Error>() {
+            Ok(error) => error.into(),
+            Err(error) => return error,
+        },
+    };
+    error.with_advice(run).into()
+}
+
+fn timed(
+    model: &ModelConfig,
+    run: &RunConfig,
+    steps: usize,
+    device: &Choice,
+) -> anyhow::Result<StepTime> {
     let train = &run.train;
     let workload = workload(run, device.gpu().is_some());
     match device {
