@@ -16,7 +16,7 @@ use crate::library::{Library, look_for};
 use crate::{Error, Gpu, Result};
 
 /// Headers every kernel may include; there are no others.
-const HEADERS: &[(&str, &str)] = &[
+pub const HEADERS: &[(&str, &str)] = &[
     ("types.cuh", include_str!("device/types.cuh")),
     ("mma.cuh", include_str!("device/mma.cuh")),
     ("hopper.cuh", include_str!("device/hopper.cuh")),

@@ -3,6 +3,7 @@
 use tercet_cuda::{Args, Label};
 
 use super::batch::Batch;
+use super::finite::not_finite;
 use super::gate::correction;
 use super::hopper;
 use super::plain::{self, SQUARE, THREADS, Tile, int, items, width};
@@ -176,10 +177,12 @@ pub(super) fn attend(branch: &Branch, visible: Visible, to: Outputs) -> Result<(
     if branch.batch.tokens == 0 {
         return Ok(());
     }
-    if hopper::attend::serves(branch, to) {
-        return hopper::attend::attend(branch, visible, to);
+    if !hopper::attend::serves(branch, to) {
+        return plain_attend(branch, visible, to, 0);
     }
-    plain_attend(branch, visible, to)
+    let flag = not_finite(branch.plan, &[branch.v])?;
+    hopper::attend::attend(branch, visible, to, flag.ptr())?;
+    plain_attend(branch, visible, to, flag.ptr())
 }
 
 /// Backward of any masked branch: the one place that chooses its kernels. `keys` is how many rows
@@ -194,10 +197,11 @@ pub(super) fn attend_grads(
     if branch.batch.tokens == 0 {
         return Ok(());
     }
-    plain_attend_grads(branch, visible, keys, up, grads)
+    plain_attend_grads(branch, visible, keys, up, grads, 0)
 }
 
-fn plain_attend(branch: &Branch, visible: Visible, to: Outputs) -> Result<()> {
+/// Does nothing where `wanted` (a flag on the device, or 0) is not set.
+fn plain_attend(branch: &Branch, visible: Visible, to: Outputs, wanted: u64) -> Result<()> {
     let Dims { key_dim, value_dim, .. } = branch.plan.dims;
     let (k, v) = (width(key_dim), width(value_dim));
     let (tile, shared) = Tile::fitting(&branch.plan.gpu, &SQUARE, |Tile { rows, keys }| {
@@ -205,7 +209,7 @@ fn plain_attend(branch: &Branch, visible: Visible, to: Outputs) -> Result<()> {
     })?;
     let addresses = [branch.q.ptr(), branch.k.ptr(), branch.v.ptr()];
     let kernel = plain::kernel(branch.plan, &plain::ATTEND, "attend", tile, &addresses)?;
-    let args = visible.arguments(branch.arguments(to.arguments(branch.inputs())));
+    let args = visible.arguments(branch.arguments(to.arguments(branch.inputs()))).ptr(wanted);
     // SAFETY: the kernel's arguments; lengths were checked and addresses are the caller's promise.
     unsafe { plain::launch(&kernel, branch.row_blocks(tile.rows), THREADS, shared, args) }
 }
@@ -228,6 +232,7 @@ fn plain_attend_grads(
     keys: usize,
     up: Upstream,
     grads: Grads,
+    wanted: u64,
 ) -> Result<()> {
     let (plan, dims) = (branch.plan, branch.plan.dims);
     let addresses = [branch.q.ptr(), branch.k.ptr(), branch.v.ptr(), up.d_out.ptr()];
@@ -235,14 +240,14 @@ fn plain_attend_grads(
     let (tile, shared) = Tile::fitting(&plan.gpu, &SQUARE, |tile| query_bytes(dims, tile))?;
     let kernel = plain::kernel(plan, &plain::BACKWARD, "attend_queries", tile, &addresses)?;
     let args = grads.query_arguments(up.arguments(branch.inputs()));
-    let args = visible.arguments(branch.arguments(args));
+    let args = visible.arguments(branch.arguments(args)).ptr(wanted);
     // SAFETY: the kernel's arguments; lengths were checked and addresses are the caller's promise.
     unsafe { plain::launch(&kernel, branch.row_blocks(tile.rows), THREADS, shared, args)? };
 
     let (tile, shared) = Tile::fitting(&plan.gpu, &SQUARE, |tile| key_bytes(dims, tile))?;
     let kernel = plain::kernel(plan, &plain::BACKWARD, "attend_keys", tile, &addresses)?;
     let args = up.arguments(branch.inputs()).ptr(grads.k.ptr()).ptr(grads.v.ptr());
-    let args = visible.arguments(branch.arguments(args));
+    let args = visible.arguments(branch.arguments(args)).ptr(wanted);
     let blocks = items(keys, tile.keys, branch.batch.count()) * dims.kv_heads;
     // SAFETY: as above.
     unsafe { plain::launch(&kernel, blocks, THREADS, shared, args) }

@@ -16,6 +16,7 @@
 mod attend;
 mod batch;
 pub mod decode;
+mod finite;
 mod gate;
 mod hopper;
 mod inverse;

@@ -4,6 +4,7 @@ use tercet_cuda::Args;
 
 use super::Slice;
 use super::attend::{Branch, Grads, Outputs, Upstream, key_bytes, query_bytes};
+use super::finite::not_finite;
 use super::hopper;
 use super::inverse::Inverse;
 use super::plain::{self, SQUARE, THREADS, Tile, group_tiles, int, width};
@@ -15,10 +16,12 @@ pub(super) fn selected(branch: &Branch, spec: &NsaSpec, indices: Slice, to: Outp
     if branch.batch.tokens == 0 {
         return Ok(());
     }
-    if hopper::selected::serves(branch, spec, to) {
-        return hopper::selected::selected(branch, spec, indices, to);
+    if !hopper::selected::serves(branch, spec, to) {
+        return plain_selected(branch, spec, indices, to, 0);
     }
-    plain_selected(branch, spec, indices, to)
+    let flag = not_finite(branch.plan, &[branch.v])?;
+    hopper::selected::selected(branch, spec, indices, to, flag.ptr())?;
+    plain_selected(branch, spec, indices, to, flag.ptr())
 }
 
 /// Backward: the one place that chooses the kernels.
@@ -35,7 +38,7 @@ pub(super) fn selected_grads(
     if hopper::selected_backward::serves(branch, spec, up, grads) {
         return hopper::selected_backward::selected_grads(branch, spec, indices, up, grads);
     }
-    plain_selected_grads(branch, spec, indices, up, grads)
+    plain_selected_grads(branch, spec, indices, up, grads, 0)
 }
 
 /// indices, length, block of the kernels.
@@ -49,7 +52,14 @@ fn query_blocks(branch: &Branch, tile: Tile) -> usize {
     branch.batch.tokens * dims.kv_heads * dims.group().div_ceil(tile.rows)
 }
 
-fn plain_selected(branch: &Branch, spec: &NsaSpec, indices: Slice, to: Outputs) -> Result<()> {
+/// Does nothing where `wanted` (a flag on the device, or 0) is not set.
+fn plain_selected(
+    branch: &Branch,
+    spec: &NsaSpec,
+    indices: Slice,
+    to: Outputs,
+    wanted: u64,
+) -> Result<()> {
     let dims = branch.plan.dims;
     let Dims { key_dim, value_dim, .. } = dims;
     let (k, v) = (width(key_dim), width(value_dim));
@@ -61,7 +71,7 @@ fn plain_selected(branch: &Branch, spec: &NsaSpec, indices: Slice, to: Outputs) 
     let addresses = [branch.q.ptr(), branch.k.ptr(), branch.v.ptr()];
     let kernel = plain::kernel(branch.plan, &plain::ATTEND, "selected", tile, &addresses)?;
     let args = branch.arguments(to.arguments(branch.inputs()));
-    let args = lists(spec, indices, args);
+    let args = lists(spec, indices, args).ptr(wanted);
     // SAFETY: the kernel's arguments; lengths were checked and addresses are the caller's promise.
     unsafe { plain::launch(&kernel, query_blocks(branch, tile), THREADS, shared, args) }
 }
@@ -72,6 +82,7 @@ fn plain_selected_grads(
     indices: Slice,
     up: Upstream,
     grads: Grads,
+    wanted: u64,
 ) -> Result<()> {
     let (plan, dims) = (branch.plan, branch.plan.dims);
     let addresses = [branch.q.ptr(), branch.k.ptr(), branch.v.ptr(), up.d_out.ptr()];
@@ -82,7 +93,7 @@ fn plain_selected_grads(
     })?;
     let kernel = plain::kernel(plan, &plain::BACKWARD, "selected_queries", tile, &addresses)?;
     let args = grads.query_arguments(up.arguments(branch.inputs()));
-    let args = lists(spec, indices, branch.arguments(args));
+    let args = lists(spec, indices, branch.arguments(args)).ptr(wanted);
     // SAFETY: the kernel's arguments; lengths were checked and addresses are the caller's promise.
     unsafe { plain::launch(&kernel, query_blocks(branch, tile), THREADS, shared, args)? };
 
@@ -94,6 +105,7 @@ fn plain_selected_grads(
     let args = up.arguments(branch.inputs()).ptr(grads.k.ptr()).ptr(grads.v.ptr());
     let args = branch.arguments(args).ptr(inverse.starts.ptr()).ptr(inverse.queries.ptr());
     let args = args.i32(int(inverse.blocks)).i32(int(spec.select_block)).i32(int(parts));
+    let args = args.ptr(wanted);
     let blocks = inverse.blocks * dims.kv_heads * parts;
     // SAFETY: as above; the inverse index is freed in the stream's order, after the kernel.
     unsafe { plain::launch(&kernel, blocks, THREADS, shared, args) }

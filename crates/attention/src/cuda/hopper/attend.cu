@@ -22,6 +22,9 @@ static constexpr int COMPRESSED = 1, WINDOW = 2;  // 0 is causal
 
 struct Params {
     Batch batch;
+    // Set where a value is not finite. A hidden key weighs nothing here, but nothing times NaN is NaN:
+    // then the work is the plain kernel's.
+    const u32* not_finite;
     Real* branch;      // [T, H, V] this branch's output, or null
     Real* out;         // [T, H, V] gated output, or null
     const Real* gate;  // [T, H, 3]
@@ -116,6 +119,8 @@ DEVICE void multiply_values(float (&out)[VP / 2], const u32 (&p)[BN / 4], const 
     wgmma_commit();
 }
 
+static constexpr float HUGE = 1024.0f;
+
 struct Softmax {
     float peak[2], sum[2];  // of the thread's two rows; sums are the thread's own columns'
 
@@ -129,9 +134,15 @@ struct Softmax {
                 top = fmaxf(top, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
             top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
             top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
-            float base = top == -INF ? 0.0f : top * scale_log2;
-            shrink[r] = exp2_approx(peak[r] * scale_log2 - base);
+            // A product rounds the same here and below, so that sums of different tiles agree.
+            float base = top == -INF ? 0.0f : __fmul_rn(top, scale_log2);
+            shrink[r] = exp2_approx(__fmul_rn(peak[r], scale_log2) - base);
             peak[r] = top;
+            if (fabsf(base) > HUGE) {  // its rounding would show: subtract first
+#pragma unroll
+                for (int j = 0; j < BN / 8; j++) scores[4 * j + 2 * r] -= top, scores[4 * j + 2 * r + 1] -= top;
+                base = 0.0f;
+            }
             float total = 0.0f;
 #pragma unroll
             for (int j = 0; j < BN / 8; j++) {
@@ -253,7 +264,7 @@ DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round,
         i64 query = (i64)(tile.token + at) * a.heads + head;
         gate[r] = real && a.out != nullptr ? widen(a.gate[query * 3 + a.gate_index]) : 0.0f;
         if (a.lse != nullptr && lane % 4 == 0 && real) {
-            float lse = (soft.peak[r] * a.scale_log2 + log2f(sum)) * 0.69314718055994531f;
+            float lse = (__fmul_rn(soft.peak[r], a.scale_log2) + log2f(sum)) * 0.69314718055994531f;
             a.lse[query] = sum == 0.0f ? -INF : lse;
         }
     }
@@ -300,6 +311,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     attend(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
            const __grid_constant__ TensorMap v, const __grid_constant__ Params a) {
     extern __shared__ __align__(1024) u8 raw[];
+    if (*a.not_finite) return;
     Shared& s = *(Shared*)raw;
     if (threadIdx.x == 0) {
         barrier_init(&s.q_full, 1);

@@ -2,9 +2,9 @@
 
 use tercet_cuda::{Args, Source};
 
+use super::super::Plan;
 use super::super::attend::{Branch, Outputs, Visible};
 use super::super::plain::{self, int, items};
-use super::super::Plan;
 use super::{Sequences, boxes, defines, padded};
 use crate::cpu::Mask;
 use crate::{Dims, Result};
@@ -25,6 +25,7 @@ const THREADS: u32 = 384;
 #[derive(Clone, Copy)]
 struct Params {
     sequences: Sequences,
+    not_finite: u64,
     branch: u64,
     out: u64,
     gate: u64,
@@ -62,8 +63,14 @@ pub(in super::super) fn serves(branch: &Branch, to: Outputs) -> bool {
         && shape(branch.plan).is_some()
 }
 
-/// Forward of a masked branch; [`serves`] must hold.
-pub(in super::super) fn attend(branch: &Branch, visible: Visible, to: Outputs) -> Result<()> {
+/// Forward of a masked branch; [`serves`] must hold. Does nothing where
+/// `not_finite`, a flag on the device, is set.
+pub(in super::super) fn attend(
+    branch: &Branch,
+    visible: Visible,
+    to: Outputs,
+    not_finite: u64,
+) -> Result<()> {
     let (plan, batch) = (branch.plan, branch.batch);
     let Some((keys, shared)) = shape(plan) else { return Ok(()) };
     let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
@@ -80,6 +87,7 @@ pub(in super::super) fn attend(branch: &Branch, visible: Visible, to: Outputs) -
     let blend = to.blend;
     let params = Params {
         sequences: Sequences::of(batch),
+        not_finite,
         branch: to.branch.map_or(0, |out| out.ptr()),
         out: blend.map_or(0, |b| b.out.ptr()),
         gate: blend.map_or(0, |b| b.gate.ptr()),

@@ -35,6 +35,8 @@ struct Params {
     float scale_log2;                         // softmax scale · log2(e)
 };
 
+static constexpr float HUGE = 1024.0f;
+
 struct Shared {
     u8 q[Q_BYTES];
     u8 k[STAGES][K_BYTES];
@@ -196,12 +198,15 @@ DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, i
     // log-sum-exps of the thread's two rows; rows that are no head of no query weigh nothing.
     float base[2];
     int seen[2];
+    bool vast = false;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int row = warp * 16 + lane / 4 + 8 * r, query = row / GP, head = row % GP;
         bool real = query < tile.rows && head < a.group;
         i64 at = (i64)(tile.token + query) * a.heads + kv_head * a.group + head;
         base[r] = real ? a.lse[at] * 1.44269504088896341f : INF;
+        // Where logits are so large that rounding hides what is near the top, all of that weighs 1.
+        if (fabsf(base[r]) > HUGE && real) base[r] -= fabsf(base[r]) * 0x1p-21f, vast = true;
         seen[r] = real ? visible(a, tile.position + query) : 0;
     }
     Best best[QUERIES_A_WARP];
@@ -220,8 +225,16 @@ DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, i
     auto weigh = [&](float (&p)[BN / 2], int i) {
         int column = i * BN + 2 * (lane & 3);
         bool trim = (i + 1) * BN > whole;
+        if (vast) {
 #pragma unroll
-        for (int j = 0; j < BN / 2; j++) p[j] = exp2_approx(fmaf(p[j], a.scale_log2, -base[j / 2 % 2]));
+            for (int j = 0; j < BN / 2; j++) {
+                float x = fmaf(p[j], a.scale_log2, -base[j / 2 % 2]);
+                p[j] = exp2_approx(x > 0.0f ? 0.0f : x);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < BN / 2; j++) p[j] = exp2_approx(fmaf(p[j], a.scale_log2, -base[j / 2 % 2]));
+        }
         if (trim) {
 #pragma unroll
             for (int j = 0; j < BN / 2; j++)

@@ -18,10 +18,14 @@ static constexpr int QUERIES = BM / GP, QUERIES_A_LANE = (QUERIES + 31) / 32;
 static constexpr int K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
 static constexpr int OUT_PITCH = V * 2 + 16;  // bytes of a staged row, padded against bank conflicts
 static constexpr bool KEEP_Q = DP + VP <= 320;
+static constexpr float HUGE = 1024.0f;
 static constexpr int NO_BLOCK = 0x7fffffff;
 
 struct Params {
     Batch batch;
+    // Set where a value is not finite. A hidden key weighs nothing here, but nothing times NaN is NaN:
+    // then the work is the plain kernel's.
+    const u32* not_finite;
     const Real* q;       // [T, H, D]
     const i32* indices;  // [T, K, S]
     Real* branch;        // [T, H, V] this branch's output, or null
@@ -231,9 +235,15 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
                 for (int j = 0; j < BN / 8; j++) top = fmaxf(top, fmaxf(scores[j][2 * r], scores[j][2 * r + 1]));
                 top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
                 top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
-                float base = top == -INF ? 0.0f : top * a.scale_log2;
-                shrink[r] = exp2_approx(peak[r] * a.scale_log2 - base);
+                // See `attend.cu`.
+                float base = top == -INF ? 0.0f : __fmul_rn(top, a.scale_log2);
+                shrink[r] = exp2_approx(__fmul_rn(peak[r], a.scale_log2) - base);
                 peak[r] = top;
+                if (fabsf(base) > HUGE) {
+#pragma unroll
+                    for (int j = 0; j < BN / 8; j++) scores[j][2 * r] -= top, scores[j][2 * r + 1] -= top;
+                    base = 0.0f;
+                }
                 float total = 0.0f;
 #pragma unroll
                 for (int j = 0; j < BN / 8; j++) {
@@ -282,7 +292,7 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
         scale[r] = total == 0.0f ? 0.0f : 1.0f / total;
         gate[r] = real[r] && a.out != nullptr ? widen(a.gate[place[r] * 3 + a.gate_index]) : 0.0f;
         if (real[r] && a.lse != nullptr && lane % 4 == 0) {
-            float lse = (peak[r] * a.scale_log2 + log2f(total)) * 0.69314718055994531f;
+            float lse = (__fmul_rn(peak[r], a.scale_log2) + log2f(total)) * 0.69314718055994531f;
             a.lse[place[r]] = total == 0.0f ? -INF : lse;
         }
     }
@@ -314,6 +324,7 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
 extern "C" __global__ void __launch_bounds__(384, 1)
     selected(const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ Params a) {
     extern __shared__ __align__(1024) u8 raw[];
+    if (*a.not_finite) return;
     Shared& s = *(Shared*)raw;
     int* lists = (int*)(raw + sizeof(Shared));
     if (threadIdx.x == 0) {

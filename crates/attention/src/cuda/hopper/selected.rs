@@ -26,6 +26,7 @@ const THREADS: u32 = 384;
 #[derive(Clone, Copy)]
 struct Params {
     sequences: Sequences,
+    not_finite: u64,
     q: u64,
     indices: u64,
     branch: u64,
@@ -75,12 +76,14 @@ pub(in super::super) fn serves(branch: &Branch, spec: &NsaSpec, to: Outputs) -> 
         && Shape::new(branch.plan, spec).stages >= 2
 }
 
-/// Forward, from `indices` `[T, K, S]`; [`serves`] must hold.
+/// Forward, from `indices` `[T, K, S]`; [`serves`] must hold. Does nothing where `not_finite`, a flag
+/// on the device, is set.
 pub(in super::super) fn selected(
     branch: &Branch,
     spec: &NsaSpec,
     indices: Slice,
     to: Outputs,
+    not_finite: u64,
 ) -> Result<()> {
     let (plan, batch) = (branch.plan, branch.batch);
     let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
@@ -96,6 +99,7 @@ pub(in super::super) fn selected(
     let blend = to.blend;
     let params = Params {
         sequences: Sequences::of(batch),
+        not_finite,
         q: branch.q.ptr(),
         indices: indices.ptr(),
         branch: to.branch.map_or(0, |out| out.ptr()),

@@ -119,7 +119,8 @@ KERNEL __launch_bounds__(THREADS, 1)
     attend(const Real* q, const Real* k, const Real* v, Real* branch, float* lse, Real* out, const Real* gate,
            int index, int add, const Sequence* sequences, int count, int heads, int kv_heads, int dim_k,
            int dim_v, float scale,
-           int kind, int window, int block, int stride) {
+           int kind, int window, int block, int stride, const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     Output to = {branch, lse, out, gate, index, add};
     Mask mask = {kind, window, block, stride};
     extern __shared__ float shared[];
@@ -169,7 +170,8 @@ KERNEL __launch_bounds__(THREADS, 1)
     selected(const Real* q, const Real* k, const Real* v, Real* branch, float* lse, Real* out, const Real* gate,
              int index, int add, const Sequence* sequences, int count, int heads, int kv_heads, int dim_k,
            int dim_v, float scale,
-             const int* indices, int length, int block) {
+             const int* indices, int length, int block, const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     Output to = {branch, lse, out, gate, index, add};
     extern __shared__ float shared[];
     Tiles t(shared);

@@ -118,7 +118,9 @@ KERNEL __launch_bounds__(THREADS, 1)
     attend_queries(const Real* q, const Real* k, const Real* v, const Real* d_out, const Real* gate, int index,
         const float* lse, const float* delta, Real* d_q, float* sum, int first_branch, int last_branch,
         const Sequence* sequences, int count,
-        int heads, int kv_heads, int dim_k, int dim_v, float scale, int kind, int window, int mask_block, int stride) {
+        int heads, int kv_heads, int dim_k, int dim_v, float scale, int kind, int window, int mask_block, int stride,
+        const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     Upstream up = {d_out, gate, index, lse, delta};
     QueryGrad to = {d_q, sum, first_branch, last_branch};
     Mask mask = {kind, window, mask_block, stride};
@@ -163,7 +165,9 @@ KERNEL __launch_bounds__(THREADS, 1)
     selected_queries(const Real* q, const Real* k, const Real* v, const Real* d_out, const Real* gate, int index,
         const float* lse, const float* delta, Real* d_q, float* sum, int first_branch, int last_branch,
         const Sequence* sequences, int count,
-        int heads, int kv_heads, int dim_k, int dim_v, float scale, const int* indices, int length, int block) {
+        int heads, int kv_heads, int dim_k, int dim_v, float scale, const int* indices, int length, int block,
+        const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     Upstream up = {d_out, gate, index, lse, delta};
     QueryGrad to = {d_q, sum, first_branch, last_branch};
     extern __shared__ float shared[];
@@ -318,7 +322,9 @@ KERNEL __launch_bounds__(THREADS, 1)
     attend_keys(const Real* q, const Real* k, const Real* v, const Real* d_out, const Real* gate, int index,
         const float* lse, const float* delta, Real* d_k, Real* d_v,
         const Sequence* sequences, int count,
-        int heads, int kv_heads, int dim_k, int dim_v, float scale, int kind, int window, int mask_block, int stride) {
+        int heads, int kv_heads, int dim_k, int dim_v, float scale, int kind, int window, int mask_block, int stride,
+        const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     Upstream up = {d_out, gate, index, lse, delta};
     Mask mask = {kind, window, mask_block, stride};
     extern __shared__ float shared[];
@@ -355,7 +361,8 @@ KERNEL __launch_bounds__(THREADS, 1)
         const float* lse, const float* delta, Real* d_k, Real* d_v,
         const Sequence* sequences, int count,
         int heads, int kv_heads, int dim_k, int dim_v, float scale, const i64* starts, const int* queries,
-        int blocks, int block, int parts) {
+        int blocks, int block, int parts, const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     Upstream up = {d_out, gate, index, lse, delta};
     extern __shared__ float shared[];
     KeyTiles t(shared);
