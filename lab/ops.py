@@ -479,9 +479,8 @@ def test_compress():
             flat = blocks.permute(2, 0, 1, 3).reshape(heads, rows, l * dim)
             d_flat = randn(heads, rows, l * dim)
             dx = torch.zeros(tokens, heads, dim, dtype=F64, device="cuda").index_add_(0, at, d_flat.to(F64).view(heads, rows, l, dim).permute(1, 2, 0, 3).reshape(-1, heads, dim))
-            shift = randn(dim)
-            z = randn(rows, dim)
-            head = heads - 1
+            shift = randn(heads, dim)
+            z = randn(heads, rows, dim)
             chunk = max(1, rows // 3)
             reach = l // d
 
@@ -489,58 +488,59 @@ def test_compress():
                 out, dxm = poison((rows, heads, dim), dtype), poison((tokens, heads, dim), dtype)
                 seqs = len(lengths)
                 width = heads * dim // v
-                launch = lambda name, n, *args: kernel("compress", name, dtype, **g)([up(n, 128)], [128], *args) if n else None
+                launch = lambda name, n, *args, y=1: kernel("compress", name, dtype, **g)([up(n, 128), y], [128], *args) if n else None
                 launch("compress_mean_forward", up(rows, 4) * width, x, out, cu_t, cu_n, seqs, long(rows))
                 launch("compress_mean_backward", up(tokens, 16) * width, dy, dxm, cu_t, cu_n, seqs, long(tokens))
                 gathered = poison((heads, rows, l * dim), dtype)
-                for h in range(heads):
-                    for first in range(0, rows, chunk):
-                        n = min(chunk, rows - first)
-                        launch("compress_gather", n * l * (dim // v), x, gathered[h, first:first + n], cu_t, cu_n, seqs, long(first), long(n), h)
+                for first in range(0, rows, chunk):
+                    n = min(chunk, rows - first)
+                    part = poison((heads, n, l * dim), dtype)
+                    launch("compress_gather", n * l * (dim // v), x, part, cu_t, cu_n, seqs, long(first), long(n), y=heads)
+                    gathered[:, first:first + n] = part
                 # d_blocks of a chunk with those before it that reach into it; its tokens in order.
                 dx2 = poison((tokens, heads, dim), dtype)
                 begin = lambda n: 0 if n == 0 else starts[n] if n < rows else tokens
                 if rows == 0:
                     dx2.zero_()
-                for h in range(heads):
-                    for first in range(0, rows, chunk):
-                        last = min(first + chunk, rows)
-                        lead = max(0, first - reach + 1)
-                        lo, hi = begin(first), begin(last)
-                        launch("compress_scatter", (hi - lo) * (dim // v), d_flat[h, lead:last].contiguous(), dx2, cu_t, cu_n, seqs, long(lead), long(lo), long(hi), h)
-                taken = poison((rows, dim), dtype)
-                launch("compress_take", rows * (dim // v), dy, taken, long(0), long(rows), head)
-                fin = torch.zeros(rows, heads, dim, dtype=dtype, device="cuda")
-                launch("compress_finish", rows * (dim // v), z, shift, fin, long(0), long(rows), head)
-                return dict(mean=out, dx=dxm, gather=gathered, scatter=dx2, take=taken, finish=fin[:, head].contiguous())
+                for first in range(0, rows, chunk):
+                    last = min(first + chunk, rows)
+                    lead = max(0, first - reach + 1)
+                    lo, hi = begin(first), begin(last)
+                    launch("compress_scatter", (hi - lo) * (dim // v), d_flat[:, lead:last].contiguous(), dx2, cu_t, cu_n, seqs,
+                           long(lead), long(last - lead), long(lo), long(hi), y=heads)
+                fin = poison((rows, heads, dim), dtype)
+                launch("compress_finish", rows * (dim // v), z, shift, fin, long(0), long(rows), y=heads)
+                return dict(mean=out, dx=dxm, gather=gathered, scatter=dx2, finish=fin)
 
             case(f"compress {dtype} {lengths} heads {heads} dim {dim} l {l} d {d}", run,
-                 [mean, dmean, flat, dx, dy[:, head], z.to(F64) + shift.to(F64)], [dtype] * 6)
+                 [mean, dmean, flat, dx, (z.to(F64) + shift.to(F64)[:, None]).transpose(0, 1)], [dtype] * 5)
 
-        inner, outer, count = 500, 72, 301
-        pe, weight, bias = randn(inner, dtype=dtype), randn(inner, outer, dtype=dtype), randn(outer, dtype=dtype)
-        hidden, d_active, columns = randn(count, outer), randn(count, outer), randn(outer)
-        old = randn(inner, outer)
-        shift64 = pe.to(F64) @ weight.to(F64) + bias.to(F64)
+        heads, inner, outer, count = 3, 500, 72, 301
+        pe, weight, bias = randn(heads, inner, dtype=dtype), randn(heads, inner, outer, dtype=dtype), randn(heads, outer, dtype=dtype)
+        hidden, d_active, columns = randn(heads, count, outer), randn(heads, count, outer), randn(heads, outer)
+        old = randn(heads, inner, outer)
+        PE, W, C = pe.to(F64), weight.to(F64), columns.to(F64)
+        plain64 = (PE[:, None] @ W)[:, 0]
+        shift64 = plain64 + bias.to(F64)
         s32 = shift64.float()
-        Z = (hidden.to(F64) + s32.to(F64)).requires_grad_()
+        Z = (hidden.to(F64) + s32.to(F64)[:, None]).requires_grad_()
         A = torch.nn.functional.gelu(Z)
         (dz,) = torch.autograd.grad(A, Z, d_active.to(F64))
 
         def run():
-            shift, plain = poison((outer,), torch.float32), poison((outer,), torch.float32)
-            active, d_hidden = poison((count, outer), dtype), poison((count, outer), dtype)
-            dw, dpe, wide = old.clone(), poison((inner,), torch.float32), d_active.clone()
+            shift, plain = poison((heads, outer), torch.float32), poison((heads, outer), torch.float32)
+            active, d_hidden = poison(hidden.shape, dtype), poison(hidden.shape, dtype)
+            dw, dpe, wide = old.clone(), poison((heads, inner), torch.float32), d_active.clone()
             k = lambda name: kernel("compress_phi", name, dtype)
-            k("compress_shift")([up(outer, 32)], [32, 32], pe, weight, bias, shift, long(inner), outer)
-            k("compress_shift")([up(outer, 32)], [32, 32], pe, weight, None, plain, long(inner), outer)
-            k("compress_hidden_forward")([up(count * outer, 256)], [256], hidden, s32, active, long(count), outer)
-            k("compress_hidden_backward")([up(count * outer, 256)], [256], hidden, s32, wide, d_hidden, long(count), outer)
-            k("compress_pe_grads")([up(inner, 8)], [256], pe, weight, columns, dw, dpe, long(inner), outer)
+            k("compress_shift")([up(outer, 32), heads], [32, 32], pe, weight, bias, shift, long(inner), outer)
+            k("compress_shift")([up(outer, 32), heads], [32, 32], pe, weight, None, plain, long(inner), outer)
+            k("compress_hidden_forward")([up(count * outer, 256), heads], [256], hidden, s32, active, long(count), outer)
+            k("compress_hidden_backward")([up(count * outer, 256), heads], [256], hidden, s32, wide, d_hidden, long(count), outer)
+            k("compress_pe_grads")([up(inner, 8), heads], [256], pe, weight, columns, dw, dpe, long(inner), outer)
             return dict(shift=shift, plain=plain, active=active, d_hidden=d_hidden, wide=wide, dw=dw, dpe=dpe)
 
         f = torch.float32
-        case(f"phi {dtype}", run, [shift64, shift64 - bias.to(F64), A.detach(), dz, dz, old.to(F64) + pe.to(F64)[:, None] * columns.to(F64), weight.to(F64) @ columns.to(F64)], [f, f, dtype, dtype, f, f, f])
+        case(f"phi {dtype}", run, [shift64, plain64, A.detach(), dz, dz, old.to(F64) + PE[..., None] * C[:, None], (W @ C[..., None])[..., 0]], [f, f, dtype, dtype, f, f, f])
 
 
 # ------------------------------------------------------------------------------- times
@@ -629,10 +629,10 @@ def times():
         bytes = (x.numel() + out.numel()) * size
         show(f"compress mean forward {dtype}", lambda: k("compress_mean_forward")([up(up(rows, 4) * width, 128)], [128], x, out, cu_t, cu_n, 1, long(rows)), bytes)
         show(f"compress mean backward {dtype}", lambda: k("compress_mean_backward")([up(up(T, 16) * width, 128)], [128], out, x, cu_t, cu_n, 1, long(T)), bytes)
-        gathered = torch.empty(rows, 32 * 128, dtype=dtype, device="cuda")
-        show(f"compress gather {dtype} one head", lambda: k("compress_gather")([up(gathered.numel() // v, 128)], [128], x, gathered, cu_t, cu_n, 1, long(0), long(rows), 1), gathered.numel() * size + x.numel() * size // 4)
-        wide = torch.empty(rows, 32 * 128, device="cuda")
-        show(f"compress scatter {dtype} one head", lambda: k("compress_scatter")([up(T * 128 // v, 128)], [128], wide, x, cu_t, cu_n, 1, long(0), long(0), long(T), 1), gathered.numel() * 4 + x.numel() * size // 4)
+        gathered = torch.empty(4, rows, 32 * 128, dtype=dtype, device="cuda")
+        show(f"compress gather {dtype}", lambda: k("compress_gather")([up(gathered.numel() // 4 // v, 128), 4], [128], x, gathered, cu_t, cu_n, 1, long(0), long(rows)), (gathered.numel() + x.numel()) * size)
+        wide = torch.empty(4, rows, 32 * 128, device="cuda")
+        show(f"compress scatter {dtype}", lambda: k("compress_scatter")([up(T * 128 // v, 128), 4], [128], wide, x, cu_t, cu_n, 1, long(0), long(rows), long(0), long(T)), gathered.numel() * 4 + x.numel() * size)
         tokens, experts, top_k = T, 64, 6
         logits = randn(tokens, experts, dtype=dtype)
         p, e, wo = torch.empty(tokens, experts, device="cuda"), torch.empty(tokens, top_k, dtype=torch.int32, device="cuda"), torch.empty(tokens, top_k, dtype=dtype, device="cuda")

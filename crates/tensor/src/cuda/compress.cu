@@ -130,35 +130,38 @@ KERNEL compress_mean_backward(const Real* dy, Real* dx, const i32* tokens_at, co
     }
 }
 
-// out [count, BLOCK·DIM]: the flattened blocks of rows first.., of one head. Thread: a vector of a
-// token of a block.
+// out [HEADS, count, BLOCK·DIM]: the flattened blocks of the rows first... Thread: a vector of a
+// token of a block; grid: [.., HEADS].
 KERNEL compress_gather(const Real* x, Real* out, const i32* tokens_at, const i32* rows_at,
-                       int sequences, i64 first, i64 count, int head) {
+                       int sequences, i64 first, i64 count) {
+    constexpr int ROW = BLOCK * HEAD_PIECES;
     Sequences all = {tokens_at, rows_at, sequences};
-    i64 index = thread_index(), row = index / (BLOCK * HEAD_PIECES);
+    i64 index = thread_index(), row = index / ROW;
     if (row >= count) return;
-    int rest = (int)(index % (BLOCK * HEAD_PIECES));
+    int rest = (int)(index % ROW), head = blockIdx.y;
     i64 token = token_of_row(all, first + row) + rest / HEAD_PIECES;
     i64 from = (token * HEADS + head) * HEAD_PIECES + rest % HEAD_PIECES;
-    reinterpret_cast<Piece*>(out)[index] = reinterpret_cast<const Piece*>(x)[from];
+    reinterpret_cast<Piece*>(out)[head * count * ROW + index] =
+        reinterpret_cast<const Piece*>(x)[from];
 }
 
-// dx of the tokens from..to, one head: the sum over the blocks that cover a token, out of the
-// gradients of the flattened blocks, [.., BLOCK·DIM], whose first is row `first`. Thread: a vector
-// of a token.
+// dx of the tokens from..to: the sum over the blocks that cover a token, out of the gradients of
+// `count` flattened blocks, [HEADS, count, BLOCK·DIM], whose first is row `first`. Thread: a vector
+// of a token; grid: [.., HEADS].
 KERNEL compress_scatter(const float* d_blocks, Real* dx, const i32* tokens_at, const i32* rows_at,
-                        int sequences, i64 first, i64 from, i64 to, int head) {
+                        int sequences, i64 first, i64 count, i64 from, i64 to) {
     Sequences all = {tokens_at, rows_at, sequences};
     i64 index = thread_index(), token = from + index / HEAD_PIECES;
     if (token >= to) return;
-    int piece = (int)(index % HEAD_PIECES);
+    int piece = (int)(index % HEAD_PIECES), head = blockIdx.y;
     int s = sequence_of(tokens_at, sequences, token);
     i64 low, high;
     covering(all, s, token, low, high);
     float sums[VEC] = {};
     for (i64 n = low; n < high; ++n) {
         i64 inside = token - tokens_at[s] - (n - rows_at[s]) * STRIDE;
-        const float* d = d_blocks + ((n - first) * BLOCK + inside) * DIM + piece * VEC;
+        i64 block = head * count + n - first;
+        const float* d = d_blocks + (block * BLOCK + inside) * DIM + piece * VEC;
 #pragma unroll
         for (int i = 0; i < VEC; ++i) sums[i] += d[i];
     }
@@ -168,23 +171,16 @@ KERNEL compress_scatter(const float* d_blocks, Real* dx, const i32* tokens_at, c
     reinterpret_cast<Piece*>(dx)[(token * HEADS + head) * HEAD_PIECES + piece] = out;
 }
 
-// out [count, DIM] = rows first.. of one head of x [N, HEADS, DIM]. Thread: a vector.
-KERNEL compress_take(const Real* x, Real* out, i64 first, i64 count, int head) {
+// The rows first.. of out [N, HEADS, DIM] = y [HEADS, count, DIM] + shift [HEADS, DIM]. Thread: a
+// vector; grid: [.., HEADS].
+KERNEL compress_finish(const float* y, const float* shift, Real* out, i64 first, i64 count) {
     i64 index = thread_index(), row = index / HEAD_PIECES;
     if (row >= count) return;
-    i64 from = ((first + row) * HEADS + head) * HEAD_PIECES + index % HEAD_PIECES;
-    reinterpret_cast<Piece*>(out)[index] = reinterpret_cast<const Piece*>(x)[from];
-}
-
-// Rows first.. of one head of out [N, HEADS, DIM] = y [count, DIM] + shift [DIM].
-KERNEL compress_finish(const float* y, const float* shift, Real* out, i64 first, i64 count,
-                       int head) {
-    i64 index = thread_index(), row = index / HEAD_PIECES;
-    if (row >= count) return;
-    int piece = (int)(index % HEAD_PIECES);
+    int piece = (int)(index % HEAD_PIECES), head = blockIdx.y;
+    y += (head * count * HEAD_PIECES + index) * VEC;
+    shift += head * DIM + piece * VEC;
     Piece value;
 #pragma unroll
-    for (int i = 0; i < VEC; ++i)
-        value.at[i] = narrow<Real>(y[index * VEC + i] + shift[piece * VEC + i]);
+    for (int i = 0; i < VEC; ++i) value.at[i] = narrow<Real>(y[i] + shift[i]);
     reinterpret_cast<Piece*>(out)[((first + row) * HEADS + head) * HEAD_PIECES + piece] = value;
 }

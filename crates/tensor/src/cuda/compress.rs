@@ -78,10 +78,10 @@ impl<'a> Blocks<'a> {
         args.i32(self.cu_rows.len() as i32 - 1)
     }
 
-    /// Launches `entry` with a thread for each vector of `items` tokens or rows, of one head or
-    /// of all.
-    fn launch(&self, entry: &str, items: usize, heads: usize, args: Args) -> Result<()> {
-        if items * heads == 0 {
+    /// Launches `entry` with a thread for each vector of `items` tokens or rows of every head;
+    /// heads that are `apart` are counted by the grid.
+    fn launch(&self, entry: &str, items: usize, apart: bool, args: Args) -> Result<()> {
+        if items == 0 {
             return Ok(());
         }
         let defines = [
@@ -93,7 +93,9 @@ impl<'a> Blocks<'a> {
         ]
         .map(|(name, value)| (name, value.to_string()));
         let kernel = kernel(self.gpu, &SOURCE, entry, self.dtype, &defines)?;
-        let (grid, block) = threads(items * heads * (self.dim / self.vector));
+        let (inside, outside) = if apart { (1, self.heads) } else { (self.heads, 1) };
+        let ([blocks, ..], block) = threads(items * inside * (self.dim / self.vector));
+        let grid = [blocks, outside as u32, 1];
         // SAFETY: the callers pass tensors of the shapes that the entries name.
         Ok(unsafe { kernel.launch(grid, block, 0, args) }?)
     }
@@ -103,7 +105,7 @@ impl<'a> Blocks<'a> {
         let out = stale(self.gpu, self.dtype, &[self.rows(), self.heads, self.dim])?;
         let args = self.offsets(Args::new().ptr(at(x)?).ptr(at(&out)?)).len(self.rows());
         let runs = self.rows().div_ceil(RUN);
-        self.launch("compress_mean_forward", runs, self.heads, args)?;
+        self.launch("compress_mean_forward", runs, false, args)?;
         Ok(out)
     }
 
@@ -112,20 +114,14 @@ impl<'a> Blocks<'a> {
         let out = stale(self.gpu, self.dtype, &[self.tokens, self.heads, self.dim])?;
         let args = self.offsets(Args::new().ptr(at(grad)?).ptr(at(&out)?)).len(self.tokens);
         let runs = self.tokens.div_ceil(TOKENS);
-        self.launch("compress_mean_backward", runs, self.heads, args)?;
+        self.launch("compress_mean_backward", runs, false, args)?;
         Ok(out)
     }
 
     /// Writes the flattened blocks of `count` rows from `first` on, `[K, count, l·C]`.
     pub(super) fn gather(&self, x: &Tensor, to: u64, first: usize, count: usize) -> Result<()> {
-        let head_bytes = (count * self.block * self.dim * self.dtype.bytes()) as u64;
-        for head in 0..self.heads {
-            let to = to + head as u64 * head_bytes;
-            let args = self.offsets(Args::new().ptr(at(x)?).ptr(to));
-            let args = args.len(first).len(count).i32(head as i32);
-            self.launch("compress_gather", count * self.block, 1, args)?;
-        }
-        Ok(())
+        let args = self.offsets(Args::new().ptr(at(x)?).ptr(to)).len(first).len(count);
+        self.launch("compress_gather", count * self.block, true, args)
     }
 
     /// Adds up the gradients of flattened blocks, f32 `[K, count, l·C]` from row `lead` on, into
@@ -137,14 +133,9 @@ impl<'a> Blocks<'a> {
         d_x: &Tensor,
         range: std::ops::Range<usize>,
     ) -> Result<()> {
-        let head_bytes = (count * self.block * self.dim * size_of::<f32>()) as u64;
-        for head in 0..self.heads {
-            let from = d_blocks + head as u64 * head_bytes;
-            let args = self.offsets(Args::new().ptr(from).ptr(at(d_x)?)).len(lead);
-            let args = args.len(range.start).len(range.end).i32(head as i32);
-            self.launch("compress_scatter", range.len(), 1, args)?;
-        }
-        Ok(())
+        let args = self.offsets(Args::new().ptr(d_blocks).ptr(at(d_x)?)).len(lead).len(count);
+        let args = args.len(range.start).len(range.end);
+        self.launch("compress_scatter", range.len(), true, args)
     }
 
     /// Writes `count` rows from `first` on of `out` `[N, K, C]`: y, f32 `[K, count, C]`, plus
@@ -156,15 +147,8 @@ impl<'a> Blocks<'a> {
         first: usize,
         count: usize,
     ) -> Result<()> {
-        let size = size_of::<f32>();
-        for head in 0..self.heads {
-            let y = y + (head * count * self.dim * size) as u64;
-            let shift = shift + (head * self.dim * size) as u64;
-            let args = Args::new().ptr(y).ptr(shift).ptr(at(out)?);
-            let args = args.len(first).len(count).i32(head as i32);
-            self.launch("compress_finish", count, 1, args)?;
-        }
-        Ok(())
+        let args = Args::new().ptr(y).ptr(shift).ptr(at(out)?).len(first).len(count);
+        self.launch("compress_finish", count, true, args)
     }
 
     /// The tokens whose last covering row is in `first..last`: with the other ranges of rows,

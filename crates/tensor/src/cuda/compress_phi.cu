@@ -1,5 +1,6 @@
 // What stands between the matrix products of φ: the position encoding, which is the same for every
-// block and so joins the bias, and the GELU of the hidden layer. See compress.cu.
+// block and so joins the bias, and the GELU of the hidden layer. See compress.cu. Every tensor has
+// heads outermost, and the grid's last dimension counts them.
 #include "types.cuh"
 
 static constexpr int COLUMNS = 32, SLICES = 32;
@@ -7,11 +8,13 @@ static constexpr int COLUMNS = 32, SLICES = 32;
 DEVICE i64 thread_index() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 
 // shift [outer] = pe [inner] · weight [inner, outer] + bias [outer] (or null), in a fixed order.
-// Grid: outer / 32; block: [32, 32].
+// Grid: [outer / 32, heads]; block: [32, 32].
 KERNEL compress_shift(const Real* pe, const Real* weight, const Real* bias, float* shift, i64 inner,
                       int outer) {
     __shared__ float sums[SLICES][COLUMNS + 1];
     int column = blockIdx.x * COLUMNS + threadIdx.x;
+    pe += blockIdx.y * inner;
+    weight += blockIdx.y * inner * outer;
     float sum = 0.0f;
     if (column < outer) {
 #pragma unroll 8
@@ -21,9 +24,10 @@ KERNEL compress_shift(const Real* pe, const Real* weight, const Real* bias, floa
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || column >= outer) return;
-    float total = bias ? widen(bias[column]) : 0.0f;
+    i64 at = (i64)blockIdx.y * outer + column;
+    float total = bias ? widen(bias[at]) : 0.0f;
     for (int s = 0; s < SLICES; ++s) total += sums[s][threadIdx.x];
-    shift[column] = total;
+    shift[at] = total;
 }
 
 // active = gelu(hidden + shift), exact; hidden [count, width].
@@ -31,7 +35,9 @@ KERNEL compress_hidden_forward(const float* hidden, const float* shift, Real* ac
                                int width) {
     i64 index = thread_index();
     if (index >= count * width) return;
-    float z = hidden[index] + shift[index % width];
+    shift += blockIdx.y * width + index % width;
+    index += blockIdx.y * count * width;
+    float z = hidden[index] + *shift;
     active[index] = narrow<Real>(z * normcdff(z));
 }
 
@@ -40,7 +46,9 @@ KERNEL compress_hidden_backward(const float* hidden, const float* shift, float* 
                                 Real* d_hidden, i64 count, int width) {
     i64 index = thread_index();
     if (index >= count * width) return;
-    float z = hidden[index] + shift[index % width];
+    shift += blockIdx.y * width + index % width;
+    index += blockIdx.y * count * width;
+    float z = hidden[index] + *shift;
     float slope = normcdff(z) + z * (0.3989423f * expf(-0.5f * z * z));
     float d = d_active[index] * slope;
     d_active[index] = d;
@@ -53,6 +61,8 @@ KERNEL compress_pe_grads(const Real* pe, const Real* weight, const float* column
                          float* d_pe, i64 inner, int outer) {
     i64 i = thread_index() / 32;
     if (i >= inner) return;
+    columns += blockIdx.y * outer;
+    i += blockIdx.y * inner;
     float factor = widen(pe[i]), sum = 0.0f;
     for (int o = threadIdx.x % 32; o < outer; o += 32) {
         d_weight[i * outer + o] += factor * columns[o];

@@ -33,8 +33,6 @@ pub(crate) struct Phi<'a, 'p> {
     layers: Vec<Layer<'p>>,
     /// `[K, l·C]`.
     pe: &'p Tensor,
-    /// What is added to the first layer's outputs: bias and position encoding, f32 `[K, outer]`.
-    shift: Buffer,
 }
 
 /// Rows `first..last` of a chunk, and how many before them reach into its tokens.
@@ -73,10 +71,7 @@ impl<'a, 'p> Phi<'a, 'p> {
                 return Err(crate::Error::value("compress", text));
             }
         };
-        let shift = blocks.gpu.alloc(blocks.heads * layers[0].outer * F32)?;
-        let phi = Phi { blocks, layers, pe, shift };
-        phi.make_shift()?;
-        Ok(phi)
+        Ok(Phi { blocks, layers, pe })
     }
 
     fn gpu(&self) -> &'a Gpu {
@@ -98,24 +93,18 @@ impl<'a, 'p> Phi<'a, 'p> {
         })
     }
 
-    /// `shift = pe · W₁ (+ bias₁)` for every head.
-    fn make_shift(&self) -> Result<()> {
-        let (first, bytes) = (&self.layers[0], self.dtype().bytes());
+    /// What is added to the first layer's outputs, `pe · W₁ (+ bias₁)`, f32 `[K, outer]`.
+    fn shift(&self) -> Result<Buffer> {
+        let (first, heads) = (&self.layers[0], self.blocks.heads);
+        let shift = self.gpu().alloc(heads * first.outer * F32)?;
         let kernel = kernel(self.gpu(), &SOURCE, "compress_shift", self.dtype(), &[])?;
-        let grid = [first.outer.div_ceil(COLUMNS) as u32, 1, 1];
-        for head in 0..self.blocks.heads {
-            let of = |tensor: &Tensor, size: usize| -> Result<u64> {
-                Ok(at(tensor)? + (head * size * bytes) as u64)
-            };
-            let bias = first.bias.map_or(Ok(0), |bias| of(bias, first.outer))?;
-            let args = Args::new().ptr(of(self.pe, first.inner)?);
-            let args = args.ptr(of(first.weight, first.inner * first.outer)?).ptr(bias);
-            let args = args.ptr(self.shift.ptr() + (head * first.outer * F32) as u64);
-            let args = args.len(first.inner).i32(first.outer as i32);
-            // SAFETY: every address is the head's part of its tensor.
-            unsafe { kernel.launch(grid, [COLUMNS as u32, COLUMNS as u32, 1], 0, args)? };
-        }
-        Ok(())
+        let grid = [first.outer.div_ceil(COLUMNS) as u32, heads as u32, 1];
+        let args = Args::new().ptr(at(self.pe)?).ptr(at(first.weight)?);
+        let args = args.ptr(first.bias.map_or(Ok(0), at)?).ptr(shift.ptr());
+        let args = args.len(first.inner).i32(first.outer as i32);
+        // SAFETY: all have the shapes that the fields name, and `shift` a row for each head.
+        unsafe { kernel.launch(grid, [COLUMNS as u32, COLUMNS as u32, 1], 0, args)? };
+        Ok(shift)
     }
 
     /// One product a head: `[m, n, k]`, the addresses of a, b and c, and elements between heads.
@@ -134,24 +123,27 @@ impl<'a, 'p> Phi<'a, 'p> {
         Ok(unsafe { self.gpu().matmul(&product) }?)
     }
 
-    /// The GELU between the layers, or its gradient, for every head.
-    fn hidden(&self, entry: &str, places: [u64; 3], rows: usize) -> Result<()> {
-        let (width, bytes) = (self.layers[0].outer, self.dtype().bytes());
-        let [z, d_active, to] = places;
+    /// The GELU between the layers: z and shift to activations; with `d_active`, which becomes the
+    /// gradient of z, its gradient.
+    fn hidden(
+        &self,
+        z: &Buffer,
+        shift: &Buffer,
+        d_active: Option<&Buffer>,
+        to: &Buffer,
+        rows: usize,
+    ) -> Result<()> {
+        let width = self.layers[0].outer;
+        let args = Args::new().ptr(z.ptr()).ptr(shift.ptr());
+        let (entry, args) = match d_active {
+            None => ("compress_hidden_forward", args),
+            Some(d_active) => ("compress_hidden_backward", args.ptr(d_active.ptr())),
+        };
         let kernel = kernel(self.gpu(), &SOURCE, entry, self.dtype(), &[])?;
-        let (grid, block) = threads(rows * width);
-        for head in 0..self.blocks.heads {
-            let wide = (head * rows * width * F32) as u64;
-            let shift = self.shift.ptr() + (head * width * F32) as u64;
-            let mut args = Args::new().ptr(z + wide).ptr(shift);
-            if d_active != 0 {
-                args = args.ptr(d_active + wide);
-            }
-            let args = args.ptr(to + (head * rows * width * bytes) as u64);
-            // SAFETY: all hold `rows` rows of the hidden width for every head.
-            unsafe { kernel.launch(grid, block, 0, args.len(rows).i32(width as i32))? };
-        }
-        Ok(())
+        let ([blocks, ..], block) = threads(rows * width);
+        let args = args.ptr(to.ptr()).len(rows).i32(width as i32);
+        // SAFETY: all hold `rows` rows of the hidden width for every head.
+        Ok(unsafe { kernel.launch([blocks, self.blocks.heads as u32, 1], block, 0, args) }?)
     }
 
     fn wide(&self, rows: usize, width: usize) -> Result<Buffer> {
@@ -172,7 +164,7 @@ impl<'a, 'p> Phi<'a, 'p> {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (blocks, first) = (&self.blocks, &self.layers[0]);
         let out = stale(self.gpu(), self.dtype(), &[blocks.rows(), blocks.heads, blocks.dim])?;
-        let bias = self.last_bias()?;
+        let (bias, shift) = (self.last_bias()?, self.shift()?);
         for chunk in self.chunks() {
             let rows = chunk.own();
             let flat = self.narrow(rows, first.inner)?;
@@ -180,11 +172,11 @@ impl<'a, 'p> Phi<'a, 'p> {
             let z = self.wide(rows, first.outer)?;
             self.forward_product(first, flat.ptr(), z.ptr(), rows)?;
             let Some((second, bias)) = self.layers.get(1).zip(bias.as_ref()) else {
-                blocks.finish((z.ptr(), self.shift.ptr()), &out, chunk.first, rows)?;
+                blocks.finish((z.ptr(), shift.ptr()), &out, chunk.first, rows)?;
                 continue;
             };
             let active = self.narrow(rows, first.outer)?;
-            self.hidden("compress_hidden_forward", [z.ptr(), 0, active.ptr()], rows)?;
+            self.hidden(&z, &shift, None, &active, rows)?;
             let y = self.wide(rows, second.outer)?;
             self.forward_product(second, active.ptr(), y.ptr(), rows)?;
             blocks.finish((y.ptr(), at(bias)?), &out, chunk.first, rows)?;
@@ -205,8 +197,11 @@ impl<'a, 'p> Phi<'a, 'p> {
         let last = sums.len() - 1;
         let sizes = [blocks.rows(), blocks.heads * blocks.dim];
         column_sums(self.gpu(), self.dtype(), at(grad)?, at(&sums[last])?, sizes, false)?;
+        // With one layer the backward does not look at its outputs.
+        let shift = if last > 0 { self.shift()? } else { self.gpu().alloc(0)? };
         for chunk in self.chunks() {
-            self.chunk_backward(x, grad, chunk, &d_weights, &sums[0])?.scatter(blocks, &d_x)?;
+            let sums = (&d_weights[..], &sums[0]);
+            self.chunk_backward(x, grad, &shift, chunk, sums)?.scatter(blocks, &d_x)?;
         }
         let d_pe = zeros(DType::F32, self.pe.shape())?;
         self.pe_grads(&sums[0], &d_weights[0], &d_pe)?;
@@ -227,9 +222,9 @@ impl<'a, 'p> Phi<'a, 'p> {
         &self,
         x: &Tensor,
         grad: &Tensor,
+        shift: &Buffer,
         chunk: Chunk,
-        d_weights: &[Tensor],
-        columns: &Tensor,
+        (d_weights, columns): (&[Tensor], &Tensor),
     ) -> Result<BlockGrads> {
         let (blocks, gpu, first) = (&self.blocks, self.gpu(), &self.layers[0]);
         let (bytes, rows, wide) = (self.dtype().bytes(), chunk.all(), first.inner);
@@ -263,7 +258,7 @@ impl<'a, 'p> Phi<'a, 'p> {
         let z = self.wide(rows, hidden)?;
         self.forward_product(first, flat.ptr(), z.ptr(), rows)?;
         let active = self.narrow(rows, hidden)?;
-        self.hidden("compress_hidden_forward", [z.ptr(), 0, active.ptr()], rows)?;
+        self.hidden(&z, shift, None, &active, rows)?;
         let places = [active.ptr() + skip(hidden), own_dy, at(&d_weights[1])?];
         let apart = [rows * hidden, blocks.dim, hidden * blocks.dim];
         let product = self.products([hidden, blocks.dim, chunk.own()], places, apart);
@@ -280,8 +275,7 @@ impl<'a, 'p> Phi<'a, 'p> {
         }
         // The activations have been used; their place takes the gradient before the GELU.
         let d_hidden = active;
-        let places = [z.ptr(), d_active.ptr(), d_hidden.ptr()];
-        self.hidden("compress_hidden_backward", places, rows)?;
+        self.hidden(&z, shift, Some(&d_active), &d_hidden, rows)?;
         for head in 0..blocks.heads {
             let from = d_active.ptr() + ((head * rows + chunk.lead) * hidden * F32) as u64;
             let to = at(columns)? + (head * hidden * F32) as u64;
@@ -305,21 +299,14 @@ impl<'a, 'p> Phi<'a, 'p> {
     /// The position encoding is added to every block: what it gets, and what it adds to the
     /// gradient of the first weight.
     fn pe_grads(&self, columns: &Tensor, d_weight: &Tensor, d_pe: &Tensor) -> Result<()> {
-        let (first, bytes) = (&self.layers[0], self.dtype().bytes());
-        let Layer { inner, outer, .. } = *first;
+        let first = &self.layers[0];
         let kernel = kernel(self.gpu(), &SOURCE, "compress_pe_grads", self.dtype(), &[])?;
-        let (grid, block) = threads(inner * 32);
-        for head in 0..self.blocks.heads {
-            let narrow = |size: usize| (head * size * bytes) as u64;
-            let wide = |size: usize| (head * size * F32) as u64;
-            let args = Args::new().ptr(at(self.pe)? + narrow(inner));
-            let args = args.ptr(at(first.weight)? + narrow(inner * outer));
-            let args = args.ptr(at(columns)? + wide(outer));
-            let args = args.ptr(at(d_weight)? + wide(inner * outer)).ptr(at(d_pe)? + wide(inner));
-            // SAFETY: every address is the head's part of its tensor.
-            unsafe { kernel.launch(grid, block, 0, args.len(inner).i32(outer as i32))? };
-        }
-        Ok(())
+        let ([blocks, ..], block) = threads(first.inner * 32);
+        let args = Args::new().ptr(at(self.pe)?).ptr(at(first.weight)?).ptr(at(columns)?);
+        let args = args.ptr(at(d_weight)?).ptr(at(d_pe)?);
+        let args = args.len(first.inner).i32(first.outer as i32);
+        // SAFETY: all have the shapes of φ's first layer, the sums a row for each head.
+        Ok(unsafe { kernel.launch([blocks, self.blocks.heads as u32, 1], block, 0, args) }?)
     }
 }
 
