@@ -12,7 +12,10 @@ use tercet_cuda::Buffer;
 /// The device, or none and a line that says why.
 fn device() -> Option<Gpu> {
     match Gpu::open(0) {
-        Ok(gpu) => Some(gpu),
+        Ok(gpu) => {
+            gpu.use_cache(Some(std::env::temp_dir().join("tercet-test-kernels")));
+            Some(gpu)
+        }
         Err(why) => {
             println!("skipped: {why}");
             None

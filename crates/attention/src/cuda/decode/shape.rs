@@ -38,17 +38,8 @@ pub(super) struct Shape {
     pub choosers: u32,
     /// Blocks of a multiprocessor.
     pub resident: usize,
-    /// What is too much for shared memory.
-    pub global: Global,
-}
-
-/// What stands in global memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
-pub(super) enum Global {
-    Nothing,
-    Logits,
-    /// And importance.
-    All,
+    /// Whether logits are too many for shared memory.
+    pub global: bool,
 }
 
 /// What a launch of so many rows must hold.
@@ -84,13 +75,11 @@ impl Shape {
         let slots = self.slots * self.tile * 128 * panels;
         let branches = if load.spec.is_some() { 3 } else { 1 };
         let inbox = if self.splits > 1 { HEADS * branches * value_dim } else { 0 };
-        let ranking = load.spec.map_or(0, |spec| {
-            let keys = spec.selection_blocks(load.longest).next_multiple_of(4);
-            let importance = if self.global < Global::All { self.importance(load) } else { 0 };
-            let logits = if self.global < Global::Logits { self.logits(load) } else { 0 };
-            importance + keys + logits
-        });
-        slots + 4 * (inbox + ranking)
+        let Some(spec) = load.spec else { return slots + 4 * inbox };
+        let keys = spec.selection_blocks(load.longest).next_multiple_of(4);
+        let joint = if self.head_tiles > 1 { self.head_tiles * self.slice(load) } else { 0 };
+        let logits = if self.global { 0 } else { self.logits(load) };
+        slots + 4 * (keys + joint + inbox.max(logits))
     }
 
     /// A block's logits.
@@ -98,20 +87,17 @@ impl Shape {
         HEADS * (self.slice(load) + 8)
     }
 
-    /// A cluster's importance, f32s.
-    fn importance(&self, load: &Load) -> usize {
-        self.head_tiles * self.splits * self.slice(load)
-    }
-
     /// The kernel's f32s of scratch for all rows.
     pub fn scratch(&self, load: &Load) -> usize {
-        let logits = self.cluster() * self.logits(load);
-        load.pairs
-            * match self.global {
-                Global::Nothing => 0,
-                Global::Logits => logits,
-                Global::All => logits + self.importance(load),
-            }
+        if self.global { load.pairs * self.cluster() * self.logits(load) } else { 0 }
+    }
+
+    /// Whether a split's tiles hold whole selection blocks, and the one before what else these need.
+    fn suits(&self, spec: &NsaSpec) -> bool {
+        let ratio = spec.select_block / spec.compress_stride;
+        spec.select_block.is_multiple_of(self.tile)
+            && self.tile.is_multiple_of(ratio)
+            && spec.compress_block / spec.compress_stride <= self.tile
     }
 
     fn fits(&self, load: &Load) -> bool {
@@ -120,7 +106,8 @@ impl Shape {
         let own = (most + 1024) / self.resident - 1024;
         self.cluster() <= CLUSTER
             && self.shared(load) + STATIC <= own
-            && (self.global == Global::All || 4 * self.importance(load) < COUNTED)
+            && load.spec.is_none_or(|spec| self.suits(spec))
+            && 4 * self.head_tiles * self.slice(load) < COUNTED
     }
 }
 
@@ -143,12 +130,15 @@ pub(super) fn choose(load: &Load) -> Option<Shape> {
         tile: 32,
         choosers: 64,
         resident: together,
-        global: Global::Nothing,
+        global: false,
     };
     let wide = Shape { tile: 64, choosers: 128, resident: 1, ..base };
     let narrow = if load.spec.is_some() { base } else { Shape { tile: 64, choosers: 32, ..base } };
-    // Enough rows to fill the machine: as few splits as the logits allow. Else as many as help.
-    let wanted = (machine / units.max(1)).next_power_of_two().min(CLUSTER / head_tiles);
+    // Enough rows to fill the machine: as few splits as the logits allow. Else as many as help; of
+    // the largest clusters fewer fit than multiprocessors say, since each needs one group of them.
+    let room = if units <= 6 { CLUSTER } else { CLUSTER / 2 };
+    let most = below(CLUSTER / head_tiles);
+    let wanted = below((machine / units.max(1)).clamp(1, room)).min(most);
     let splits = |from: usize| (0..5).map(|i| 1 << i).filter(move |&s| s >= from);
     let tried = |shape: Shape, slots: &'static [usize], from: usize| {
         splits(from).flat_map(move |splits| {
@@ -161,7 +151,11 @@ pub(super) fn choose(load: &Load) -> Option<Shape> {
         .flatten()
         .chain(tried(wide, &[8, 6, 4], wanted))
         .chain(tried(Shape { resident: 1, ..narrow }, &[6, 4, 3], wanted))
-        .chain(tried(Shape { global: Global::Logits, ..wide }, &[6, 4, 3], CLUSTER / head_tiles))
-        .chain(tried(Shape { global: Global::All, ..wide }, &[6, 4, 3], CLUSTER / head_tiles))
+        .chain(tried(Shape { global: true, ..wide }, &[6, 4, 3], most))
         .find(|shape| shape.fits(load))
+}
+
+/// The largest power of two that is no more than `x`, which is at least 1.
+fn below(x: usize) -> usize {
+    1 << x.ilog2()
 }

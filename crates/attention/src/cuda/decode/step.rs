@@ -4,7 +4,7 @@ use tercet_cuda::{Args, Kernel, Label, Number, Source};
 
 use super::super::plain::int;
 use super::super::{Plan, Slice};
-use super::shape::{Global, Load, Shape, choose};
+use super::shape::{Load, Shape, choose};
 use super::view::{CacheView, RawCache};
 use crate::cpu::Mask;
 use crate::shape::{check_len, check_scale};
@@ -266,11 +266,8 @@ fn fast(plan: &Plan, spec: Option<&NsaSpec>, window: usize, shape: &Shape) -> Re
         ("RESIDENT", shape.resident),
     ];
     defines.extend(own.map(|(name, value)| (name, value.to_string())));
-    if shape.global >= Global::Logits {
+    if shape.global {
         defines.push(("LOGITS_GLOBAL", "1".into()));
-    }
-    if shape.global == Global::All {
-        defines.push(("IMPORTANCE_GLOBAL", "1".into()));
     }
     let kernel = plan.gpu.kernel(&STEP, "decode_step", &defines)?;
     // Clusters of more than eight blocks must be asked for.
