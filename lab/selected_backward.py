@@ -81,7 +81,7 @@ class Keys:
     def __init__(self, d, v, group, block, dtype=torch.bfloat16, stages=None, with_queries=False,
                  source=FOLDER / "selected_backward_keys.cu"):
         stage = 64 * (pad(d) + pad(v)) * 2 + 64 * 16 + 16
-        held = 64 * (pad(d) + pad(v)) * 2 + (2 * 64 * 64 * 2 if with_queries else 0) + 16
+        held = 64 * (pad(d) + pad(v)) * 2 + (2 * 64 * 64 * 2 + 16 if with_queries else 0) + 16
         stages = stages or min(6, (SHARED_LIMIT - held) // stage)
         defines = {TYPES[dtype]: 1, "D": d, "V": v, "G": group, "SB": block, "STAGES": stages}
         if with_queries:

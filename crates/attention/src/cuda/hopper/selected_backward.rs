@@ -250,7 +250,7 @@ fn key_grads(
     // A stage: rows of q and dOut, four numbers of each, two barriers. Held: keys and values, dS.
     let tile = KEY_TILE * row_bytes(plan.dims);
     let stage = tile + 16 * KEY_TILE + 16;
-    let held = tile + 16 + if shares.is_some() { 4 * KEY_TILE * KEY_TILE } else { 0 };
+    let held = tile + 16 + if shares.is_some() { 4 * KEY_TILE * KEY_TILE + 16 } else { 0 };
     let most = plan.gpu.info().shared_per_block_optin as usize;
     let stages = ((most - held) / stage).min(6);
     let shared = (held + stages * stage) as u32;

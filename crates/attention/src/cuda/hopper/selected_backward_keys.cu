@@ -59,6 +59,8 @@ struct Shared {
     int last[STAGES][COLUMNS];  // the last key of the tile that the column sees
 #ifdef WITH_QUERIES
     u8 ds[2][KEYS * COLUMNS * 2];  // dSᵀ of each warpgroup
+    Real* shares;                  // the item's, and its entries: registers are short in the loop
+    int count, spare;
 #endif
     u64 keys_full, full[STAGES], empty[STAGES];
     Issued issued;  // steps
@@ -218,7 +220,7 @@ DEVICE void write_sums(const float (&d)[N / 2], float factor, int row, int rows,
 }
 
 template <bool DO_K, bool DO_V>
-DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by, i64 first_entry, int entries) {
+DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by) {
     int thread = threadIdx.x % 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
     float dk[DO_K ? D / 2 : 1], dv[DO_V ? V / 2 : 1];
     clear(dk);
@@ -303,8 +305,8 @@ DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by, i64
         if (lane == 0) barrier_arrive(&s.empty[stage]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            int at = row + 8 * r, n = i * QUERIES + at / GP;
-            store_row<D>(dq, r, 1.0f, a.shares + ((first_entry + n) * G + at % GP) * D, n < entries && at % GP < G, false);
+            int at = row + 8 * r, n = i * QUERIES + at / GP, line = G == GP ? i * COLUMNS + at : n * G + at % GP;
+            store_row<D>(dq, r, 1.0f, s.shares + (i64)line * D, n < s.count && at % GP < G, false);
         }
 #else
         u32 ds[DO_K ? COLUMNS / 4 : 1];
@@ -385,6 +387,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x == 0) {
         barrier_init(&s.keys_full, 1);
         s.issued.count = 0;
+#ifdef WITH_QUERIES
+        s.shares = a.shares + (item.first - a.starts[(i64)a.first_head * a.blocks]) * (G * D);
+        s.count = item.count;
+#endif
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&s.full[i], BY_TMA ? 1 + 64 : 64 + 64);
             barrier_init(&s.empty[i], SPLIT ? 8 : 4);
@@ -422,11 +428,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         registers_grow<224>();
         int warpgroup = threadIdx.x / 128 - 1;
         if constexpr (SPLIT) {
-            if (warpgroup == 0) consume<false, true>(s, a, w.steps, 0, 1, 0, 0);
-            else consume<true, false>(s, a, w.steps, 0, 1, 0, 0);
+            if (warpgroup == 0) consume<false, true>(s, a, w.steps, 0, 1);
+            else consume<true, false>(s, a, w.steps, 0, 1);
         } else {
-            i64 first_entry = item.first - a.starts[(i64)a.first_head * a.blocks];
-            consume<true, true>(s, a, w.steps, warpgroup, 2, first_entry, item.count);
+            consume<true, true>(s, a, w.steps, warpgroup, 2);
         }
     }
 }
