@@ -1,6 +1,6 @@
 // dK and dV of one branch: a block owns some keys of a key-value head and walks all queries that see
-// them, the heads of the group one after another, from the last query to the first. Sums stay in
-// registers, so there are no atomics and the same bits every time.
+// them, from the last to the first, for all heads of the group. Sums stay in registers, so there are
+// no atomics and the same bits every time.
 //
 // Scores are computed with keys as rows (Sᵀ = K·Qᵀ, dPᵀ = V·dOutᵀ), so that g·P and dS leave the
 // registers of one product for the next (dV += (gP)ᵀ·dOut, dK += dSᵀ·Q) without shared memory.
@@ -13,19 +13,35 @@
 //
 // Constants: see backward.cuh, and STAGES. Grid: parts · tiles · K blocks. Block: 384 threads.
 #include "backward.cuh"
+#include "sequences.cuh"
 
 static constexpr bool SHARED_KEYS = D > 128 || V > 128;
 static constexpr int KEYS = SHARED_KEYS ? 64 : 128, QUERIES = 64, CONSUMERS = 2;
 static constexpr int K_BYTES = KEYS * DP * 2, V_BYTES = KEYS * VP * 2;
-static constexpr int Q_BYTES = QUERIES * DP * 2, O_BYTES = QUERIES * VP * 2, ROW_BYTES = 3 * QUERIES * 4;
+static constexpr int Q_BYTES = QUERIES * DP * 2, O_BYTES = QUERIES * VP * 2, ROW_BYTES = QUERIES * 16;
 
 // Keys `index..index+rows` of a sequence, in rows `key..` of k and v; its `length` tokens begin at `token`.
 struct KeyTile {
     int key, rows, index, token, length;
 };
 
+// As `find_tile`, of keys.
+DEVICE KeyTile find_keys(const Batch& batch, int item) {
+    auto start = [](const Sequence& s) { return MASK == COMPRESSED ? s.block : s.key; };
+    int low = 0, high = batch.count - 1;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (start(batch.sequences[middle]) / KEYS + middle <= item) low = middle;
+        else high = middle - 1;
+    }
+    Sequence of = batch.sequences[low];
+    int index = (item - (start(of) / KEYS + low)) * KEYS;
+    int rows = max(0, min(KEYS, (MASK == COMPRESSED ? of.blocks : of.keys) - index));
+    return {start(of) + index, rows, index, of.query, of.queries};
+}
+
 struct Params {
-    const KeyTile* tiles;  // longest first
+    Batch batch;
     int tile_count, group, kv_heads;
     int head_parts, range_parts;
     float scale_log2, scale;
@@ -40,7 +56,7 @@ struct Shared {
     u8 v[V_BYTES];
     u8 q[STAGES][Q_BYTES];
     u8 o[STAGES][O_BYTES];                              // dOut
-    float rows[STAGES][3][QUERIES];                     // log-sum-exp (base 2), gate, δ
+    float4 rows[STAGES][QUERIES];                       // log-sum-exp (base 2), gate, δ, 0
     Vec<u32, 4> p[SHARED_KEYS ? 2 : 1][SHARED_KEYS ? 4 : 1][SHARED_KEYS ? 128 : 1];  // g·P
     u64 keys_full, full[STAGES], empty[STAGES], p_full[2], p_empty[2];
 };
@@ -62,9 +78,9 @@ DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Ten
         tma_load(s.v + c * KEYS * 128, v, &s.keys_full, c * PANEL, w.kv_head, w.tile.key);
     int stage = 0;
     u32 parity = 1;
-    for (int head = w.head; head < w.head + w.heads; head++) {
-        for (int t = w.last - 1; t >= w.first; t--) {
-            int token = w.tile.token + t * QUERIES;
+    for (int t = w.last - 1; t >= w.first; t--) {
+        int token = w.tile.token + t * QUERIES;
+        for (int head = w.head; head < w.head + w.heads; head++) {
             barrier_wait(&s.empty[stage], parity);
             barrier_expect(&s.full[stage], Q_BYTES + O_BYTES + ROW_BYTES);
 #pragma unroll
@@ -73,7 +89,7 @@ DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Ten
 #pragma unroll
             for (int c = 0; c < VP / PANEL; c++)
                 tma_load(s.o[stage] + c * QUERIES * 128, o, &s.full[stage], c * PANEL, head, token);
-            tma_load(s.rows[stage], rows, &s.full[stage], token, 0, head);
+            tma_load(s.rows[stage], rows, &s.full[stage], 0, token, head);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
     }
@@ -103,16 +119,17 @@ struct Edge {
 };
 
 // Scores become g·P.
-DEVICE void exponentials(float (&scores)[QUERIES / 2], const float (&rows)[3][QUERIES], float scale_log2) {
-    int column = 2 * (threadIdx.x & 3);
+DEVICE void exponentials(float (&scores)[QUERIES / 2], const float4* rows, float scale_log2) {
 #pragma unroll
     for (int j = 0; j < QUERIES / 8; j++) {
-        float2 lse = *(const float2*)&rows[0][8 * j + column], gate = *(const float2*)&rows[1][8 * j + column];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float* x = scores + 4 * j + 2 * r;
-            x[0] = exp2_approx(fmaf(x[0], scale_log2, -lse.x)) * gate.x;
-            x[1] = exp2_approx(fmaf(x[1], scale_log2, -lse.y)) * gate.y;
+        for (int c = 0; c < 2; c++) {
+            float2 row = *(const float2*)&rows[8 * j + 2 * (threadIdx.x & 3) + c];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float& x = scores[4 * j + 2 * r + c];
+                x = exp2_approx(fmaf(x, scale_log2, -row.x)) * row.y;
+            }
         }
     }
 }
@@ -126,45 +143,49 @@ DEVICE void pack_all(u32 (&p)[QUERIES / 4], const float (&x)[QUERIES / 2]) {
 template <int N>
 DEVICE void store(const float (&d)[N / 2], const Params& a, const Work& w, int row, float factor, Real* out,
                   float* parts) {
+    i64 pitch = (i64)a.kv_heads * N, place = (w.tile.key + row) * pitch + w.kv_head * N;
+    bool inside[2] = {row < w.tile.rows, row + 8 < w.tile.rows};
+    if (a.head_parts * a.range_parts == 1) {
+        Real* to[2] = {out + place, out + place + 8 * pitch};
+        float factors[2] = {factor, factor};
+        store_rows<N>(d, factors, to, inside, false);
+        return;
+    }
+    float* to = parts + w.part * a.keys * pitch + place + 2 * (threadIdx.x & 3);
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int at = row + 8 * r;
-        bool inside = at < w.tile.rows;
-        i64 place = ((w.tile.key + at) * (i64)a.kv_heads + w.kv_head) * N;
-        if (a.head_parts * a.range_parts == 1) {
-            store_row<N>(d, r, factor, out + place, inside, false);
-        } else if (inside) {
-            float* to = parts + w.part * a.keys * a.kv_heads * N + place + 2 * (threadIdx.x & 3);
+    for (int r = 0; r < 2; r++, to += 8 * pitch) {
+        if (!inside[r]) continue;
 #pragma unroll
-            for (int j = 0; j < N / 8; j++)
-                *(float2*)(to + 8 * j) = make_float2(d[4 * j + 2 * r] * factor, d[4 * j + 2 * r + 1] * factor);
-        }
+        for (int j = 0; j < N / 8; j++)
+            *(float2*)(to + 8 * j) = make_float2(d[4 * j + 2 * r] * factor, d[4 * j + 2 * r + 1] * factor);
     }
 }
 
 // dS = g·P·(dP − δ).
 DEVICE void scale_rest(u32 (&ds)[QUERIES / 4], const float (&p)[QUERIES / 2], const float (&dp)[QUERIES / 2],
-                       const float (&rows)[3][QUERIES]) {
+                       const float4* rows) {
 #pragma unroll
     for (int j = 0; j < QUERIES / 8; j++) {
-        float2 delta = *(const float2*)&rows[2][8 * j + 2 * (threadIdx.x & 3)];
+        int column = 8 * j + 2 * (threadIdx.x & 3);
+        float delta[2] = {rows[column].z, rows[column + 1].z};
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int x = 4 * j + 2 * r;
-            ds[x / 2] = pack<Real>(p[x] * (dp[x] - delta.x), p[x + 1] * (dp[x + 1] - delta.y));
+            ds[x / 2] = pack<Real>(p[x] * (dp[x] - delta[0]), p[x + 1] * (dp[x + 1] - delta[1]));
         }
     }
 }
 
-// The block's tiles in order: position of the first query, stage, parity.
+// The block's tiles in order: the heads of one tile of queries follow each other, so that blocks which
+// began together fetch the same rows together, however long each goes on.
 struct Walk {
-    int first, last, count, tile, stage;
+    int heads, count, tile, head, stage;
     u32 parity;
 
     DEVICE Walk(const Work& w)
-        : first(w.first), last(w.last), count((w.last - w.first) * w.heads), tile(w.last - 1), stage(0), parity(0) {}
+        : heads(w.heads), count((w.last - w.first) * w.heads), tile(w.last - 1), head(0), stage(0), parity(0) {}
     DEVICE void step() {
-        if (--tile < first) tile = last - 1;
+        if (++head == heads) head = 0, tile--;
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
@@ -285,12 +306,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                          const __grid_constant__ TensorMap rows, const __grid_constant__ Params a) {
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
-    int block = blockIdx.x;
+    int parts = a.head_parts * a.range_parts, block = blockIdx.x / parts;
     Work w;
-    w.tile = a.tiles[block % a.tile_count];
-    block /= a.tile_count;
-    w.part = block % (a.head_parts * a.range_parts);
-    w.kv_head = block / (a.head_parts * a.range_parts);
+    w.part = blockIdx.x % parts;
+    w.tile = find_keys(a.batch, block % a.tile_count);  // in a sequence the longest first
+    if (w.tile.rows == 0) return;
+    w.kv_head = block / a.tile_count;
     w.heads = a.group / a.head_parts;
     w.head = w.kv_head * a.group + w.part / a.range_parts * w.heads;
     int range = w.part % a.range_parts;

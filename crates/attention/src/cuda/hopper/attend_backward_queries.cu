@@ -5,42 +5,40 @@
 //
 // dQ of several branches ends in one buffer: launches follow each other in a fixed order and all but
 // the first add to what is there. That rounds once a branch, as adding separate gradients would, and
-// needs no f32 buffer of q's shape.
+// needs no f32 buffer of q's shape; where one is given, branches add up there and the last one rounds.
 //
-// Constants: see backward.cuh, BN (keys a tile), STAGES. Grid: any number of blocks,
+// Constants: see backward.cuh, BN (keys a tile), K_STAGES, V_STAGES. Grid: any number of blocks,
 // best one a multiprocessor. Block: 384 threads.
 #include "backward.cuh"
+#include "sequences.cuh"
 
 static constexpr int BM = 128, CONSUMERS = 2;
-// Wide heads have no registers for the last dS and the exponentials at once.
-static constexpr int PENDING = D > 192 ? 1 : 2;
+// Wide heads have no registers for the last dS beside the exponentials: each tile is finished alone.
+static constexpr bool OVERLAP = D + V <= 320;
 static constexpr int Q_BYTES = BM * DP * 2, O_BYTES = BM * VP * 2, K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
 
-// Queries `token..token+rows` at positions `position..` of a sequence whose keys start at row `key`.
-struct Tile {
-    int token, rows, position, key;
-};
-
 struct Params {
-    const Tile* tiles;  // by position, ascending
+    Batch batch;
     int tile_count, heads, group, kv_heads;
     float scale_log2, scale;
     Visible visible;
-    const float* rows;  // [H, 3, pitch]: log-sum-exp (base 2), gate, δ
-    int pitch;
-    int add;   // to what dq holds
-    Real* dq;  // [T, H, D]
+    const float4* rows;  // [H, T]: log-sum-exp (base 2), gate, δ, 0
+    int tokens;
+    int first, last;  // whether this branch is the first, the last, that adds to dQ
+    Real* dq;         // [T, H, D]
+    float* sum;       // [T, H, D], or null
 };
 
 struct Shared {
     u8 q[Q_BYTES];
     u8 o[O_BYTES];  // dOut
-    u8 k[STAGES][K_BYTES];
-    u8 v[STAGES][V_BYTES];
-    u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    u8 k[K_STAGES][K_BYTES];
+    u8 v[V_STAGES][V_BYTES];
+    u64 q_full, q_empty, k_full[K_STAGES], k_empty[K_STAGES], v_full[V_STAGES], v_empty[V_STAGES];
 };
 
 // A ring of stages and the parity of the pass through it.
+template <int STAGES>
 struct Ring {
     int stage = 0;
     u32 parity = 0;
@@ -49,32 +47,42 @@ struct Ring {
     }
 };
 
-// The block's n-th tile of queries.
+// Tiles of queries that fall to a block, round by round.
 struct Work {
     Tile tile;
     int head, kv_head, first, count;  // `count` tiles of keys from `first`
+    int round = 0;
 
-    // Longest first within a key-value head, the heads of a group together; every other round
-    // backwards, so that no block always gets the longest. False when there is none left.
-    DEVICE bool find(const Params& a, int n) {
-        i64 at = (i64)n * gridDim.x + (n & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-        if (at >= (i64)a.tile_count * a.heads) return false;
-        int g = (int)(at % a.group), rest = (int)(at / a.group);
-        tile = a.tiles[a.tile_count - 1 - rest % a.tile_count];
-        kv_head = rest / a.tile_count;
-        head = kv_head * a.group + g;
-        first = first_key(a.visible, tile.position);
-        count = (last_key(a.visible, tile.position + tile.rows - 1) - first + BN - 1) / BN;
-        return true;
+    // The next one. Longest first within a key-value head, the heads of a group together; every other
+    // round backwards, so that no block always gets the longest. False when there is none left.
+    DEVICE bool next(const Params& a) {
+        for (;; round++) {
+            i64 at = (i64)round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+            if (at >= (i64)a.tile_count * a.heads) return false;
+            int g = (int)(at % a.group), rest = (int)(at / a.group);
+            tile = find_tile<BM>(a.batch, a.tile_count - 1 - rest % a.tile_count);
+            if (tile.rows == 0) continue;
+            kv_head = rest / a.tile_count;
+            head = kv_head * a.group + g;
+            first = first_key(a.visible, tile.position);
+            count = (last_key(a.visible, tile.position + tile.rows - 1) - first + BN - 1) / BN;
+            round++;
+            return true;
+        }
+    }
+    // Says that all lanes have the same, which saves registers; for whole warps.
+    DEVICE void settle() {
+        tile.token = uniform(tile.token), tile.rows = uniform(tile.rows), tile.position = uniform(tile.position);
+        head = uniform(head), first = uniform(first), count = uniform(count), round = uniform(round);
     }
 };
 
 DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* o, const TensorMap* k, const TensorMap* v,
                     const Params& a) {
-    Ring keys, values;
+    Ring<K_STAGES> keys;
+    Ring<V_STAGES> values;
     Work w;
-    // The last rounds may leave some blocks one tile short: work ends at the first round without.
-    for (int n = 0; w.find(a, n); n++) {
+    for (int n = 0; w.next(a); n++) {
         barrier_wait(&s.q_empty, (n & 1) ^ 1);
         barrier_expect(&s.q_full, Q_BYTES + O_BYTES);
 #pragma unroll
@@ -84,7 +92,7 @@ DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* o, const Ten
         for (int c = 0; c < VP / PANEL; c++)
             tma_load(s.o + c * BM * 128, o, &s.q_full, c * PANEL, w.head, w.tile.token);
         for (int i = w.count - 1; i >= 0; i--) {
-            int row = w.tile.key + w.first + i * BN;
+            int row = (MASK == COMPRESSED ? w.tile.block : w.tile.key) + w.first + i * BN;
             barrier_wait(&s.k_empty[keys.stage], keys.parity ^ 1);
             barrier_expect(&s.k_full[keys.stage], K_BYTES);
 #pragma unroll
@@ -101,25 +109,50 @@ DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* o, const Ten
     }
 }
 
+// dQ by way of its f32 sum; `place` is a thread's first column.
+DEVICE void store_sums(const Params& a, const float (&dq)[D / 2], const float (&factor)[2], i64 place, i64 pitch,
+                       const bool (&inside)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++, place += 8 * pitch) {
+        if (!inside[r]) continue;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            float2* sum = (float2*)(a.sum + place + 8 * j);
+            float2 x = make_float2(dq[4 * j + 2 * r] * factor[r], dq[4 * j + 2 * r + 1] * factor[r]);
+            if (!a.first) x.x += sum->x, x.y += sum->y;
+            if (a.last) *(u32*)(a.dq + place + 8 * j) = pack<Real>(x.x, x.y);
+            else *sum = x;
+        }
+    }
+}
+
 DEVICE void consume(Shared& s, const Params& a) {
     int warpgroup = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
     int row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8
     bool leader = lane == 0;
     u64 q = descriptor_rows(s.q + warpgroup * 64 * 128), o = descriptor_rows(s.o + warpgroup * 64 * 128);
-    Ring keys, values;
+    Ring<K_STAGES> keys;
+    Ring<V_STAGES> values;
     Work w;
-    for (int n = 0; w.find(a, n); n++) {
-        float dq[D / 2], scores[BN / 2], dp[BN / 2], lse[2], delta[2];
+    for (int n = 0; w.next(a); n++) {
+        w.settle();
+        float dq[D / 2], scores[BN / 2], dp[BN / 2], lse[2], delta[2], factor[2];
+        bool inside[2];
         u32 ds[BN / 4];
-        const float* info = a.rows + (i64)w.head * 3 * a.pitch + w.tile.token;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            bool inside = row + 8 * r < w.tile.rows;
-            lse[r] = inside ? info[row + 8 * r] : INF;
-            delta[r] = inside ? info[2 * a.pitch + row + 8 * r] : 0.0f;
+            inside[r] = row + 8 * r < w.tile.rows;
+            float4 info = make_float4(INF, 0.0f, 0.0f, 0.0f);
+            if (inside[r]) info = a.rows[(i64)w.head * a.tokens + w.tile.token + row + 8 * r];
+            lse[r] = info.x, factor[r] = info.y * a.scale, delta[r] = info.z;
         }
         clear(dq);
-        int key = w.first + w.count * BN;
+        int key = w.first + w.count * BN, position = w.tile.position + warpgroup * 64;
+        // Keys that all queries of the warpgroup see, and where the thread's own end.
+        int whole_from = uniform(first_key(a.visible, position + 63)), whole_to = uniform(last_key(a.visible, position));
+        int last[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) last[r] = last_key(a.visible, w.tile.position + row + 8 * r);
         auto begin_scores = [&] {
             barrier_wait(&s.k_full[keys.stage], keys.parity);
             multiply_rows<BN, D, BM * 128, BN * 128>(scores, q, descriptor_rows(s.k[keys.stage]));
@@ -131,16 +164,16 @@ DEVICE void consume(Shared& s, const Params& a) {
         auto exponentials = [&] {
             wgmma_hold(scores);
             key -= BN;
-            int position = w.tile.position + warpgroup * 64, mine = w.tile.position + row;
-            if (key < first_key(a.visible, position + 63) || key + BN > last_key(a.visible, position)) {
-                int column = key + 2 * (lane & 3);
+            if (key < whole_from || key + BN > whole_to) {
+                int column = key + 2 * (lane & 3), mine = w.tile.position + row;
                 int from[2] = {first_key(a.visible, mine) - column, first_key(a.visible, mine + 8) - column};
-                int to[2] = {last_key(a.visible, mine) - column, last_key(a.visible, mine + 8) - column};
+                int to[2] = {last[0] - column, last[1] - column};
                 hide<BN>(scores, from, to);
             }
 #pragma unroll
             for (int i = 0; i < BN / 2; i++)
                 scores[i] = exp2_approx(fmaf(scores[i], a.scale_log2, -lse[i / 2 & 1]));
+            wgmma_hold(scores);  // now, not after the wait that follows
         };
         auto settle = [&] {
             wgmma_wait<0>();
@@ -154,23 +187,34 @@ DEVICE void consume(Shared& s, const Params& a) {
             }
         };
         barrier_wait(&s.q_full, n & 1);
-        if (w.count > 0) {
+        if (OVERLAP && w.count > 0) {
             begin_scores();
             begin_dp();
             wgmma_wait<1>();
             exponentials();
             settle();
             for (int i = 1; i < w.count; i++) {
-                int last = keys.stage;
+                int before = keys.stage;
                 keys.step();
                 begin_scores();
-                add_product<D, BN>(dq, ds, descriptor_columns(s.k[last], BN * 128));
+                add_product<D, BN>(dq, ds, descriptor_columns(s.k[before], BN * 128));
                 begin_dp();
-                wgmma_wait<PENDING>();
+                wgmma_wait<2>();
                 exponentials();
                 settle();
-                if (leader) barrier_arrive(&s.k_empty[last]);
+                if (leader) barrier_arrive(&s.k_empty[before]);
             }
+            add_product<D, BN>(dq, ds, descriptor_columns(s.k[keys.stage], BN * 128));
+            wgmma_wait<0>();
+            if (leader) barrier_arrive(&s.k_empty[keys.stage]);
+            keys.step();
+        }
+        for (int i = 0; !OVERLAP && i < w.count; i++) {
+            begin_scores();
+            begin_dp();
+            wgmma_wait<1>();
+            exponentials();
+            settle();
             add_product<D, BN>(dq, ds, descriptor_columns(s.k[keys.stage], BN * 128));
             wgmma_wait<0>();
             if (leader) barrier_arrive(&s.k_empty[keys.stage]);
@@ -178,13 +222,12 @@ DEVICE void consume(Shared& s, const Params& a) {
         }
         wgmma_hold(dq);
         if (leader) barrier_arrive(&s.q_empty);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int at = row + 8 * r;
-            bool inside = at < w.tile.rows;
-            float gate = inside ? info[a.pitch + at] : 0.0f;
-            Real* to = a.dq + ((i64)(w.tile.token + at) * a.heads + w.head) * D;
-            store_row<D>(dq, r, gate * a.scale, to, inside, a.add);
+        i64 pitch = (i64)a.heads * D, place = (w.tile.token + row) * pitch + w.head * D;
+        if (a.sum == nullptr) {
+            Real* to[2] = {a.dq + place, a.dq + place + 8 * pitch};
+            store_rows<D>(dq, factor, to, inside, !a.first);
+        } else {
+            store_sums(a, dq, factor, place + 2 * (lane & 3), pitch, inside);
         }
     }
 }
@@ -198,9 +241,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x == 0) {
         barrier_init(&s.q_full, 1);
         barrier_init(&s.q_empty, CONSUMERS * 4);
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < K_STAGES; i++) {
             barrier_init(&s.k_full[i], 1);
             barrier_init(&s.k_empty[i], CONSUMERS * 4);
+        }
+        for (int i = 0; i < V_STAGES; i++) {
             barrier_init(&s.v_full[i], 1);
             barrier_init(&s.v_empty[i], CONSUMERS * 4);
         }

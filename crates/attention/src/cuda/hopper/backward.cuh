@@ -95,28 +95,39 @@ DEVICE void transpose_quad(u32 (&w)[4]) {
     }
 }
 
-// One of a thread's two rows of a 64×N accumulator, times `factor`, to `row` (N numbers) in 16-byte
-// pieces, added to what is there if `add`. All lanes of a warp take part; `inside` says which store.
+// A thread's two rows, 8 apart, of a 64×N accumulator, times `factor`, to `row` (N numbers each) in
+// 16-byte pieces, added to what is there if `add`. All lanes of a warp take part; `inside` says which
+// rows are stored.
 template <int N>
-DEVICE void store_row(const float (&d)[N / 2], int r, float factor, Real* row, bool inside, bool add) {
+DEVICE void store_rows(const float (&d)[N / 2], const float (&factor)[2], Real* const (&row)[2],
+                       const bool (&inside)[2], bool add) {
+    // Old values are loaded before any store, as far as registers go: a load after a store waits for memory.
+    static constexpr int PIECES = N / 16, AT_ONCE = N > 128 ? 2 : PIECES;
+    int lane = threadIdx.x & 3;
 #pragma unroll
-    for (int j = 0; j < N / 8; j += 4) {
-        u32 words[4];
+    for (int from = 0; from < PIECES; from += AT_ONCE) {
+        Vec<u32, 4> old[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float* pair = d + 4 * (j + i) + 2 * r;
-            words[i] = pack<Real>(pair[0] * factor, pair[1] * factor);
+        for (int i = 0; i < AT_ONCE; i++) {
+            int r = (from + i) / (N / 32), j = (from + i) % (N / 32);
+            if (add && inside[r]) old[i] = *(const Vec<u32, 4>*)(row[r] + 32 * j + 8 * lane);
         }
-        transpose_quad(words);
-        if (!inside) continue;
-        auto* place = (Vec<u32, 4>*)(row + 8 * (j + (threadIdx.x & 3)));
-        Vec<u32, 4> sum;
-        if (add) sum = *place;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float2 x = unpack<Real>(words[i]), y = unpack<Real>(sum.at[i]);
-            sum.at[i] = add ? pack<Real>(x.x + y.x, x.y + y.y) : words[i];
+        for (int i = 0; i < AT_ONCE; i++) {
+            int r = (from + i) / (N / 32), j = (from + i) % (N / 32);
+            Vec<u32, 4> words;
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const float* pair = d + 4 * (4 * j + c) + 2 * r;
+                words.at[c] = pack<Real>(pair[0] * factor[r], pair[1] * factor[r]);
+            }
+            transpose_quad(words.at);
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                float2 x = unpack<Real>(words.at[c]), y = unpack<Real>(old[i].at[c]);
+                if (add) words.at[c] = pack<Real>(x.x + y.x, x.y + y.y);
+            }
+            if (inside[r]) *(Vec<u32, 4>*)(row[r] + 32 * j + 8 * lane) = words;
         }
-        *place = sum;
     }
 }

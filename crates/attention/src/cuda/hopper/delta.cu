@@ -48,35 +48,26 @@ struct Rows {
     const float* lse;    // [T, H], natural log
     const float* delta;  // [T, H]: Δ
     const Real* gate;    // [T, H, 3], or null: 1
-    int gate_index, tokens, heads, pitch;  // pitch: tokens rounded up to a multiple of 4
-    float* rows;         // [H, 3, pitch]: log-sum-exp (base 2, +∞ where nothing is visible), gate, δ
+    int gate_index, tokens, heads, spare;
+    float4* rows;  // [H, T]: log-sum-exp (base 2, +∞ where nothing is visible), gate, δ, 0
 };
 
 // A block of 256 threads turns 32 tokens × 32 heads. Grid: token blocks, head blocks.
 KERNEL rows(const Rows a) {
-    __shared__ float table[3][32][33];
+    __shared__ float4 table[32][33];
     int x = threadIdx.x % 32, y = threadIdx.x / 32;
     for (int i = y; i < 32; i += 8) {
         int token = blockIdx.x * 32 + i, head = blockIdx.y * 32 + x;
-        float lse = INF, gate = 0.0f, delta = 0.0f;
-        if (token < a.tokens && head < a.heads) {
-            i64 at = (i64)token * a.heads + head;
-            lse = a.lse[at];
-            lse = lse == -INF ? INF : lse * 1.4426950408889634f;
-            gate = a.gate == nullptr ? 1.0f : widen(a.gate[at * 3 + a.gate_index]);
-            // A gate of zero makes dS zero whatever δ is.
-            delta = gate == 0.0f ? 0.0f : a.delta[at] / gate;
-        }
-        table[0][x][i] = lse;
-        table[1][x][i] = gate;
-        table[2][x][i] = delta;
+        if (token >= a.tokens || head >= a.heads) continue;
+        i64 at = (i64)token * a.heads + head;
+        float lse = a.lse[at], gate = a.gate == nullptr ? 1.0f : widen(a.gate[at * 3 + a.gate_index]);
+        // A gate of zero makes dS zero whatever δ is.
+        float delta = gate == 0.0f ? 0.0f : a.delta[at] / gate;
+        table[x][i] = make_float4(lse == -INF ? INF : lse * 1.4426950408889634f, gate, delta, 0.0f);
     }
     __syncthreads();
     for (int i = y; i < 32; i += 8) {
         int token = blockIdx.x * 32 + x, head = blockIdx.y * 32 + i;
-        if (token >= a.pitch || head >= a.heads) continue;
-        float* to = a.rows + (i64)head * 3 * a.pitch + token;
-#pragma unroll
-        for (int c = 0; c < 3; c++) to[(i64)c * a.pitch] = table[c][i][x];
+        if (token < a.tokens && head < a.heads) a.rows[(i64)head * a.tokens + token] = table[i][x];
     }
 }

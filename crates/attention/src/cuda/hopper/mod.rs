@@ -1,6 +1,7 @@
 //! Kernels for 16-bit types and usual head dims on Hopper (sm_90a).
 
 pub(super) mod attend;
+pub(super) mod attend_backward;
 pub(super) mod select;
 pub(super) mod selected;
 pub(super) mod selected_backward;
