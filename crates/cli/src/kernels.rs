@@ -178,7 +178,7 @@ fn gather(source: &Path, text: &str, all: &mut Vec<(String, String)>) -> anyhow:
     for line in text.lines() {
         let Some(rest) = line.trim_start().strip_prefix("#include \"") else { continue };
         let name = rest.split('"').next().unwrap_or_default().to_owned();
-        let known = matches!(&*name, "types.cuh" | "hopper.cuh");
+        let known = tercet_cuda::HEADERS.iter().any(|(header, _)| *header == name);
         if known || all.iter().any(|(held, _)| *held == name) {
             continue;
         }

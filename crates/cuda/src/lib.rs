@@ -27,7 +27,7 @@ mod tensor_map;
 mod timing;
 
 pub use buffer::{Buffer, Pod};
-pub use compile::{Source, compile_for};
+pub use compile::{HEADERS, Source, compile_for};
 pub use device::{DeviceInfo, probe};
 pub use error::Error;
 pub use gpu::Gpu;
