@@ -80,8 +80,9 @@ DEVICE void transpose_quad(u32 (&w)[4]) {
 }
 
 // One of a thread's two rows of a 64×N accumulator, times `factor`, to `row` (N numbers) in 16-byte pieces,
-// added to what is there if `add`. All lanes of a warp take part; `inside` says which store.
-template <int N>
+// added to what is there if `add`. All lanes of a warp take part; `inside` says which store. ONCE: read once,
+// soon to leave the L2.
+template <int N, bool ONCE = false>
 DEVICE void store_row(const float (&d)[N / 2], int r, float factor, Real* row, bool inside, bool add) {
 #pragma unroll
     for (int j = 0; j < N / 8; j += 4) {
@@ -104,7 +105,11 @@ DEVICE void store_row(const float (&d)[N / 2], int r, float factor, Real* row, b
                 sum.at[i] = pack<Real>(x.x + y.x, x.y + y.y);
             }
         }
-        *place = sum;
+        if (ONCE)
+            asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(sum.at[0]), "r"(sum.at[1]),
+                         "r"(sum.at[2]), "r"(sum.at[3])
+                         : "memory");
+        else *place = sum;
     }
 }
 #endif

@@ -23,6 +23,9 @@ static constexpr bool BY_TMA = GP >= 8;
 static constexpr int Q_BYTES = COLUMNS * DP * 2, O_BYTES = COLUMNS * VP * 2;
 static constexpr int PANELS = DP / PANEL + VP / PANEL;
 static constexpr int AHEAD = 4;
+#ifndef SHARES_ONCE
+#define SHARES_ONCE true
+#endif
 #ifdef WITH_QUERIES
 static_assert(!SPLIT && PARTS == 1, "dQ comes along for head dims up to 128 and blocks of 64");
 #endif
@@ -306,7 +309,7 @@ DEVICE void consume(Shared& s, const Params& a, int steps, int from, int by) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int at = row + 8 * r, n = i * QUERIES + at / GP, line = G == GP ? i * COLUMNS + at : n * G + at % GP;
-            store_row<D>(dq, r, 1.0f, s.shares + (i64)line * D, n < s.count && at % GP < G, false);
+            store_row<D, SHARES_ONCE>(dq, r, 1.0f, s.shares + (i64)line * D, n < s.count && at % GP < G, false);
         }
 #else
         u32 ds[DO_K ? COLUMNS / 4 : 1];
