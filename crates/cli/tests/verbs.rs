@@ -232,7 +232,7 @@ fn the_selftest_is_one_table_and_its_json_has_every_row() {
 fn a_selftest_that_fails_says_so_and_leaves_with_1() {
     // A number in the middle of the expected results is another.
     let folder = golden(|bytes| {
-        let at = bytes.len() / 2 & !3;
+        let at = (bytes.len() / 2) & !3;
         bytes[at..at + 4].copy_from_slice(&1e9f32.to_le_bytes());
     });
     let args = ["selftest", "--device", "cpu", "--parts", "operator", "--golden", "."];

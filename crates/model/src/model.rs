@@ -86,7 +86,7 @@ impl Model {
     pub fn save_sharded(&self, dir: &Path, shard_bytes: u64) -> Result<()> {
         write_text(&dir.join("config.json"), &self.config_json())?;
         let mut params = self.params.clone();
-        params.to_device(&Device::Cpu)?;
+        params.move_to(&Device::Cpu)?;
         weights_write::write(dir, &self.config, &params, shard_bytes)
     }
 
@@ -111,7 +111,7 @@ impl Model {
     /// Moves the parameters; what is computed with them is computed there. Caches made before
     /// stay where they are and no longer fit.
     pub fn to_device(&mut self, device: &Device) -> Result<()> {
-        self.params.to_device(device)
+        self.params.move_to(device)
     }
 
     /// Where the parameters live.

@@ -48,7 +48,7 @@ impl Params {
     }
 
     /// Moves all tensors.
-    pub(crate) fn to_device(&mut self, device: &Device) -> Result<()> {
+    pub(crate) fn move_to(&mut self, device: &Device) -> Result<()> {
         for tensor in &mut self.tensors {
             *tensor = tensor.to_device(device)?;
         }
