@@ -120,4 +120,24 @@ mod tests {
         let error = write(&file, "k", &Key::of([]), b"x").unwrap_err();
         assert!(error.contains(&file.display().to_string()), "{error}");
     }
+
+    #[test]
+    fn writers_at_once_leave_a_whole_entry_at_every_moment() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        let key = Key::of([b"same".as_slice()]);
+        let payload = vec![7u8; 300_000];
+        write(folder, "k", &key, &payload).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..10 {
+                        write(folder, "k", &key, &payload).unwrap();
+                        assert!(read(folder, "k", &key).as_deref() == Some(&payload[..]));
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(folder).unwrap().count(), 1);
+    }
 }

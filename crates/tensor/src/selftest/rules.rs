@@ -218,7 +218,7 @@ fn made_there(device: &Device) -> Result<Check<()>> {
         let table = tape.param(table.clone(), 0);
         let rows = ops::embedding(&mut tape, &table, ids)?.reshape(&[40, 1, 64])?;
         let turned = ops::rope(&mut tape, &rows, ids, &angles)?;
-        let loss = super::weigh(&mut tape, &[turned.clone()], device)?;
+        let loss = super::weigh(&mut tape, std::slice::from_ref(&turned), device)?;
         let mut grads = Grads::new(1);
         tape.backward(&loss, &mut grads)?;
         let mut found = vec![bits(turned.value())?];
