@@ -65,7 +65,7 @@ class KeysParams(ctypes.Structure):
                 ("scale_log2", ctypes.c_float), ("scale", ctypes.c_float), ("window", ctypes.c_int),
                 ("block", ctypes.c_int), ("stride", ctypes.c_int), ("dk", ctypes.c_uint64),
                 ("dv", ctypes.c_uint64), ("dk_parts", ctypes.c_uint64), ("dv_parts", ctypes.c_uint64),
-                ("keys", ctypes.c_int64)]
+                ("keys", ctypes.c_int64), ("not_finite", ctypes.c_uint64)]
 
 
 class QueriesParams(ctypes.Structure):
@@ -73,7 +73,7 @@ class QueriesParams(ctypes.Structure):
                 ("heads", ctypes.c_int), ("group", ctypes.c_int), ("kv_heads", ctypes.c_int), ("scale_log2", ctypes.c_float),
                 ("scale", ctypes.c_float), ("window", ctypes.c_int), ("block", ctypes.c_int),
                 ("stride", ctypes.c_int), ("rows", ctypes.c_uint64), ("tokens", ctypes.c_int),
-                ("first", ctypes.c_int), ("last", ctypes.c_int), ("dq", ctypes.c_uint64), ("sum", ctypes.c_uint64)]
+                ("first", ctypes.c_int), ("last", ctypes.c_int), ("dq", ctypes.c_uint64), ("sum", ctypes.c_uint64), ("not_finite", ctypes.c_uint64)]
 
 
 class DeltaParams(ctypes.Structure):

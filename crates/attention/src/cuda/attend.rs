@@ -131,12 +131,12 @@ impl Upstream {
     }
 }
 
-/// Where a branch's gradients go. dQ is summed over branches in f32.
+/// Where a branch's gradients go. dQ is summed over branches in f32, or in its own storage type.
 #[derive(Clone, Copy)]
 pub(super) struct Grads {
     /// `[T, H, D]`, written by the last branch.
     pub q: Slice,
-    /// f32 `[T, H, D]`; unused when one branch is first and last.
+    /// f32 `[T, H, D]`; 0: branches add up in `q` itself.
     pub sum: u64,
     pub first: bool,
     pub last: bool,
@@ -197,7 +197,12 @@ pub(super) fn attend_grads(
     if branch.batch.tokens == 0 {
         return Ok(());
     }
-    plain_attend_grads(branch, visible, keys, up, grads, 0)
+    if !hopper::attend_backward::serves(branch, up, grads) {
+        return plain_attend_grads(branch, visible, keys, up, grads, 0);
+    }
+    let flag = not_finite(branch.plan, &[branch.q, branch.k, branch.v, up.d_out])?;
+    hopper::attend_backward::attend_grads(branch, visible, keys, up, grads, flag.ptr())?;
+    plain_attend_grads(branch, visible, keys, up, grads, flag.ptr())
 }
 
 /// Does nothing where `wanted` (a flag on the device, or 0) is not set.

@@ -2,6 +2,7 @@
 
 use tercet_cuda::Args;
 
+use super::hopper;
 use super::plain;
 use super::{Plan, Slice};
 use crate::Result;
@@ -41,6 +42,11 @@ pub(super) fn gate_backward(
     rows: usize,
 ) -> Result<()> {
     let [cmp, slc, win] = branches.map(Slice::ptr);
+    if hopper::attend_backward::corrects(plan, &branches, d_out) {
+        let to = (d_gate.ptr(), delta);
+        let branches = [cmp, slc, win];
+        return hopper::attend_backward::corrections(plan, gate.ptr(), branches, d_out, to, rows);
+    }
     let args = Args::new().ptr(gate.ptr()).ptr(cmp).ptr(slc).ptr(win);
     let args = args.ptr(d_out.ptr()).ptr(d_gate.ptr()).ptr(delta);
     launch(plan, "gate_backward", rows, args)
@@ -54,6 +60,10 @@ pub(super) fn correction(
     delta: u64,
     rows: usize,
 ) -> Result<()> {
+    if hopper::attend_backward::corrects(plan, &[out], d_out) {
+        let branches = [out.ptr(), 0, 0];
+        return hopper::attend_backward::corrections(plan, 0, branches, d_out, (0, delta), rows);
+    }
     let args = Args::new().ptr(out.ptr()).ptr(d_out.ptr()).ptr(delta);
     launch(plan, "correction", rows, args)
 }

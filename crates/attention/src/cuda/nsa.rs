@@ -272,8 +272,10 @@ pub fn nsa_backward(
     let label = Label::shaped("softmax corrections", &[3, tokens, heads]);
     let deltas = plan.gpu.alloc_for(3 * rows * 4, label)?;
     gate_backward(plan, input.gate, state.outs, d_out, grads.gate, deltas.ptr(), rows)?;
+    // Hopper's kernels add up in dQ itself: half the memory and traffic, one rounding a branch.
     let label = Label::shaped("the query's gradient in f32", &[tokens, heads, key_dim]);
-    let sum = plan.gpu.alloc_for(rows * key_dim * 4, label)?;
+    let bytes = if plan.hopper() { 0 } else { rows * key_dim * 4 };
+    let sum = plan.gpu.alloc_for(bytes, label)?;
     let up = |index: usize| Upstream {
         d_out,
         gate: Some((input.gate, index)),

@@ -45,15 +45,18 @@ pub(in super::super) fn serves(branch: &Branch, up: Upstream, grads: Grads) -> b
 }
 
 /// Backward of a masked branch with `keys` rows of keys; [`serves`] must hold and there must be
-/// tokens. Without an f32 sum, dQ adds up in its own storage type.
+/// tokens. Without an f32 sum, dQ adds up in its own storage type. Masked pairs are multiplied by 0,
+/// which does not do where a number is not finite: where the flag at `not_finite` is set, nothing
+/// that counts is written.
 pub(in super::super) fn attend_grads(
     branch: &Branch,
     visible: Visible,
     keys: usize,
     up: Upstream,
     grads: Grads,
+    not_finite: u64,
 ) -> Result<()> {
-    let call = Call::new(branch, visible, keys, up)?;
+    let call = Call::new(branch, visible, keys, up, not_finite)?;
     call.queries(grads)?;
     if keys == 0 {
         return Ok(());
@@ -88,6 +91,7 @@ struct KeyParams {
     k_parts: u64,
     v_parts: u64,
     keys: i64,
+    not_finite: u64,
 }
 
 /// `Params` of `attend_backward_queries.cu`.
@@ -108,6 +112,7 @@ struct QueryParams {
     last: i32,
     d_q: u64,
     sum: u64,
+    not_finite: u64,
 }
 
 /// `Rows` of `delta.cu`.
@@ -141,16 +146,20 @@ fn row_bytes(dims: Dims) -> usize {
     2 * (padded(dims.key_dim) + padded(dims.value_dim))
 }
 
+/// Whether [`corrections`] serves a call.
+pub(in super::super) fn corrects(plan: &Plan, branches: &[Slice], d_out: Slice) -> bool {
+    plan.hopper() && aligned(branches) && aligned(&[d_out])
+}
+
 /// Each branch's Δ, f32 `[3, rows]` at `delta`, and the gates' gradients `[rows, 3]` at `d_gate` if
-/// not 0, from `d_out` and the branches' outputs `[rows, V]` (0: no such branch). Addresses are
-/// aligned to 16 bytes.
+/// not 0, from `d_out` and the branches' outputs `[rows, V]` (0: no such branch);
+/// [`corrects`] must hold.
 pub(in super::super) fn corrections(
     plan: &Plan,
     gate: u64,
     branches: [u64; 3],
     d_out: Slice,
-    d_gate: u64,
-    delta: u64,
+    (d_gate, delta): (u64, u64),
     rows: usize,
 ) -> Result<()> {
     let value_dim = plan.dims.value_dim;
@@ -170,12 +179,19 @@ struct Call<'a> {
     mask: usize,
     keys: usize,
     d_out: Slice,
+    not_finite: u64,
     /// `[H, T, 4]`: log-sum-exp (base 2), gate, δ, 0.
     rows: Buffer,
 }
 
 impl<'a> Call<'a> {
-    fn new(branch: &'a Branch, visible: Visible, keys: usize, up: Upstream) -> Result<Self> {
+    fn new(
+        branch: &'a Branch,
+        visible: Visible,
+        keys: usize,
+        up: Upstream,
+        not_finite: u64,
+    ) -> Result<Self> {
         let (plan, tokens, heads) = (branch.plan, branch.batch.tokens, branch.plan.dims.heads);
         let label = Label::shaped("rows of the attention's backward", &[heads, tokens, 4]);
         let rows = plan.gpu.alloc_for(heads * tokens * 16, label)?;
@@ -196,7 +212,7 @@ impl<'a> Call<'a> {
         // promise.
         unsafe { kernel.launch(grid, [256, 1, 1], 0, Args::new().value(params))? };
         let (visible, mask) = mask(visible);
-        Ok(Call { branch, visible, mask, keys, d_out: up.d_out, rows })
+        Ok(Call { branch, visible, mask, keys, d_out: up.d_out, not_finite, rows })
     }
 
     fn defines(&self, more: &[(&'static str, usize)]) -> Vec<(&'static str, String)> {
@@ -260,6 +276,7 @@ impl<'a> Call<'a> {
             last: grads.last.into(),
             d_q: grads.q.ptr(),
             sum: grads.sum,
+            not_finite: self.not_finite,
         };
         let defines = self.defines(&[("BN", keys), ("K_STAGES", stages), ("V_STAGES", stages)]);
         let kernel = plan.gpu.kernel(&QUERIES, "attend_backward_queries", &defines)?;
@@ -311,6 +328,7 @@ impl<'a> Call<'a> {
             k_parts: at(&k_parts),
             v_parts: at(&v_parts),
             keys: self.keys as i64,
+            not_finite: self.not_finite,
         };
         let defines = self.defines(&[("STAGES", stages)]);
         let kernel = plan.gpu.kernel(&KEYS, "attend_backward_keys", &defines)?;

@@ -49,6 +49,7 @@ struct Params {
     Real *dk, *dv;               // [N, K, D], [N, K, V]; written if there is one part
     float *dk_parts, *dv_parts;  // [parts, N, K, D], [parts, N, K, V]; written if there are more
     i64 keys;                    // N
+    const u32* not_finite;       // a flag that says: do nothing; or null
 };
 
 struct Shared {
@@ -304,6 +305,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     attend_backward_keys(const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                          const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap o,
                          const __grid_constant__ TensorMap rows, const __grid_constant__ Params a) {
+    if (a.not_finite != nullptr && *a.not_finite) return;
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
     int parts = a.head_parts * a.range_parts, block = blockIdx.x / parts;

@@ -27,6 +27,7 @@ struct Params {
     int first, last;  // whether this branch is the first, the last, that adds to dQ
     Real* dq;         // [T, H, D]
     float* sum;       // [T, H, D], or null
+    const u32* not_finite;  // a flag that says: do nothing; or null
 };
 
 struct Shared {
@@ -136,15 +137,14 @@ DEVICE void consume(Shared& s, const Params& a) {
     Work w;
     for (int n = 0; w.next(a); n++) {
         w.settle();
-        float dq[D / 2], scores[BN / 2], dp[BN / 2], lse[2], delta[2], factor[2];
-        bool inside[2];
+        float dq[D / 2], scores[BN / 2], dp[BN / 2], lse[2], delta[2];
         u32 ds[BN / 4];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            inside[r] = row + 8 * r < w.tile.rows;
+            bool inside = row + 8 * r < w.tile.rows;
             float4 info = make_float4(INF, 0.0f, 0.0f, 0.0f);
-            if (inside[r]) info = a.rows[(i64)w.head * a.tokens + w.tile.token + row + 8 * r];
-            lse[r] = info.x, factor[r] = info.y * a.scale, delta[r] = info.z;
+            if (inside) info = a.rows[(i64)w.head * a.tokens + w.tile.token + row + 8 * r];
+            lse[r] = info.x, delta[r] = info.z;
         }
         clear(dq);
         int key = w.first + w.count * BN, position = w.tile.position + warpgroup * 64;
@@ -222,6 +222,13 @@ DEVICE void consume(Shared& s, const Params& a) {
         }
         wgmma_hold(dq);
         if (leader) barrier_arrive(&s.q_empty);
+        float factor[2] = {0.0f, 0.0f};
+        bool inside[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            inside[r] = row + 8 * r < w.tile.rows;
+            if (inside[r]) factor[r] = a.scale * a.rows[(i64)w.head * a.tokens + w.tile.token + row + 8 * r].y;
+        }
         i64 pitch = (i64)a.heads * D, place = (w.tile.token + row) * pitch + w.head * D;
         if (a.sum == nullptr) {
             Real* to[2] = {a.dq + place, a.dq + place + 8 * pitch};
@@ -236,6 +243,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     attend_backward_queries(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap o,
                             const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                             const __grid_constant__ Params a) {
+    if (a.not_finite != nullptr && *a.not_finite) return;
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
     if (threadIdx.x == 0) {

@@ -19,10 +19,11 @@ struct Upstream {
     DEVICE float gate_of(i64 row) const { return gate ? widen(gate[row * 3 + index]) : 1.0f; }
 };
 
-// dQ is summed over branches in f32: the first one overwrites `sum`, the last one rounds into `d_q`.
+// dQ is summed over branches in f32: the first one overwrites `sum`, the last one rounds into `d_q`. Without
+// `sum` they add up in `d_q` itself.
 struct QueryGrad {
     Real* d_q;   // [T, H, D]
-    float* sum;  // [T, H, D]; null when one branch is all
+    float* sum;  // [T, H, D], or null
     int first, last;
 };
 
@@ -105,8 +106,8 @@ struct QuerySums {
             each_column<DIM_K>(dim_k, [&](int column, int g, int c) {
                 i64 place = row * dim_k + column;
                 float x = scale * d_q[i][g][c];
-                if (!to.first) x += to.sum[place];
-                if (to.last) to.d_q[place] = narrow<Real>(x);
+                if (!to.first) x += to.sum == nullptr ? widen(to.d_q[place]) : to.sum[place];
+                if (to.last || to.sum == nullptr) to.d_q[place] = narrow<Real>(x);
                 else to.sum[place] = x;
             });
         }
