@@ -67,6 +67,10 @@ impl Model {
         let positions = &site.inputs.positions;
         let q = self.rotate(tape, q, positions)?;
         let k = self.rotate(tape, k, positions)?;
+        if let (Some(cache), Some(_)) = (&site.cache, site.step) {
+            let out = cache.step_dense(positions, [q.value(), k.value(), v.value()])?;
+            return Ok(tape.leaf(out));
+        }
         if let Some(cache) = site.cache {
             let out = cache.extend_dense(self.config(), q.value(), k.value(), v.value())?;
             return Ok(tape.leaf(out));
@@ -114,7 +118,7 @@ impl Model {
                 v_win: v_win.value(),
                 gate: gate.value(),
             };
-            return Ok(tape.leaf(cache.step(&inputs.positions, &new, turns)?));
+            return Ok(tape.leaf(cache.step_nsa(&inputs.positions, &new, turns)?));
         }
         let (k_cmp, v_cmp, starts) =
             cache.compress(self.config(), [k_raw.value(), v_raw.value()], [&phi_k, &phi_v])?;

@@ -43,7 +43,8 @@ impl Cache {
     /// Whether it takes single tokens only, since the rows that no compressed block is made of yet
     /// are where captured steps read them.
     pub(crate) fn only_steps(&self) -> bool {
-        self.graph.is_some()
+        let sparse = self.layers.iter().any(|layer| matches!(layer, LayerCache::CudaNsa(_)));
+        sparse && self.graph.is_some()
     }
 
     /// Bytes of keys and values in use.
@@ -142,6 +143,8 @@ impl Model {
             ));
         }
         cache.broken = true;
+        // Memory may move as caches grow.
+        cache.graph = None;
         for (layer, held) in cache.layers.iter_mut().enumerate() {
             let site = Site { layer, inputs: &inputs, cache: Some(held), step: None };
             x = self.layer(tape, &x, site)?.swap_remove(0);
@@ -255,13 +258,18 @@ impl LayerCache {
 
     /// Whether one token's step can be captured.
     fn can_be_captured(&self) -> bool {
-        matches!(self, Self::CudaNsa(layer) if layer.can_be_captured())
+        match self {
+            Self::CudaNsa(layer) => layer.can_be_captured(),
+            Self::CudaDense(layer) => layer.can_be_captured(),
+            _ => false,
+        }
     }
 
     /// Notes that a captured step has been launched.
     fn advance(&mut self) -> Result<()> {
         match self {
             Self::CudaNsa(layer) => layer.advance(),
+            Self::CudaDense(layer) => layer.advance(),
             _ => Err(mismatch()),
         }
     }

@@ -13,20 +13,47 @@ use crate::config::ModelConfig;
 const ROOM: usize = 1024;
 
 /// Keys and values of a dense layer.
-pub(crate) struct CudaDense(DenseCache);
+pub(crate) struct CudaDense {
+    cache: DenseCache,
+    /// A window's ring, which steps of a longer sequence than it was made for do not fit.
+    window: bool,
+}
 
 impl CudaDense {
     pub fn new(gpu: &Gpu, config: &ModelConfig, dtype: DType, mask: Mask) -> Result<Self> {
-        Ok(Self(DenseCache::new(gpu, dtype, (mask, config.dims()), 1, ROOM)?))
+        let cache = DenseCache::new(gpu, dtype, (mask, config.dims()), 1, ROOM)?;
+        Ok(Self { cache, window: mask != Mask::Causal })
     }
 
     pub fn bytes(&self) -> usize {
-        self.0.bytes()
+        self.cache.bytes()
     }
 
     /// Appends q, k, v `[c, …]`; returns the output `[c, H, V]`.
     pub fn extend(&mut self, qkv: [&Tensor; 3]) -> Result<Tensor> {
-        Ok(self.0.extend(0, qkv)?)
+        Ok(self.cache.extend(0, qkv)?)
+    }
+
+    /// Whether [`CudaDense::step`] serves this layer.
+    pub fn can_be_captured(&self) -> bool {
+        !self.window
+    }
+
+    /// Makes room for `tokens` tokens, for steps from here on; returns how many there is room for.
+    pub fn prepare(&mut self, tokens: usize) -> Result<usize> {
+        self.cache.reserve(tokens)?;
+        Ok(self.cache.capacity())
+    }
+
+    /// Appends one token's q, k, v `[1, …]` at `positions` (I32 `[1]`, on the device); returns its
+    /// output `[1, H, V]`. For a capture.
+    pub fn step(&self, positions: &Tensor, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        Ok(self.cache.step(positions, qkv)?)
+    }
+
+    /// Notes that a captured step was launched.
+    pub fn advance(&mut self) -> Result<()> {
+        Ok(self.cache.advance(1)?)
     }
 }
 
@@ -102,18 +129,14 @@ impl CudaNsa {
         self.spec.compressor == Compressor::Mean
     }
 
-    /// Makes room for `tokens` tokens and hands the raw rows over, for steps from here on.
-    pub fn prepare(&mut self, tokens: usize) -> Result<()> {
+    /// Makes room for `tokens` tokens and hands the raw rows over, for steps from here on; returns
+    /// how many tokens there is room for.
+    pub fn prepare(&mut self, tokens: usize) -> Result<usize> {
         self.cache.reserve(tokens)?;
         if let Some([k, v]) = self.tail.take() {
             self.cache.prime(0, &k, &v)?;
         }
-        Ok(())
-    }
-
-    /// Tokens there is room for.
-    pub fn capacity(&self) -> usize {
-        self.cache.capacity()
+        Ok(self.cache.capacity())
     }
 
     /// Appends one token at `positions` (I32 `[1]`, on the device), its compression rows raw;

@@ -23,7 +23,8 @@ pub(crate) struct DecodeGraph {
 }
 
 impl DecodeGraph {
-    /// Makes room for `tokens` tokens and some more in every layer, and captures a step.
+    /// Makes room for `tokens` tokens, the next one included, and some more in every layer, and
+    /// captures a step.
     pub fn capture(
         model: &Model,
         gpu: &Gpu,
@@ -31,12 +32,9 @@ impl DecodeGraph {
         tokens: usize,
     ) -> Result<Self> {
         let longest = model.config().max_position_embeddings;
-        for layer in layers.iter_mut() {
-            layer.as_cuda_nsa()?.prepare((tokens + AHEAD).min(longest))?;
-        }
         let mut capacity = longest;
         for layer in layers.iter_mut() {
-            capacity = capacity.min(layer.as_cuda_nsa()?.capacity());
+            capacity = capacity.min(layer.prepare((tokens + AHEAD).min(longest))?);
         }
         let device = Device::Cuda(gpu.clone());
         let turns = match &model.rope {
@@ -53,8 +51,8 @@ impl DecodeGraph {
         };
         let mut step = || model.step(&inputs, layers, turns.as_ref()).map_err(into_tensor_error);
         // Once for nobody: kernels are compiled, products choose their algorithms, and tables are
-        // uploaded before anything is captured. A row at position −1 changes no cache.
-        positions.overwrite(&Tensor::from_i32(vec![-1], &[1])?)?;
+        // uploaded before anything is captured. What it writes stands where the next token will.
+        positions.overwrite(&Tensor::from_i32(vec![tokens as i32 - 1], &[1])?)?;
         step()?;
         let (graph, logits) = gpu.capture(step)?;
         Ok(Self { graph, ids, positions, logits, capacity, _turns: turns })
@@ -96,20 +94,33 @@ impl Model {
 }
 
 impl LayerCache {
-    fn as_cuda_nsa(&mut self) -> Result<&mut crate::cache_cuda::CudaNsa> {
+    /// Makes room for `tokens` tokens; returns how many there is room for.
+    fn prepare(&mut self, tokens: usize) -> Result<usize> {
         match self {
-            Self::CudaNsa(layer) => Ok(layer),
+            Self::CudaNsa(layer) => layer.prepare(tokens),
+            Self::CudaDense(layer) => layer.prepare(tokens),
             _ => Err(mismatch()),
         }
     }
 
     /// See [`crate::cache_cuda::CudaNsa::step`].
-    pub fn step(
-        &mut self,
+    pub fn step_nsa(
+        &self,
         positions: &Tensor,
         new: &crate::cache::NsaNew,
         turns: Option<&Tensor>,
     ) -> Result<Tensor> {
-        self.as_cuda_nsa()?.step(positions, new, turns)
+        match self {
+            Self::CudaNsa(layer) => layer.step(positions, new, turns),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// See [`crate::cache_cuda::CudaDense::step`].
+    pub fn step_dense(&self, positions: &Tensor, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        match self {
+            Self::CudaDense(layer) => layer.step(positions, qkv),
+            _ => Err(mismatch()),
+        }
     }
 }

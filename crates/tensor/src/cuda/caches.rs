@@ -157,6 +157,33 @@ impl DenseCache {
         self.cache.bytes()
     }
 
+    /// Tokens of a sequence that fit without growing.
+    pub fn capacity(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Makes room for `tokens` tokens of each sequence.
+    pub fn reserve(&mut self, tokens: usize) -> Result<()> {
+        self.cache.reserve(tokens).map_err(Error::attention(OP))
+    }
+
+    /// Appends one token of every sequence at `positions` (I32 `[B]`, on the device); returns their
+    /// output `[B, H, V]`. Can be captured; [`DenseCache::advance`] then tells of each launch.
+    pub fn step(&self, positions: &Tensor, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        let (dims, count) = (self.dims, qkv[0].shape()[0]);
+        let out = stale(&self.gpu, self.dtype, &[count, dims.heads, dims.value_dim])?;
+        let [q, k, v] = qkv;
+        let slices = [slice(q)?, slice(k)?, slice(v)?];
+        let done = self.cache.step(dims.scale(), slice(positions)?, slices, slice(&out)?);
+        done.map_err(Error::attention(OP))?;
+        Ok(out)
+    }
+
+    /// Notes that a captured [`DenseCache::step`] was launched: every sequence holds a token more.
+    pub fn advance(&mut self, sequences: usize) -> Result<()> {
+        self.cache.advance(0..sequences).map_err(Error::attention(OP))
+    }
+
     /// Appends c tokens of a sequence (q `[c, H, D]`, k `[c, K, D]`, v `[c, K, V]`); returns their
     /// output `[c, H, V]`. Grows as needed.
     pub fn extend(&mut self, sequence: usize, qkv: [&Tensor; 3]) -> Result<Tensor> {

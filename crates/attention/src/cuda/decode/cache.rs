@@ -447,6 +447,55 @@ impl DenseCache {
         self.store.bytes()
     }
 
+    /// Tokens of a sequence that fit; a window's ring takes any number.
+    pub fn capacity(&self) -> usize {
+        if self.store.ring { i32::MAX as usize } else { self.store.page }
+    }
+
+    /// Makes room for `tokens` tokens of each sequence. Graphs captured before hold the old memory.
+    pub fn reserve(&mut self, tokens: usize) -> Result<()> {
+        let tokens = match self.mask {
+            Mask::Causal => tokens,
+            Mask::Window(window) => ring_tokens(window, tokens),
+        };
+        self.store.reserve(&self.plan, tokens)
+    }
+
+    /// Appends one token of every sequence (`q` `[B, H, D]`, `k` `[B, K, D]`, `v` `[B, K, V]`) at the
+    /// `positions` on the device, i32 `[B]` (−1: the sequence rests), and writes the output
+    /// `[B, H, V]`. Two launches, so it can be captured; see [`NsaCache::step`].
+    pub fn step(
+        &self,
+        scale: f32,
+        positions: Slice,
+        [q, k, v]: [Slice; 3],
+        out: Slice,
+    ) -> Result<()> {
+        let (plan, count) = (&self.plan, self.lens.len());
+        check_len("positions", positions.len(), &[('B', count)])?;
+        let cache = self.store.view(plan);
+        let places = Places { plan, positions, sequences: None };
+        append(&places, &[New { k, v, cache }], None)?;
+        // What a ring holds is all that a row can see.
+        let longest = self.store.page;
+        let rows = Rows { plan, scale, q, positions, sequences: None, count, longest };
+        dense_rows(&rows, self.mask, &cache, out)
+    }
+
+    /// Notes that a captured [`DenseCache::step`] has been launched; see [`NsaCache::advance`].
+    pub fn advance(&mut self, active: impl IntoIterator<Item = usize>) -> Result<()> {
+        let capacity = self.capacity();
+        for sequence in active {
+            match self.lens.get_mut(sequence) {
+                Some(len) if *len < capacity => *len += 1,
+                _ => {
+                    return Err(Error::Dims(format!("sequence {sequence} has no room for a token")));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Appends c tokens of a sequence (`q` `[c, H, D]`, `k` `[c, K, D]`, `v` `[c, K, V]`) and writes
     /// their output `[c, H, V]`. Grows as needed. Not while a graph is captured.
     pub fn extend(
