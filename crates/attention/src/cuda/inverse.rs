@@ -24,8 +24,9 @@ pub(super) struct Inverse {
 
 impl Inverse {
     /// From `indices` `[T, K, S]`, of which only entries count that are one of their query's
-    /// blocks, for the first time.
-    pub fn new(branch: &Branch, spec: &NsaSpec, indices: Slice) -> Result<Self> {
+    /// blocks, for the first time. Nothing is made where `wanted` (a flag on the device, or 0) is
+    /// not set.
+    pub fn new(branch: &Branch, spec: &NsaSpec, indices: Slice, wanted: u64) -> Result<Self> {
         let (plan, batch) = (branch.plan, branch.batch);
         let (gpu, kv_heads) = (&plan.gpu, plan.dims.kv_heads);
         let blocks = items(batch.tokens, spec.select_block, batch.count());
@@ -42,7 +43,7 @@ impl Inverse {
         let shape = |args: Args| {
             let args = args.ptr(batch.table.ptr()).i32(int(batch.count())).i32(int(batch.tokens));
             let args = args.i32(int(chunk)).i32(int(kv_heads)).i32(int(spec.select_count));
-            args.i32(int(spec.select_block)).i32(int(blocks))
+            args.i32(int(spec.select_block)).i32(int(blocks)).ptr(wanted)
         };
         let lists = Args::new().ptr(indices.ptr()).ptr(counts.ptr());
         let lists = shape(lists);
@@ -50,9 +51,9 @@ impl Inverse {
         unsafe {
             plain::launch(&kernel("count")?, chunks * kv_heads, 256, 0, lists)?;
             let args = Args::new().ptr(counts.ptr()).ptr(starts.ptr());
-            let args = args.i32(int(chunks)).i32(int(entries));
+            let args = args.i32(int(chunks)).i32(int(entries)).ptr(wanted);
             plain::launch(&kernel("offsets")?, entries.div_ceil(256), 256, 0, args)?;
-            let args = Args::new().ptr(starts.ptr()).i32(int(entries));
+            let args = Args::new().ptr(starts.ptr()).i32(int(entries)).ptr(wanted);
             plain::launch(&kernel("scan")?, 1, 1024, 1024 * 8, args)?;
             let args = Args::new().ptr(indices.ptr()).ptr(counts.ptr());
             let args = shape(args.ptr(starts.ptr()).ptr(queries.ptr()));

@@ -35,10 +35,12 @@ pub(super) fn selected_grads(
     if branch.batch.tokens == 0 {
         return Ok(());
     }
-    if hopper::selected_backward::serves(branch, spec, up, grads) {
-        return hopper::selected_backward::selected_grads(branch, spec, indices, up, grads);
+    if !hopper::selected_backward::serves(branch, spec, up, grads) {
+        return plain_selected_grads(branch, spec, indices, up, grads, 0);
     }
-    plain_selected_grads(branch, spec, indices, up, grads, 0)
+    let flag = not_finite(branch.plan, &[branch.q, branch.k, branch.v, up.d_out])?;
+    hopper::selected_backward::selected_grads(branch, spec, indices, up, grads, flag.ptr())?;
+    plain_selected_grads(branch, spec, indices, up, grads, flag.ptr())
 }
 
 /// indices, length, block of the kernels.
@@ -97,7 +99,7 @@ fn plain_selected_grads(
     // SAFETY: the kernel's arguments; lengths were checked and addresses are the caller's promise.
     unsafe { plain::launch(&kernel, query_blocks(branch, tile), THREADS, shared, args)? };
 
-    let inverse = Inverse::new(branch, spec, indices)?;
+    let inverse = Inverse::new(branch, spec, indices, wanted)?;
     let (tile, shared) = Tile::fitting(&plan.gpu, &SQUARE, |tile| key_bytes(dims, tile))?;
     let longest = branch.batch.sequences.iter().map(|s| s.len()).max().unwrap_or(0);
     let parts = spec.select_block.min(longest).div_ceil(tile.keys);

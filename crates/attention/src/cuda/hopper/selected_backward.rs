@@ -61,7 +61,8 @@ pub(in super::super) fn serves(
 const HEAD_SHARES: usize = 8 << 30;
 const LAUNCH_SHARES: usize = 2304 << 20;
 
-/// Backward of the selected branch; [`serves`] must hold and there must be tokens.
+/// Backward of the selected branch; [`serves`] must hold and there must be tokens. Does nothing to
+/// the gradients where `not_finite`, a flag on the device, is set.
 ///
 /// dQ comes from the kernel that makes dK and dV, as a share for every (query, block) that a second
 /// kernel adds up, where memory for the shares is in proportion; else from a kernel of its own.
@@ -71,6 +72,7 @@ pub(in super::super) fn selected_grads(
     indices: Slice,
     up: Upstream,
     grads: Grads,
+    not_finite: u64,
 ) -> Result<()> {
     let Dims { kv_heads, key_dim, value_dim, .. } = branch.plan.dims;
     let shares = indices.len() / kv_heads * branch.plan.dims.group() * key_dim * 2;
@@ -78,11 +80,11 @@ pub(in super::super) fn selected_grads(
     if fits && shares <= HEAD_SHARES {
         let heads = (LAUNCH_SHARES / shares).clamp(1, kv_heads);
         let inverse = Inverse::new(branch, spec, indices, heads, true)?;
-        return key_grads(branch, spec, &inverse, up, grads, Some(heads * shares));
+        return key_grads(branch, spec, &inverse, up, grads, Some(heads * shares), not_finite);
     }
-    query_grads(branch, spec, indices, up, grads)?;
+    query_grads(branch, spec, indices, up, grads, not_finite)?;
     let inverse = Inverse::new(branch, spec, indices, kv_heads, false)?;
-    key_grads(branch, spec, &inverse, up, grads, None)
+    key_grads(branch, spec, &inverse, up, grads, None, not_finite)
 }
 
 fn label(what: &'static str, shape: &[usize]) -> Label {
@@ -215,6 +217,7 @@ struct KeyParams {
     shares: u64,
     d_q: u64,
     d_q_sum: u64,
+    not_finite: u64,
     tokens: i32,
     heads: i32,
     kv_heads: i32,
@@ -236,6 +239,7 @@ fn key_grads(
     up: Upstream,
     grads: Grads,
     shares: Option<usize>,
+    not_finite: u64,
 ) -> Result<()> {
     let (plan, tokens) = (branch.plan, branch.batch.tokens);
     let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
@@ -284,6 +288,7 @@ fn key_grads(
             shares: share.ptr(),
             d_q: grads.q.ptr(),
             d_q_sum: grads.sum,
+            not_finite,
             tokens: int(tokens),
             heads: int(heads),
             kv_heads: int(kv_heads),
@@ -365,6 +370,7 @@ struct QueryParams {
     indices: u64,
     d_q: u64,
     sum: u64,
+    not_finite: u64,
     tile_count: i32,
     heads: i32,
     kv_heads: i32,
@@ -381,6 +387,7 @@ fn query_grads(
     indices: Slice,
     up: Upstream,
     grads: Grads,
+    not_finite: u64,
 ) -> Result<()> {
     let (plan, batch) = (branch.plan, branch.batch);
     let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
@@ -404,6 +411,7 @@ fn query_grads(
         indices: indices.ptr(),
         d_q: grads.q.ptr(),
         sum: grads.sum,
+        not_finite,
         tile_count: int(tiles),
         heads: int(heads),
         kv_heads: int(kv_heads),

@@ -47,6 +47,7 @@ struct Params {
     Real* shares;        // [entries of the lists of KV heads first_head.., G, D]: each one's share of dQ / scale
     Real* dq;            // [T, H, D]
     float* dq_sum;       // [T, H, D] where branches add up before the last one rounds into dq; or null: in dq
+    const u32* not_finite;  // see `attend.cu`
     int tokens, query_heads, kv_heads, gate_index;
     int first_head, end_head, blocks, listed;  // KV heads [first_head, end_head) in this launch
     int first, last;     // whether this branch is the first, the last, that adds to dQ
@@ -372,6 +373,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     selected_backward_keys(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap o,
                            const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                            const __grid_constant__ Params a) {
+    if (*a.not_finite) return;
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
     int number = a.heads[a.first_head] + blockIdx.x / PARTS;
@@ -441,6 +443,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
 // Grid as above. Block: whole warps. Adds the sums of blocks that have several items.
 KERNEL __launch_bounds__(256) selected_backward_keys_sum(const Params a) {
+    if (*a.not_finite) return;
     int number = a.heads[a.first_head] + blockIdx.x / PARTS;
     if (number >= a.heads[a.end_head]) return;
     Item item = a.items[number];
@@ -461,6 +464,7 @@ KERNEL __launch_bounds__(256) selected_backward_keys_sum(const Params a) {
 // dQ of a query and the heads of a KV head: what its blocks' shares add up to, in the list's order. Grid:
 // T · KV heads of the launch. Block: G·D/8 threads, rounded up to warps.
 KERNEL selected_backward_queries_sum(const Params a) {
+    if (*a.not_finite) return;
     int heads = a.end_head - a.first_head, kv_head = a.first_head + blockIdx.x % heads, chunk = threadIdx.x;
     i64 token = blockIdx.x / heads;
     if (chunk >= G * D / 8) return;

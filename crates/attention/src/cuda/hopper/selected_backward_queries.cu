@@ -33,6 +33,7 @@ struct Params {
     const i32* indices;   // [T, K, S], ascending, then −1
     Real* dq;             // [T, H, D]
     float* sum;           // [T, H, D] where branches add up before the last one rounds into dq; or null: in dq
+    const u32* not_finite;  // see `attend.cu`
     int tile_count, heads, kv_heads, group, gate_index;
     int first, last;      // whether this branch is the first, the last, that adds to dQ
     float scale;
@@ -424,6 +425,7 @@ DEVICE void consume(Shared& s, const Plan& p, const Params& a, u32 first, u32& i
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     selected_backward_queries(const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                               const __grid_constant__ Params a) {
+    if (*a.not_finite) return;
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
     if (threadIdx.x == 0) {

@@ -11,7 +11,8 @@ DEVICE i64 first_block(const Sequence& s, int b, int block) { return s.key / blo
 
 // `counts` [chunks, K, J], zero before.
 KERNEL count(const int* indices, int* counts, const Sequence* sequences, int sequence_count, int tokens, int chunk,
-             int kv_heads, int length, int block, int blocks) {
+             int kv_heads, int length, int block, int blocks, const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     int kv_head = blockIdx.x % kv_heads, number = blockIdx.x / kv_heads, lane = threadIdx.x & 31;
     i64 end = min((i64)(number + 1) * chunk, (i64)tokens);
     int* row = counts + ((i64)number * kv_heads + kv_head) * blocks;
@@ -27,7 +28,8 @@ KERNEL count(const int* indices, int* counts, const Sequence* sequences, int seq
 }
 
 // `totals` [K, J].
-KERNEL offsets(int* counts, i64* totals, int chunks, int entries) {
+KERNEL offsets(int* counts, i64* totals, int chunks, int entries, const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     int entry = blockIdx.x * blockDim.x + threadIdx.x;
     if (entry >= entries) return;
     int sum = 0;
@@ -41,7 +43,8 @@ KERNEL offsets(int* counts, i64* totals, int chunks, int entries) {
 }
 
 // `starts` [entries + 1]: totals before, exclusive sums after. One block of 1024 threads.
-KERNEL scan(i64* starts, int entries) {
+KERNEL scan(i64* starts, int entries, const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     extern __shared__ i64 partial[];
     int each = (entries + 1023) / 1024, first = min((int)threadIdx.x * each, entries), end = min(first + each, entries);
     i64 sum = 0;
@@ -65,7 +68,9 @@ KERNEL scan(i64* starts, int entries) {
 
 // `queries` holds each list's queries, counted from the first of their sequence.
 KERNEL fill(const int* indices, int* counts, const i64* starts, int* queries, const Sequence* sequences,
-            int sequence_count, int tokens, int chunk, int kv_heads, int length, int block, int blocks) {
+            int sequence_count, int tokens, int chunk, int kv_heads, int length, int block, int blocks,
+          const u32* wanted) {
+    if (wanted != nullptr && *wanted == 0) return;
     int kv_head = blockIdx.x % kv_heads, number = blockIdx.x / kv_heads, lane = threadIdx.x;
     i64 begin = (i64)number * chunk, end = min(begin + chunk, (i64)tokens);
     int* row = counts + ((i64)number * kv_heads + kv_head) * blocks;
