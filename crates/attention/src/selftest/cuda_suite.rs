@@ -66,10 +66,11 @@ pub fn cuda_parts<'a>(gpu: &Gpu, golden: &'a [Golden], long: bool) -> Vec<Part<'
     }
     let [f32, _, f16] = ways();
     let plain = plain.way::<bf16>("cuda bf16, plain", Storage::Bf16);
-    for shape in 0..if long { SHAPES.len() } else { SHORT_SHAPES } {
+    let shapes = if long { SHAPES.len() } else { SHORT_SHAPES };
+    for (shape, dims) in SHAPES.into_iter().enumerate().take(shapes) {
         let way = device.way::<bf16>("cuda bf16", Storage::Bf16);
         parts.push((
-            format!("dims {:?}, {}", SHAPES[shape], way.name),
+            format!("dims {dims:?}, {}", way.name),
             Box::new(move |each| usual(&way, &shape_cases(shape, long), each)),
         ));
     }
