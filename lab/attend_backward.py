@@ -33,10 +33,14 @@ def keys_constants(d, v, mask, dtype):
 
 def queries_constants(d, v, mask, dtype):
     bn = 128 if d <= 64 and v <= 128 else 96 if d <= 128 and v <= 128 else 64 if d <= 192 else 32
+    if mask == WINDOW:  # few keys: small tiles waste little, and the next queries come while these are walked
+        bn = min(bn, 64)
     row = (pad(d) + pad(v)) * 2
-    k_stages = v_stages = 3 if (128 + 3 * bn) * row <= 227 * 1024 - 256 else 2
-    shared = 128 * row + bn * 2 * (k_stages * pad(d) + v_stages * pad(v)) + 8 * (2 + 2 * (k_stages + v_stages))
-    return {TYPES[dtype]: 1, "D": d, "V": v, "MASK": mask, "BN": bn, "K_STAGES": k_stages, "V_STAGES": v_stages}, bn, shared
+    size = lambda q, stages: (128 * q + stages * bn) * row + 256
+    q, stages = next(x for x in ((2, 3), (1, 3), (1, 2)) if size(*x) <= 227 * 1024)
+    defines = {TYPES[dtype]: 1, "D": d, "V": v, "MASK": mask, "BN": bn, "Q_STAGES": q, "K_STAGES": stages,
+               "V_STAGES": stages}
+    return defines, bn, size(q, stages)
 
 
 def parts_of(tiles, group, kv_heads, query_tiles):

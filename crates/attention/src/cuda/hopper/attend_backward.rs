@@ -64,12 +64,15 @@ pub(in super::super) fn attend_grads(
     call.keys(grads)
 }
 
+/// MASK of a window.
+const WINDOW: usize = 2;
+
 /// `Visible` of `backward.cuh`, and MASK.
 fn mask(visible: Visible) -> ([i32; 3], usize) {
     match visible {
         Visible::Mask(Mask::Causal) => ([0, 1, 1], 0),
         Visible::Compressed(spec) => ([0, int(spec.compress_block), int(spec.compress_stride)], 1),
-        Visible::Mask(Mask::Window(window)) => ([int(window), 1, 1], 2),
+        Visible::Mask(Mask::Window(window)) => ([int(window), 1, 1], WINDOW),
     }
 }
 
@@ -257,9 +260,15 @@ impl<'a> Call<'a> {
             (..=192, _) => 64,
             _ => 32,
         };
-        let bytes = |stages: usize| (QUERIES_TILE + stages * keys) * row_bytes(plan.dims) + 256;
+        // A window's keys are few: small tiles waste little.
+        let keys = if self.mask == WINDOW { keys.min(64) } else { keys };
+        let bytes = |queries: usize, keys_ahead: usize| {
+            (queries * QUERIES_TILE + keys_ahead * keys) * row_bytes(plan.dims) + 256
+        };
         let most = plan.gpu.info().shared_per_block_optin as usize;
-        let stages = if bytes(3) <= most { 3 } else { 2 };
+        let fits = |&(q, k): &(usize, usize)| bytes(q, k) <= most;
+        let (q_stages, k_stages) = [(2, 3), (1, 3)].into_iter().find(fits).unwrap_or((1, 2));
+        let shared = bytes(q_stages, k_stages);
         let tiles = items(batch.tokens, QUERIES_TILE, batch.count());
         let params = QueryParams {
             sequences: Sequences::of(batch),
@@ -278,14 +287,19 @@ impl<'a> Call<'a> {
             sum: grads.sum,
             not_finite: self.not_finite,
         };
-        let defines = self.defines(&[("BN", keys), ("K_STAGES", stages), ("V_STAGES", stages)]);
+        let defines = self.defines(&[
+            ("BN", keys),
+            ("Q_STAGES", q_stages),
+            ("K_STAGES", k_stages),
+            ("V_STAGES", k_stages),
+        ]);
         let kernel = plan.gpu.kernel(&QUERIES, "attend_backward_queries", &defines)?;
         let ([q, o], [k, v]) = (self.query_maps(QUERIES_TILE)?, self.key_maps(keys)?);
         let args = Args::new().map(q).map(o).map(k).map(v).value(params);
         let blocks = (tiles * heads).min(plan.gpu.multiprocessors() as usize);
         // SAFETY: the kernel's arguments; lengths were checked and addresses are the caller's
         // promise.
-        unsafe { plain::launch(&kernel, blocks, THREADS, bytes(stages) as u32, args) }
+        unsafe { plain::launch(&kernel, blocks, THREADS, shared as u32, args) }
     }
 
     fn keys(&self, grads: Grads) -> Result<()> {

@@ -100,6 +100,7 @@ DEVICE void produce(Shared& s, const TensorMap* k, const TensorMap* v, const Ten
 struct Edge {
     int first[2], last[2];     // of the thread's rows
     int whole_from, whole_to;  // queries that see all 64 keys of the warpgroup
+    int from, to;              // queries that see any of them
 
     DEVICE Edge(const Params& a, const KeyTile& tile, int index, int row) {
 #pragma unroll
@@ -109,7 +110,11 @@ struct Edge {
         }
         whole_from = first_query(a.visible, index + 63);
         whole_to = last_query(a.visible, index, tile.length);
+        from = first_query(a.visible, index);
+        to = last_query(a.visible, index + 63, tile.length);
     }
+    // Whether none of queries position..position+64 sees any key of the warpgroup.
+    DEVICE bool outside(int position) const { return position + QUERIES <= from || position >= to; }
     // Hides what queries position..position+64 do not see.
     DEVICE void trim(float (&scores)[QUERIES / 2], int position) const {
         if (position >= whole_from && position + QUERIES <= whole_to) return;
@@ -203,6 +208,11 @@ DEVICE void consume_own(Shared& s, const Params& a, const Work& w) {
     barrier_wait(&s.keys_full, 0);
     for (Walk at(w); at.count > 0; at.count--) {
         barrier_wait(&s.full[at.stage], at.parity);
+        if (edge.outside(at.tile * QUERIES)) {
+            if (lane == 0) barrier_arrive(&s.empty[at.stage]);
+            at.step();
+            continue;
+        }
         multiply_rows<QUERIES, D, KEYS * 128, QUERIES * 128>(scores, keys, descriptor_rows(s.q[at.stage]));
         multiply_rows<QUERIES, V, KEYS * 128, QUERIES * 128>(dp, values, descriptor_rows(s.o[at.stage]));
         wgmma_wait<1>();

@@ -7,7 +7,7 @@
 // the first add to what is there. That rounds once a branch, as adding separate gradients would, and
 // needs no f32 buffer of q's shape; where one is given, branches add up there and the last one rounds.
 //
-// Constants: see backward.cuh, BN (keys a tile), K_STAGES, V_STAGES. Grid: any number of blocks,
+// Constants: see backward.cuh, BN (keys a tile), Q_STAGES, K_STAGES, V_STAGES. Grid: any number of blocks,
 // best one a multiprocessor. Block: 384 threads.
 #include "backward.cuh"
 #include "sequences.cuh"
@@ -31,11 +31,11 @@ struct Params {
 };
 
 struct Shared {
-    u8 q[Q_BYTES];
-    u8 o[O_BYTES];  // dOut
+    u8 q[Q_STAGES][Q_BYTES];
+    u8 o[Q_STAGES][O_BYTES];  // dOut
     u8 k[K_STAGES][K_BYTES];
     u8 v[V_STAGES][V_BYTES];
-    u64 q_full, q_empty, k_full[K_STAGES], k_empty[K_STAGES], v_full[V_STAGES], v_empty[V_STAGES];
+    u64 q_full[Q_STAGES], q_empty[Q_STAGES], k_full[K_STAGES], k_empty[K_STAGES], v_full[V_STAGES], v_empty[V_STAGES];
 };
 
 // A ring of stages and the parity of the pass through it.
@@ -80,18 +80,19 @@ struct Work {
 
 DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* o, const TensorMap* k, const TensorMap* v,
                     const Params& a) {
+    Ring<Q_STAGES> queries;
     Ring<K_STAGES> keys;
     Ring<V_STAGES> values;
-    Work w;
-    for (int n = 0; w.next(a); n++) {
-        barrier_wait(&s.q_empty, (n & 1) ^ 1);
-        barrier_expect(&s.q_full, Q_BYTES + O_BYTES);
+    for (Work w; w.next(a); queries.step()) {
+        u64* full = &s.q_full[queries.stage];
+        barrier_wait(&s.q_empty[queries.stage], queries.parity ^ 1);
+        barrier_expect(full, Q_BYTES + O_BYTES);
 #pragma unroll
         for (int c = 0; c < DP / PANEL; c++)
-            tma_load(s.q + c * BM * 128, q, &s.q_full, c * PANEL, w.head, w.tile.token);
+            tma_load(s.q[queries.stage] + c * BM * 128, q, full, c * PANEL, w.head, w.tile.token);
 #pragma unroll
         for (int c = 0; c < VP / PANEL; c++)
-            tma_load(s.o + c * BM * 128, o, &s.q_full, c * PANEL, w.head, w.tile.token);
+            tma_load(s.o[queries.stage] + c * BM * 128, o, full, c * PANEL, w.head, w.tile.token);
         for (int i = w.count - 1; i >= 0; i--) {
             int row = (MASK == COMPRESSED ? w.tile.block : w.tile.key) + w.first + i * BN;
             barrier_wait(&s.k_empty[keys.stage], keys.parity ^ 1);
@@ -131,12 +132,23 @@ DEVICE void consume(Shared& s, const Params& a) {
     int warpgroup = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
     int row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8
     bool leader = lane == 0;
-    u64 q = descriptor_rows(s.q + warpgroup * 64 * 128), o = descriptor_rows(s.o + warpgroup * 64 * 128);
+    Ring<Q_STAGES> queries;
     Ring<K_STAGES> keys;
     Ring<V_STAGES> values;
-    Work w;
-    for (int n = 0; w.next(a); n++) {
+    // Tiles that the warpgroup sees nothing of.
+    auto pass = [&](int tiles) {
+        for (; tiles > 0; tiles--) {
+            barrier_wait(&s.k_full[keys.stage], keys.parity);
+            barrier_wait(&s.v_full[values.stage], values.parity);
+            if (leader) barrier_arrive(&s.k_empty[keys.stage]), barrier_arrive(&s.v_empty[values.stage]);
+            keys.step();
+            values.step();
+        }
+    };
+    for (Work w; w.next(a); queries.step()) {
         w.settle();
+        u64 q = descriptor_rows(s.q[queries.stage] + warpgroup * 64 * 128);
+        u64 o = descriptor_rows(s.o[queries.stage] + warpgroup * 64 * 128);
         float dq[D / 2], scores[BN / 2], dp[BN / 2], lse[2], delta[2];
         u32 ds[BN / 4];
 #pragma unroll
@@ -147,12 +159,17 @@ DEVICE void consume(Shared& s, const Params& a) {
             lse[r] = info.x, delta[r] = info.z;
         }
         clear(dq);
-        int key = w.first + w.count * BN, position = w.tile.position + warpgroup * 64;
+        int position = w.tile.position + warpgroup * 64;
         // Keys that all queries of the warpgroup see, and where the thread's own end.
         int whole_from = uniform(first_key(a.visible, position + 63)), whole_to = uniform(last_key(a.visible, position));
         int last[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) last[r] = last_key(a.visible, w.tile.position + row + 8 * r);
+        // Tiles before `before` and from `after` on are not for the warpgroup.
+        int after = min(w.count, (uniform(last_key(a.visible, position + 63)) - w.first + BN - 1) / BN);
+        int before = min(after, (uniform(first_key(a.visible, position)) - w.first) / BN);
+        if (warpgroup * 64 >= w.tile.rows) before = after = 0;
+        int count = after - before, key = w.first + after * BN;
         auto begin_scores = [&] {
             barrier_wait(&s.k_full[keys.stage], keys.parity);
             multiply_rows<BN, D, BM * 128, BN * 128>(scores, q, descriptor_rows(s.k[keys.stage]));
@@ -186,30 +203,31 @@ DEVICE void consume(Shared& s, const Params& a) {
                 ds[i] = pack<Real>(scores[2 * i] * (dp[2 * i] - at), scores[2 * i + 1] * (dp[2 * i + 1] - at));
             }
         };
-        barrier_wait(&s.q_full, n & 1);
-        if (OVERLAP && w.count > 0) {
+        barrier_wait(&s.q_full[queries.stage], queries.parity);
+        pass(w.count - after);
+        if (OVERLAP && count > 0) {
             begin_scores();
             begin_dp();
             wgmma_wait<1>();
             exponentials();
             settle();
-            for (int i = 1; i < w.count; i++) {
-                int before = keys.stage;
+            for (int i = 1; i < count; i++) {
+                int last_stage = keys.stage;
                 keys.step();
                 begin_scores();
-                add_product<D, BN>(dq, ds, descriptor_columns(s.k[before], BN * 128));
+                add_product<D, BN>(dq, ds, descriptor_columns(s.k[last_stage], BN * 128));
                 begin_dp();
                 wgmma_wait<2>();
                 exponentials();
                 settle();
-                if (leader) barrier_arrive(&s.k_empty[before]);
+                if (leader) barrier_arrive(&s.k_empty[last_stage]);
             }
             add_product<D, BN>(dq, ds, descriptor_columns(s.k[keys.stage], BN * 128));
             wgmma_wait<0>();
             if (leader) barrier_arrive(&s.k_empty[keys.stage]);
             keys.step();
         }
-        for (int i = 0; !OVERLAP && i < w.count; i++) {
+        for (int i = 0; !OVERLAP && i < count; i++) {
             begin_scores();
             begin_dp();
             wgmma_wait<1>();
@@ -221,7 +239,8 @@ DEVICE void consume(Shared& s, const Params& a) {
             keys.step();
         }
         wgmma_hold(dq);
-        if (leader) barrier_arrive(&s.q_empty);
+        if (leader) barrier_arrive(&s.q_empty[queries.stage]);
+        pass(before);
         float factor[2] = {0.0f, 0.0f};
         bool inside[2];
 #pragma unroll
@@ -247,8 +266,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     extern __shared__ __align__(1024) u8 raw[];
     Shared& s = *(Shared*)raw;
     if (threadIdx.x == 0) {
-        barrier_init(&s.q_full, 1);
-        barrier_init(&s.q_empty, CONSUMERS * 4);
+        for (int i = 0; i < Q_STAGES; i++) {
+            barrier_init(&s.q_full[i], 1);
+            barrier_init(&s.q_empty[i], CONSUMERS * 4);
+        }
         for (int i = 0; i < K_STAGES; i++) {
             barrier_init(&s.k_full[i], 1);
             barrier_init(&s.k_empty[i], CONSUMERS * 4);
