@@ -25,6 +25,17 @@ def structure(fields):
     return kind(*[0 if v is None else v.data_ptr() if isinstance(v, torch.Tensor) else v for _, v in fields])
 
 
+_zero = None
+
+
+def all_finite():
+    """What the kernels are told of inputs without NaN and ∞."""
+    global _zero
+    if _zero is None:
+        _zero = torch.zeros(1, dtype=torch.int32, device="cuda")
+    return _zero
+
+
 def sequence_table(lengths):
     rows, token = [], 0
     for n in lengths:
@@ -106,7 +117,8 @@ class Keys:
             params = structure([("items", inverse.items), ("item_heads", inverse.heads), ("starts", inverse.starts),
                                 ("queries", inverse.queries), ("places", inverse.places), ("q", q), ("d_out", d_out),
                                 ("gate", gate), ("lse", lse), ("delta", delta), ("dk", dk), ("dv", dv), ("sums", sums),
-                                ("parts", parts), ("dq", dq), ("dq_sum", total), ("tokens", t), ("heads", h),
+                                ("parts", parts), ("dq", dq), ("dq_sum", total), ("not_finite", all_finite()),
+                                ("tokens", t), ("heads", h),
                                 ("kv_heads", kv), ("gate_index", 1), ("first_head", a), ("end_head", b),
                                 ("blocks", inverse.blocks_a_head), ("listed", listed), ("first", first), ("last", last),
                                 ("scale", scale or 1 / math.sqrt(d))])
@@ -147,7 +159,7 @@ class Queries:
         (t, h, d), kv = q.shape, k.shape[1]
         table, tiles = sequence_table(lengths), t // self.queries + len(lengths)
         params = structure([("sequences", table), ("sequence_count", len(lengths)), ("spare", 0), ("q", q), ("d_out", d_out), ("gate", gate), ("lse", lse), ("delta", delta),
-                            ("indices", indices), ("dq", dq), ("sum", total), ("tile_count", tiles), ("heads", h), ("kv_heads", kv),
+                            ("indices", indices), ("dq", dq), ("sum", total), ("not_finite", all_finite()), ("tile_count", tiles), ("heads", h), ("kv_heads", kv),
                             ("group", h // kv), ("gate_index", 1), ("first", first), ("last", last),
                             ("scale", scale or 1 / math.sqrt(d))])
         maps = Map(k, (64, 1, 32)), Map(v, (64, 1, 32))
