@@ -489,7 +489,9 @@ impl DenseCache {
             match self.lens.get_mut(sequence) {
                 Some(len) if *len < capacity => *len += 1,
                 _ => {
-                    return Err(Error::Dims(format!("sequence {sequence} has no room for a token")));
+                    return Err(Error::Dims(format!(
+                        "sequence {sequence} has no room for a token"
+                    )));
                 }
             }
         }

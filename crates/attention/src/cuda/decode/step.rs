@@ -14,6 +14,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("decode.cuh", include_str!("decode.cuh")),
     ("cluster.cuh", include_str!("cluster.cuh")),
     ("select.cuh", include_str!("select.cuh")),
+    ("step.cuh", include_str!("step.cuh")),
 ];
 pub(super) static STEP: Source =
     Source { name: "decode_step", text: include_str!("step.cu"), headers: HEADERS };
