@@ -152,7 +152,7 @@ class Step:
     kernels = {}
 
     def __init__(self, spec, heads, kv, d, v, dtype, longest, splits=4, slots=4, tile=32, choosers=64, resident=2,
-                 logits_global=False, plain=False, dense=False, once=False):
+                 logits_global=False, plain=False, dense=False, once=False, importance_global=False):
         group = heads // kv
         self.spec, self.plain, self.dense, self.kv, self.d = spec, plain, dense, kv, d
         self.heads, self.v = heads, v
@@ -173,15 +173,18 @@ class Step:
             rows = 1 if logits_global else 16
             panels = max(-(-d // 64), -(-v // 64))
             shared = slots * tile * 128 * panels
-            inbox = 16 * (1 if dense else 3) * v if splits > 1 else 0
-            if dense:
-                shared += 4 * inbox
-            else:
-                logits = 0 if logits_global else 16 * (per + 8)
-                shared += 4 * (-(-self.blocks // 4) * 4 + (tiles * per if tiles > 1 else 0) + max(inbox, logits))
+            branches = 1 if dense else 3
+            if splits > 1:
+                shared += 16 * branches * v * 4
+            if not dense:
+                shared += 4 * (0 if importance_global else tiles * per * splits)
+                shared += 4 * (-(-self.blocks // 4) * 4 + (0 if logits_global else 16 * (per + 8)))
             self.scratch_row = 16 * (per + 8) * self.cluster if logits_global else 0
             self.threads, name, entry = 160 + (0 if dense else choosers), "step.cu", "decode_step"
             defines |= dict(SPLITS=splits, SLOTS=slots, TILE=tile, CHOOSERS=choosers, RESIDENT=resident)
+            if importance_global:
+                defines["IMPORTANCE_GLOBAL"] = defines["LOGITS_GLOBAL"] = 1
+                self.scratch_row = 16 * (per + 8) * self.cluster + tiles * per * splits
             if once:
                 defines["READ_ONCE"] = 1
             if logits_global:
@@ -386,6 +389,7 @@ def cases():
     add("page 64 interleaved", SPEC, short, 32, 2, 128, 128, bf, interleaved=True, **fast)
     add("page 256 interleaved", SPEC, short, 32, 2, 64, 64, bf, page=256, interleaved=True, **fast)
     add("logits global", SPEC, short + [20000], 32, 2, 128, 128, bf, logits_global=True, splits=8, tile=64, resident=1)
+    add("importance global", SPEC, short + [20000], 64, 2, 128, 128, bf, logits_global=True, importance_global=True, splits=8, tile=64, resident=1)
     add("sharp", SPEC, [3000, 20000], 32, 2, 128, 128, bf, sharp=5.0, **fast)
     for name, spec in (
         ("l64 d16 s128", dict(SPEC, COMPRESS_BLOCK=64, SELECT_BLOCK=128, SELECT_COUNT=6)),
@@ -395,11 +399,10 @@ def cases():
         ("s64 n4 i2 o2 free 0", dict(SPEC, SELECT_COUNT=4, SELECT_INITIAL=2)),
         ("l24 d12 s48 w600 n7", dict(SPEC, COMPRESS_BLOCK=24, COMPRESS_STRIDE=12, SELECT_BLOCK=48, SELECT_COUNT=7, WINDOW=600)),
         ("l64 d64 s64 n5", dict(SPEC, COMPRESS_BLOCK=64, COMPRESS_STRIDE=64, SELECT_COUNT=5)),
-        ("l8 d4 s64 n5 o0", dict(SPEC, COMPRESS_BLOCK=8, COMPRESS_STRIDE=4, SELECT_COUNT=5, SELECT_LOCAL=0)),
-        ("l32 d1 s32 n40", dict(SPEC, COMPRESS_STRIDE=1, SELECT_BLOCK=32, SELECT_COUNT=40)),
+        ("l8 d4 s96 n5 o0", dict(SPEC, COMPRESS_BLOCK=8, COMPRESS_STRIDE=4, SELECT_BLOCK=96, SELECT_COUNT=5, SELECT_LOCAL=0)),
         ("l1 d1 s1 n40", dict(SPEC, COMPRESS_BLOCK=1, COMPRESS_STRIDE=1, SELECT_BLOCK=1, SELECT_COUNT=40, WINDOW=64)),
     ):
-        if spec["SELECT_BLOCK"] % 32 == 0 and 32 % (spec["SELECT_BLOCK"] // spec["COMPRESS_STRIDE"]) == 0:
+        if spec["SELECT_BLOCK"] % 32 == 0:
             add("spec " + name, spec, [1, 17, 100, 1000, 2500], 16, 2, 64, 64, bf, splits=4, resident=1)
         add("plain spec " + name, spec, [1, 17, 100, 1000, 2500], 16, 2, 64, 64, full, plain=True)
     for window in (0, 1, 512, 130):
@@ -548,17 +551,17 @@ def report(name, timing, **how):
 
 
 FULL = (
-    dict(splits=4, slots=4, tile=32, choosers=64, resident=2),
-    dict(splits=4, slots=4, tile=32, choosers=64, resident=2, once=True),
-    dict(splits=4, slots=3, tile=32, choosers=64, resident=2),
-    dict(splits=8, slots=8, tile=32, choosers=64, resident=2),
-    dict(splits=8, slots=4, tile=64, choosers=64, resident=2),
-    dict(splits=4, slots=8, tile=64, choosers=128, resident=1),
-    dict(splits=2, slots=5, tile=64, choosers=128, resident=1),
-    dict(splits=2, slots=10, tile=32, choosers=128, resident=1),
-    dict(splits=1, slots=6, tile=64, choosers=64, resident=2, logits_global=True),
-    dict(splits=2, slots=5, tile=64, choosers=64, resident=2, logits_global=True),
-    dict(splits=1, slots=12, tile=64, choosers=128, resident=1, logits_global=True),
+    dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True),
+    dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True, once=True),
+    dict(splits=1, slots=10, tile=32, choosers=64, resident=2, logits_global=True, once=True),
+    dict(splits=1, slots=5, tile=64, choosers=32, resident=2, logits_global=True, once=True),
+    dict(splits=1, slots=5, tile=64, choosers=128, resident=2, logits_global=True, once=True),
+    dict(splits=2, slots=3, tile=64, choosers=64, resident=2, logits_global=True, once=True),
+    dict(splits=4, slots=3, tile=64, choosers=64, resident=2, logits_global=True, once=True),
+    dict(splits=1, slots=10, tile=64, choosers=128, resident=1, logits_global=True, once=True),
+    dict(splits=8, slots=3, tile=32, choosers=64, resident=2, once=True),
+    dict(splits=8, slots=8, tile=64, choosers=128, resident=1, once=True),
+    dict(splits=4, slots=6, tile=64, choosers=128, resident=1, once=True),
 )
 ONE = (
     dict(splits=16, slots=8, tile=64, choosers=128, resident=1),
@@ -589,15 +592,14 @@ def sweep():
         except Exception as e:
             print("stamps", type(e).__name__, str(e)[:500])
     sweep_set("dense 1 x 64k", Timing(1, 65536, dense=True, sets=2), DENSE[3:6])
-    sweep_set("dense 64 x 64k", Timing(64, 65536, dense=True), DENSE[:4] + DENSE[6:])
+    sweep_set("dense 16 x 64k", Timing(16, 65536, dense=True), DENSE)
 
 
 TABLE = {
-    8192: (dict(splits=1, slots=4, tile=32, choosers=64, resident=2), dict(splits=1, slots=4, tile=32, choosers=64, resident=2, once=True),
-           dict(splits=1, slots=4, tile=64, choosers=64, resident=2)),
-    16384: (dict(splits=1, slots=4, tile=32, choosers=64, resident=2), dict(splits=1, slots=4, tile=32, choosers=64, resident=2, once=True)),
-    32768: (dict(splits=2, slots=4, tile=32, choosers=64, resident=2), dict(splits=4, slots=4, tile=64, choosers=64, resident=2),
-            dict(splits=1, slots=4, tile=64, choosers=128, resident=1)),
+    8192: (dict(splits=1, slots=4, tile=32, choosers=64, resident=2, once=True), dict(splits=1, slots=3, tile=64, choosers=64, resident=2, once=True),
+           dict(splits=1, slots=3, tile=32, choosers=32, resident=3, once=True), dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True, once=True)),
+    16384: (dict(splits=1, slots=4, tile=32, choosers=64, resident=2, once=True), dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True, once=True)),
+    32768: (dict(splits=1, slots=5, tile=64, choosers=64, resident=2, logits_global=True, once=True), dict(splits=4, slots=3, tile=32, choosers=64, resident=2, once=True)),
 }
 
 
@@ -609,23 +611,23 @@ def table():
 
 STAMPS = (  # what a thread has reached, and the text before which (or, with +, after which) it notes the time
     ("queries asked", "        float acc[BRANCHES][COLUMNS][4];"),
-    ("cmp tiles", "        total(state, shared.totals[0]);\n        if constexpr (CLUSTER > 1) cluster_wait();\n        if (scoring)"),
+    ("cmp tiles", "        total(state, shared.totals[0]);\n        if constexpr (CLUSTER > 1) cluster_wait();\n        if (ranked)"),
     ("cmp handed over", "        state = empty;\n        for (int i = 0; i < win_count"),
     ("win tiles", "        total(state, shared.totals[2]);"),
     ("slc tiles", "        total(state, shared.totals[1]);"),
     ("sent", "            barrier_wait_peers(&shared.merged);"),
-    ("merged", "            __syncwarp();\n            cluster_arrive();"),
+    ("merged", "            if (thread < BRANCHES * OWN) {"),
     ("written", "    } else if (warp == WORKERS / 32) {"),
-    ("producer: starts", "        int load = 0, round = 0;\n#ifdef READ_ONCE"),
-    ("producer: known tiles asked", "        if (scoring) {\n            group_sync<3"),
+    ("producer: cluster there", "        int load = 0, round = 0;\n#ifdef READ_ONCE"),
+    ("producer: known tiles asked", "        if (ranked && SELECT_COUNT > SELECT_INITIAL + SELECT_LOCAL) {\n            group_sync<3"),
     ("producer: choice there", "            stream(rest_count, false)"),
-    ("producer: all asked", "#endif\n        __syncwarp();\n        if constexpr (CLUSTER > 1) cluster_wait();\n    }"),
+    ("producer: all asked", "#endif\n    }\n#ifndef DENSE\n    else {"),
     ("chooser: logits there", "            if constexpr (SPLITS > 1) barrier_wait_peers(&shared.summed);"),
     ("chooser: sums there", "            if (chooser < HEADS) {\n                auto part"),
-    ("chooser: importance", "            // Scores of the selection blocks that begin here."),
-    ("chooser: scores sent", "            if constexpr (SPLITS > 1) barrier_wait_peers(&shared.scored);"),
-    ("chooser: scores there", "            choose<2>(keys"),
-    ("chooser: chosen", "            group_sync<3, PRODUCERS + CHOOSERS>();\n        }\n        if (rank == 0"),
+    ("chooser: importance sent", "            if constexpr (CLUSTER == 1 || GLOBAL) group_sync<2"),
+    ("chooser: importance there", "            constexpr int R = SELECT_BLOCK / COMPRESS_STRIDE, S = COMPRESS_BLOCK / COMPRESS_STRIDE;\n            constexpr int FREE"),
+    ("chooser: scores", "                choose<2>(keys"),
+    ("chooser: chosen", "                group_sync<3, PRODUCERS + CHOOSERS>();\n            }\n        }\n        if (rank == 0"),
 )
 
 

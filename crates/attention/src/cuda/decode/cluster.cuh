@@ -44,21 +44,19 @@ DEVICE u32 peer_address(u32 local, u32 rank) {
     return y;
 }
 // Writes into a peer's shared memory; its barrier counts the bytes.
-DEVICE void peer_store(u32 at, u32 barrier, u32 x) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(at), "r"(x), "r"(barrier)
-                 : "memory");
-}
 DEVICE void peer_store(u32 at, u32 barrier, float2 x) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(at),
                  "f"(x.x), "f"(x.y), "r"(barrier)
                  : "memory");
 }
-// Copies shared memory to a peer's, once `fence_proxy_async` follows what was written there; the
-// block must not end before the peer has it.
-DEVICE void peer_copy(u32 at, u32 barrier, u32 from, u32 bytes) {
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(at),
-                 "r"(from), "r"(bytes), "r"(barrier)
+DEVICE void peer_store(u32 at, u32 barrier, float4 x) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(at),
+                 "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
                  : "memory");
+}
+// Arrives at a peer's barrier after everything before, in global memory too.
+DEVICE void peer_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Waits for a phase that peers' writes complete.
 DEVICE void barrier_wait_peers(u64* barrier) {

@@ -6,72 +6,18 @@
 
 // CHOOSERS: a constant, a multiple of 32.
 
-constexpr int LISTED = 128;
-
 struct Choice {
-    u64 best[CHOOSERS], list[LISTED], bar;
-    u32 found;
     u32 counts[256];
     u32 low[CHOOSERS / 32], high[CHOOSERS / 32];
     u32 above[CHOOSERS / 32], equal[CHOOSERS / 32];
     u32 digit, taken, here;
 };
 
-// Keys and their indices in one order: greater is better.
-DEVICE u64 ranked_key(u32 key, int index) { return (u64)key << 32 | (0xffffffffu - (u32)index); }
-
-// How many of a list are greater.
-DEVICE int rank_in(const u64* list, int count, u64 x) {
-    int rank = 0;
-#pragma unroll 8
-    for (int i = 0; i < count; ++i) rank += list[i] > x;
-    return rank;
-}
-
-// As `choose`, when few keys are worth comparing: no key counts below the `wanted`-th best of the
-// threads' own best ones. False, and nothing done, if too many are left.
-template <int BARRIER>
-DEVICE bool choose_few(const u32* keys, int count, int wanted, int first, i32* chosen, Choice& shared, int thread) {
-    if (wanted > CHOOSERS) return false;
-    u64 best = 0;
-    for (int i = thread; i < count; i += CHOOSERS) best = max(best, ranked_key(keys[i], i));
-    shared.best[thread] = best;
-    if (thread == 0) shared.found = 0;
-    group_sync<BARRIER, CHOOSERS>();
-    if (rank_in(shared.best, CHOOSERS, best) == wanted - 1 && best != 0) shared.bar = best;
-    group_sync<BARRIER, CHOOSERS>();
-    const u64 bar = shared.bar;
-    if (best >= bar)
-        for (int i = thread; i < count; i += CHOOSERS) {
-            const u64 x = ranked_key(keys[i], i);
-            if (x < bar) continue;
-            const u32 at = atomicAdd(&shared.found, 1u);
-            if (at < LISTED) shared.list[at] = x;
-        }
-    group_sync<BARRIER, CHOOSERS>();
-    const int found = shared.found;
-    if (found > LISTED) return false;
-    for (int i = thread; i < found; i += CHOOSERS)
-        if (rank_in(shared.list, found, shared.list[i]) == wanted - 1) shared.bar = shared.list[i];
-    group_sync<BARRIER, CHOOSERS>();
-    const u64 last = shared.bar;
-    for (int i = thread; i < found; i += CHOOSERS) {
-        const u64 x = shared.list[i];
-        if (x < last) continue;
-        const u32 index = 0xffffffffu - (u32)x;
-        int rank = 0;
-        for (int j = 0; j < found; ++j) rank += shared.list[j] >= last && 0xffffffffu - (u32)shared.list[j] < index;
-        chosen[rank] = first + index;
-    }
-    return true;
-}
-
 // Writes to `chosen` the `wanted` (fewer than `count`, at least 1) indices of the greatest keys,
 // ascending, each plus `first`. Every thread of the group comes here; `thread` is
 // 0..CHOOSERS.
 template <int BARRIER>
 DEVICE void choose(const u32* keys, int count, int wanted, int first, i32* chosen, Choice& shared, int thread) {
-    if (choose_few<BARRIER>(keys, count, wanted, first, chosen, shared, thread)) return;
     const int lane = thread & 31, warp = thread >> 5;
     constexpr int WARPS = CHOOSERS / 32;
     u32 low = 0xffffffffu, high = 0;

@@ -38,8 +38,17 @@ pub(super) struct Shape {
     pub choosers: u32,
     /// Blocks of a multiprocessor.
     pub resident: usize,
-    /// Whether logits are too many for shared memory.
-    pub global: bool,
+    /// What is too much for shared memory.
+    pub global: Global,
+}
+
+/// What stands in global memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+pub(super) enum Global {
+    Nothing,
+    Logits,
+    /// And importance.
+    All,
 }
 
 /// What a launch of so many rows must hold.
@@ -75,11 +84,13 @@ impl Shape {
         let slots = self.slots * self.tile * 128 * panels;
         let branches = if load.spec.is_some() { 3 } else { 1 };
         let inbox = if self.splits > 1 { HEADS * branches * value_dim } else { 0 };
-        let Some(spec) = load.spec else { return slots + 4 * inbox };
-        let keys = spec.selection_blocks(load.longest).next_multiple_of(4);
-        let joint = if self.head_tiles > 1 { self.head_tiles * self.slice(load) } else { 0 };
-        let logits = if self.global { 0 } else { self.logits(load) };
-        slots + 4 * (keys + joint + inbox.max(logits))
+        let ranking = load.spec.map_or(0, |spec| {
+            let keys = spec.selection_blocks(load.longest).next_multiple_of(4);
+            let importance = if self.global < Global::All { self.importance(load) } else { 0 };
+            let logits = if self.global < Global::Logits { self.logits(load) } else { 0 };
+            importance + keys + logits
+        });
+        slots + 4 * (inbox + ranking)
     }
 
     /// A block's logits.
@@ -87,17 +98,20 @@ impl Shape {
         HEADS * (self.slice(load) + 8)
     }
 
-    /// The kernel's f32s of scratch for all rows.
-    pub fn scratch(&self, load: &Load) -> usize {
-        if self.global { load.pairs * self.cluster() * self.logits(load) } else { 0 }
+    /// A cluster's importance, f32s.
+    fn importance(&self, load: &Load) -> usize {
+        self.head_tiles * self.splits * self.slice(load)
     }
 
-    /// Whether a split's tiles hold whole selection blocks, and the one before what else these need.
-    fn suits(&self, spec: &NsaSpec) -> bool {
-        let ratio = spec.select_block / spec.compress_stride;
-        spec.select_block.is_multiple_of(self.tile)
-            && self.tile.is_multiple_of(ratio)
-            && spec.compress_block / spec.compress_stride <= self.tile
+    /// The kernel's f32s of scratch for all rows.
+    pub fn scratch(&self, load: &Load) -> usize {
+        let logits = self.cluster() * self.logits(load);
+        load.pairs
+            * match self.global {
+                Global::Nothing => 0,
+                Global::Logits => logits,
+                Global::All => logits + self.importance(load),
+            }
     }
 
     fn fits(&self, load: &Load) -> bool {
@@ -106,8 +120,8 @@ impl Shape {
         let own = (most + 1024) / self.resident - 1024;
         self.cluster() <= CLUSTER
             && self.shared(load) + STATIC <= own
-            && load.spec.is_none_or(|spec| self.suits(spec))
-            && 4 * self.head_tiles * self.slice(load) < COUNTED
+            && load.spec.is_none_or(|spec| spec.select_block.is_multiple_of(self.tile))
+            && (self.global == Global::All || 4 * self.importance(load) < COUNTED)
     }
 }
 
@@ -130,7 +144,7 @@ pub(super) fn choose(load: &Load) -> Option<Shape> {
         tile: 32,
         choosers: 64,
         resident: together,
-        global: false,
+        global: Global::Nothing,
     };
     let wide = Shape { tile: 64, choosers: 128, resident: 1, ..base };
     let narrow = if load.spec.is_some() { base } else { Shape { tile: 64, choosers: 32, ..base } };
@@ -145,13 +159,17 @@ pub(super) fn choose(load: &Load) -> Option<Shape> {
             slots.iter().map(move |&slots| Shape { splits, slots, ..shape })
         })
     };
-    let crowded = if wanted <= 1 { Some(tried(narrow, &[4], 1)) } else { None };
-    crowded
-        .into_iter()
-        .flatten()
+    // A crowd does best without splits, even if logits then go through the L2.
+    let alone = |shape: Shape, slots: &'static [usize]| tried(shape, slots, 1).take(slots.len());
+    let far = Shape { global: Global::Logits, ..wide };
+    let crowd = usize::from(wanted <= 1) * usize::MAX;
+    alone(narrow, &[4])
+        .chain(alone(far, &[10, 6, 4]))
+        .take(crowd)
         .chain(tried(wide, &[8, 6, 4], wanted))
         .chain(tried(Shape { resident: 1, ..narrow }, &[6, 4, 3], wanted))
-        .chain(tried(Shape { global: true, ..wide }, &[6, 4, 3], most))
+        .chain(tried(far, &[6, 4, 3], most))
+        .chain(tried(Shape { global: Global::All, ..wide }, &[6, 4, 3], most))
         .find(|shape| shape.fits(load))
 }
 

@@ -1,18 +1,82 @@
 // One decode step of one layer for 16-bit numbers: a cluster of blocks for each (row, KV head).
 //
 // The cluster's blocks split the keys. In a block one warp asks the copy engine for tiles, four
-// warps (the workers) attend to them, and the rest (the choosers) rank blocks: from the logits of
-// the block's compressed keys, kept, and all blocks' maxima and sums they find the scores of the
-// selection blocks that lie there, and send them to all others, so that every block makes the same
-// choice. Meanwhile the
+// warps (the workers) attend to them, and the rest (the choosers) rank blocks: they keep the logits
+// of the block's compressed keys, exchange maxima and sums with the other blocks, turn logits into
+// importance and send it to all of them, so that every block makes the same choice. Meanwhile the
 // workers attend to the window and to the blocks that are selected whatever their score. Last come
 // the chosen blocks; then each block gets its share of heads from all others, merges them in their
 // order, and applies the gates. Blocks only ever send, so nobody waits for a round trip.
 //
 // With DENSE there is one branch, causal or (WINDOW > 0) a window, and nothing is ranked.
 #include "cluster.cuh"
+#include "decode.cuh"
 #include "mma.cuh"
-#include "step.cuh"
+
+// Constants: REAL_BF16 or REAL_F16; GROUP, D, V; SPLITS (blocks that share the keys, a power of
+// two), SLOTS (tiles of keys or values in flight), TILE (tokens in one, 32 or 64), CHOOSERS
+// (threads), RESIDENT (blocks on a multiprocessor); of the spec COMPRESS_BLOCK, COMPRESS_STRIDE,
+// SELECT_BLOCK (a multiple of TILE), SELECT_COUNT, SELECT_INITIAL, SELECT_LOCAL, WINDOW;
+// LOGITS_GLOBAL, IMPORTANCE_GLOBAL: they do not fit in shared memory.
+constexpr int HEADS = 16, WORKERS = 128, PRODUCERS = 32;
+#ifdef DENSE
+#undef CHOOSERS
+#define CHOOSERS 0
+constexpr int BRANCHES = 1;
+#else
+#include "select.cuh"
+constexpr int BRANCHES = 3;
+static_assert(SELECT_BLOCK % TILE == 0, "selection blocks are whole tiles");
+#ifdef IMPORTANCE_GLOBAL
+constexpr bool GLOBAL = true;
+#else
+constexpr bool GLOBAL = false;
+#endif
+#endif
+constexpr int THREADS = WORKERS + PRODUCERS + CHOOSERS;
+constexpr int HEAD_TILES = (GROUP + HEADS - 1) / HEADS, CLUSTER = SPLITS * HEAD_TILES;
+constexpr int OWN = HEADS / SPLITS;  // heads that a block writes in the end
+constexpr int K_PANELS = (D + 63) / 64, V_PANELS = (V + 63) / 64, PANEL = TILE * 128;
+constexpr int SLOT = PANEL * (K_PANELS > V_PANELS ? K_PANELS : V_PANELS);
+constexpr int STEPS = D / 16;     // products of one QK tile
+constexpr int PARTS = TILE / 32;  // 8-wide tiles of a worker warp's keys
+constexpr int COLUMNS = V / 32;   // 8-wide tiles of a worker warp's quarter of the output
+static_assert(SLOTS >= 3 && (TILE == 32 || TILE == 64) && D % 32 == 0 && V % 32 == 0 && HEADS % SPLITS == 0, "tiles");
+
+// Where chunk c (16 bytes) of a row of a swizzled tile lies.
+DEVICE u32 chunk_at(int row, int chunk) { return chunk / 8 * PANEL + row * 128 + ((chunk ^ row) & 7) * 16; }
+// The same for probabilities [16, TILE], which no copy engine touches.
+DEVICE u32 weight_at(int row, int chunk) {
+    return TILE == 64 ? row * 128 + ((chunk ^ row) & 7) * 16 : row * 64 + ((chunk ^ row >> 1) & 3) * 16;
+}
+
+struct Softmax {
+    float max[2], sum[2];
+};
+
+struct alignas(16) Shared {
+    u16 weights[HEADS * TILE];
+    u64 full[SLOTS], empty[SLOTS];
+    int2 edges[SLOTS];  // first and last + 1 token of the tile that count
+    float max[4][HEADS], sum[4][HEADS];
+    float2 totals[BRANCHES][HEADS];  // of this block: maximum and sum
+    // From all splits, this one's heads.
+    u64 merged;
+    float2 parts[SPLITS][BRANCHES][OWN];
+    float factors[SPLITS][BRANCHES][OWN];
+#ifndef DENSE
+    u64 summed, scored;
+    float2 peers[SPLITS][HEADS];  // the compressed branch's totals
+    float most[HEADS], inverse[HEADS];
+    i32 chosen[SELECT_COUNT];
+    Choice choice;
+#endif
+};
+
+// A tile of the stream.
+struct Spot {
+    int which, page, token, low, high;
+};
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT)
     decode_step(const __grid_constant__ TensorMap cmp_k, const __grid_constant__ TensorMap cmp_v,
@@ -26,17 +90,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const int pair = blockIdx.x / CLUSTER, row = pair / p.kv_heads, head = pair % p.kv_heads;
     const int heads = min(HEADS, GROUP - head_tile * HEADS);
     const i64 first_head = ((i64)row * p.kv_heads + head) * GROUP + head_tile * HEADS;
-    const int top = lane >> 2, left = (lane & 3) * 2;  // of a product's accumulator
-    u32 q[STEPS][4];
-    if (thread < WORKERS) {
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int h = top + (i & 1) * 8;
-                q[step][i] = h < heads ? *(const u32*)(p.q + (first_head + h) * D + step * 16 + (i >> 1) * 8 + left) : 0;
-            }
-    }
     const int position = p.positions[row], sequence = p.sequences ? p.sequences[row] : row;
     if (position < 0) {
         for (int i = split * THREADS + thread; i < heads * V; i += SPLITS * THREADS) p.out[first_head * V + i] = narrow<Real>(0.0f);
@@ -47,28 +100,29 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         return;
     }
 
-    // Shared memory: slots; keys; importance of all head tiles; logits, and in their place in the end
-    // [SPLITS, BRANCHES, OWN, V] from the others.
+    // Shared memory: slots; [SPLITS, BRANCHES, OWN, V] from the others; importance; keys; logits.
     const u32 slots = shared_address(dynamic);
+    float* inbox = (float*)(dynamic + SLOTS * SLOT);
 #ifdef DENSE
     const int oldest = WINDOW > 0 ? max(position - WINDOW + 1, 0) : 0;
     const int first = oldest / TILE, tiles = position / TILE + 1 - first, share = (tiles + SPLITS - 1) / SPLITS;
     const int mine = first + min(split * share, tiles), count = min(first + tiles, mine + share) - mine;
-    float* inbox = (float*)(dynamic + SLOTS * SLOT);
 #else
-    const int row_of_logits = p.slice + 8;
-    u32* keys = (u32*)(dynamic + SLOTS * SLOT);
-    float* joint = (float*)(keys + (p.blocks + 3 & ~3));
-    // Nobody sends his part of the output before all choices are made, and none is made before all
-    // logits have been read.
-    float* inbox = joint + (HEAD_TILES > 1 ? HEAD_TILES * p.slice : 0);
+    const int all = p.slice * SPLITS, row_of_logits = p.slice + 8;
+#ifdef IMPORTANCE_GLOBAL
+    u32* keys = (u32*)(inbox + (SPLITS > 1 ? HEADS * BRANCHES * V : 0));
+    float* importance = p.scratch + (i64)gridDim.x * HEADS * row_of_logits + (i64)pair * HEAD_TILES * all;
+#else
+    float* importance = inbox + (SPLITS > 1 ? HEADS * BRANCHES * V : 0);
+    u32* keys = (u32*)(importance + HEAD_TILES * all);
+#endif
 #ifdef LOGITS_GLOBAL
     float* logits = p.scratch + (i64)blockIdx.x * HEADS * row_of_logits;
 #else
-    float* logits = inbox;
+    float* logits = (float*)(keys + (p.blocks + 3 & ~3));
 #endif
     const int visible = visible_compressed(position), current = position / SELECT_BLOCK;
-    const bool ranked = !all_selected(position), scoring = ranked && FREE > 0;
+    const bool ranked = !all_selected(position);
     const int local = current + 1 - SELECT_LOCAL;
     // Compressed tiles are cut in runs; window tiles and selected tiles are dealt to the splits
     // from opposite ends.
@@ -85,8 +139,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
 
     if (thread == 0) {
-        tma_prefetch(&cmp_k);
-        tma_prefetch(&cmp_v);
         for (int i = 0; i < SLOTS; ++i) {
             barrier_init(&shared.full[i], 1);
             barrier_init(&shared.empty[i], WORKERS / 32);
@@ -95,13 +147,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         barrier_expect(&shared.merged, SPLITS * BRANCHES * OWN * (V * 4 + 8));
 #ifndef DENSE
         barrier_init(&shared.summed, 1);
-        barrier_init(&shared.joined, 1);
-        barrier_init(&shared.begun, 1);
-        barrier_init(&shared.scored, 1);
         barrier_expect(&shared.summed, SPLITS * HEADS * 8);
-        barrier_expect(&shared.joined, HEAD_TILES * cmp_count * TILE * 4);
-        barrier_expect(&shared.begun, (COVER - 1) * 4);
-        if (scoring) barrier_expect(&shared.scored, (local - SELECT_INITIAL) * 4);
+#ifdef IMPORTANCE_GLOBAL
+        barrier_init(&shared.scored, CLUSTER);
+#else
+        barrier_init(&shared.scored, 1);
+        barrier_expect(&shared.scored, HEAD_TILES * tiles * TILE * 4);
+#endif
 #endif
         barrier_fence_init();
     }
@@ -110,6 +162,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     if (thread < WORKERS) {
         const float scale = p.scale * 1.4426950408889634f;
+        const int top = lane >> 2, left = (lane & 3) * 2;  // of a product's accumulator
+        u32 q[STEPS][4];
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int h = top + (i & 1) * 8;
+                q[step][i] = h < heads ? *(const u32*)(p.q + (first_head + h) * D + step * 16 + (i >> 1) * 8 + left) : 0;
+            }
         float acc[BRANCHES][COLUMNS][4];
 #pragma unroll
         for (int b = 0; b < BRANCHES; ++b)
@@ -118,16 +179,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
                 for (int e = 0; e < 4; ++e) acc[b][n][e] = 0.0f;
         const u32 weights = shared_address(shared.weights);
-        auto gate = [&](int h, int b) {
-#ifdef DENSE
-            return 1.0f;
-#else
-            return widen(p.gate[(first_head + h) * 3 + b]);
-#endif
-        };
-        // Of the head that this thread will find the weights of.
-        const int own_branch = thread / OWN % BRANCHES, own_head = split * OWN + thread % OWN;
-        const float own_gate = SPLITS > 1 && own_head < heads ? gate(own_head, own_branch) : 0.0f;
         int load = 0, round = 0;  // the slot of the next tile, and how often slots came round
         auto next = [&] {
             if (++load == SLOTS) {
@@ -267,10 +318,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         total(state, shared.totals[0]);
         if constexpr (CLUSTER > 1) cluster_wait();
 #else
-        for (int i = 0; i < cmp_count; ++i) tile(acc[0], state, scoring ? logits + i * TILE : nullptr);
+        for (int i = 0; i < cmp_count; ++i) tile(acc[0], state, ranked ? logits + i * TILE : nullptr);
         total(state, shared.totals[0]);
         if constexpr (CLUSTER > 1) cluster_wait();
-        if (scoring) {
+        if (ranked) {
             if constexpr (SPLITS > 1)
                 for (int i = thread; i < SPLITS * HEADS; i += WORKERS) {
                     const u32 to = head_tile * SPLITS + i / HEADS;
@@ -287,6 +338,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         total(state, shared.totals[1]);
 #endif
 
+        auto gate = [&](int h, int b) {
+#ifdef DENSE
+            return 1.0f;
+#else
+            return widen(p.gate[(first_head + h) * 3 + b]);
+#endif
+        };
         if constexpr (SPLITS == 1) {
             float weight[BRANCHES][2];
 #pragma unroll
@@ -312,43 +370,36 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 }
         } else {
             // Each block merges OWN heads; what it sends itself goes the same way.
-            constexpr int PIECE = BRANCHES * OWN * V;
             for (int i = thread; i < BRANCHES * HEADS; i += WORKERS) {
                 const int b = i / HEADS, h = i % HEADS;
                 const u32 to = head_tile * SPLITS + h / OWN;
                 peer_store(peer_address(shared_address(&shared.parts[split][b][h % OWN]), to),
                            peer_address(shared_address(&shared.merged), to), shared.totals[b][h]);
             }
-            float* pieces = (float*)dynamic;
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
+            for (int i = 0; i < 2; ++i) {
+                const int h = top + i * 8;
+                const u32 to = head_tile * SPLITS + h / OWN;
+                const u32 barrier = peer_address(shared_address(&shared.merged), to);
 #pragma unroll
-                for (int b = 0; b < BRANCHES; ++b)
+                for (int b = 0; b < BRANCHES; ++b) {
+                    const u32 at = peer_address(
+                        shared_address(inbox + ((split * BRANCHES + b) * OWN + h % OWN) * V + warp * COLUMNS * 8 + left), to);
 #pragma unroll
-                    for (int n = 0; n < COLUMNS; ++n) {
-                        const int h = top + i * 8;
-                        *(float2*)&pieces[((h / OWN * BRANCHES + b) * OWN + h % OWN) * V + (warp * COLUMNS + n) * 8 + left] =
-                            make_float2(acc[b][n][i * 2], acc[b][n][i * 2 + 1]);
-                    }
-            fence_proxy_async();
-            group_sync<1, WORKERS>();
-            if (thread < SPLITS) {
-                const u32 to = head_tile * SPLITS + thread;
-                peer_copy(peer_address(shared_address(inbox + split * PIECE), to), peer_address(shared_address(&shared.merged), to),
-                          slots + thread * PIECE * 4, PIECE * 4);
+                    for (int n = 0; n < COLUMNS; ++n)
+                        peer_store(at + n * 32, barrier, make_float2(acc[b][n][i * 2], acc[b][n][i * 2 + 1]));
+                }
             }
             barrier_wait_peers(&shared.merged);
-            __syncwarp();
-            cluster_arrive();
             if (thread < BRANCHES * OWN) {
-                const int b = own_branch, own = thread % OWN;
+                const int b = thread / OWN, own = thread % OWN, h = split * OWN + own;
                 float most = -INF, sum = 0.0f;
 #pragma unroll
                 for (int s = 0; s < SPLITS; ++s) most = fmaxf(most, shared.parts[s][b][own].x);
                 most = most == -INF ? 0.0f : most;
 #pragma unroll
                 for (int s = 0; s < SPLITS; ++s) sum += shared.parts[s][b][own].y * exp2_approx(shared.parts[s][b][own].x - most);
-                const float factor = sum != 0.0f ? own_gate / sum : 0.0f;
+                const float factor = h < heads && sum != 0.0f ? gate(h, b) / sum : 0.0f;
 #pragma unroll
                 for (int s = 0; s < SPLITS; ++s) shared.factors[s][b][own] = factor * exp2_approx(shared.parts[s][b][own].x - most);
             }
@@ -366,11 +417,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                     }
                 if (h < heads) *(u32*)(p.out + (first_head + h) * V + column) = pack<Real>(x, y);
             }
-            // Pieces are read until everybody has merged.
-            __syncwarp();
-            cluster_wait();
         }
     } else if (warp == WORKERS / 32) {
+        if constexpr (CLUSTER > 1) cluster_wait();
         int load = 0, round = 0;
 #ifdef READ_ONCE
         const u64 policy = policy_of(true);
@@ -443,19 +492,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         stream(count, true);
 #else
         stream(cmp_count + win_count + sure_count, true);
-        if (scoring) {
+        if (ranked && SELECT_COUNT > SELECT_INITIAL + SELECT_LOCAL) {
             group_sync<3, PRODUCERS + CHOOSERS>();
             stream(rest_count, false);
         }
 #endif
-        __syncwarp();
-        if constexpr (CLUSTER > 1) cluster_wait();
     }
 #ifndef DENSE
     else {
         if constexpr (CLUSTER > 1) cluster_wait();
         const int chooser = thread - WORKERS - PRODUCERS;
-        if (scoring) {
+        if (ranked) {
             group_sync<4, WORKERS + CHOOSERS>();
             if constexpr (SPLITS > 1) barrier_wait_peers(&shared.summed);
             if (chooser < HEADS) {
@@ -470,80 +517,56 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 shared.inverse[chooser] = chooser < heads && sum != 0.0f ? 1.0f / sum : 0.0f;
             }
             group_sync<2, CHOOSERS>();
-            // A head's share of a compressed block is its probability; heads are added in their
-            // order. The sum takes the place of the first head's logits.
-            float* importance = logits;
-            for (int i = chooser * 2; i < cmp_count * TILE; i += CHOOSERS * 2) {
+            // A head's share of a block is its probability; heads are added in their order.
+            for (int i = chooser * 4; i < cmp_count * TILE; i += CHOOSERS * 4) {
+                float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f), x[HEADS];
                 constexpr int LOADED = GROUP < HEADS ? GROUP : HEADS;
-                float2 sum = make_float2(0.0f, 0.0f), x[LOADED];
 #pragma unroll
-                for (int h = 0; h < LOADED; ++h) x[h] = *(const float2*)&logits[h * row_of_logits + i];
+                for (int h = 0; h < LOADED; ++h) x[h] = *(const float4*)&logits[h * row_of_logits + i];
 #pragma unroll
                 for (int h = 0; h < LOADED; ++h) {
                     if (h >= heads) break;
                     const float most = shared.most[h], inverse = shared.inverse[h];
                     sum.x += exp2_approx(x[h].x - most) * inverse;
                     sum.y += exp2_approx(x[h].y - most) * inverse;
+                    sum.z += exp2_approx(x[h].z - most) * inverse;
+                    sum.w += exp2_approx(x[h].w - most) * inverse;
                 }
-                if constexpr (HEAD_TILES > 1) {
-                    float* to = joint + head_tile * p.slice + i;
+                float* to = importance + head_tile * all + cmp_first * TILE + i;
+                if constexpr (CLUSTER > 1 && !GLOBAL) {
 #pragma unroll
-                    for (int m = 0; m < HEAD_TILES; ++m)
-                        peer_store(peer_address(shared_address(to), m * SPLITS + split),
-                                   peer_address(shared_address(&shared.joined), m * SPLITS + split), sum);
+                    for (int r = 0; r < CLUSTER; ++r)
+                        peer_store(peer_address(shared_address(to), r), peer_address(shared_address(&shared.scored), r), sum);
                 } else {
-                    *(float2*)&importance[i] = sum;
+                    *(float4*)to = sum;
                 }
             }
-            if constexpr (HEAD_TILES > 1) {
-                barrier_wait_peers(&shared.joined);
-                for (int i = chooser; i < cmp_count * TILE; i += CHOOSERS) {
-                    float sum = joint[i];
-#pragma unroll
-                    for (int m = 1; m < HEAD_TILES; ++m) sum += joint[m * p.slice + i];
-                    importance[i] = sum;
-                }
-            }
-            group_sync<2, CHOOSERS>();
+            if constexpr (CLUSTER == 1 || GLOBAL) group_sync<2, CHOOSERS>();
+            if constexpr (CLUSTER > 1 && GLOBAL)
+                if (chooser < CLUSTER) peer_arrive(peer_address(shared_address(&shared.scored), chooser));
+            if constexpr (CLUSTER > 1) barrier_wait_peers(&shared.scored);
 
-            // Scores of the selection blocks that begin here. The first needs the split before.
-            const int first = cmp_first * TILE, end = cmp_first + cmp_count;
-            if constexpr (COVER > 1 && SPLITS > 1) {
-                if (chooser < COVER - 1 && cmp_count > 0 && end < tiles) {
-                    const float x = importance[cmp_count * TILE - (COVER - 1) + chooser];
-                    peer_store(peer_address(shared_address(&shared.before[chooser]), rank + 1),
-                               peer_address(shared_address(&shared.begun), rank + 1), __float_as_uint(x));
-                }
-                if (cmp_first > 0 && cmp_count > 0) barrier_wait_peers(&shared.begun);
-            }
-            const int to_block = end < tiles ? end * TILE / RATIO : local;
-            const int from_block = max(first / RATIO, SELECT_INITIAL);
-            if (cmp_count > 0)
-                for (int j = from_block + chooser; j < min(to_block, local); j += CHOOSERS) {
+            constexpr int R = SELECT_BLOCK / COMPRESS_STRIDE, S = COMPRESS_BLOCK / COMPRESS_STRIDE;
+            constexpr int FREE = SELECT_COUNT - SELECT_INITIAL - SELECT_LOCAL;
+            if constexpr (FREE > 0) {
+                const int candidates = local - SELECT_INITIAL;
+                for (int i = chooser; i < candidates; i += CHOOSERS) {
                     float score = 0.0f;
+#pragma unroll 8
+                    for (int offset = 1 - S; offset < R; ++offset) {
+                        const int block = (i + SELECT_INITIAL) * R + offset;
+                        if (block < 0 || block >= visible) continue;
+                        float x = importance[block];
 #pragma unroll
-                    for (int offset = 1 - COVER; offset < RATIO; ++offset) {
-                        const int i = j * RATIO + offset - first;
-                        float x = 0.0f;
-                        if (i >= 0 && i + first < visible) x = importance[i];
-                        if (i < 0 && first > 0) x = shared.before[i + COVER - 1];
+                        for (int m = 1; m < HEAD_TILES; ++m) x += importance[m * all + block];
                         score = __fadd_rn(score, __fmul_rn((float)overlap(offset), x));
                     }
-                    const u32 key = score_key(score);
-                    u32* to = keys + j - SELECT_INITIAL;
-                    if constexpr (SPLITS > 1) {
-#pragma unroll
-                        for (int s = 0; s < SPLITS; ++s)
-                            peer_store(peer_address(shared_address(to), head_tile * SPLITS + s),
-                                       peer_address(shared_address(&shared.scored), head_tile * SPLITS + s), key);
-                    } else {
-                        *to = key;
-                    }
+                    keys[i] = score_key(score);
                 }
-            if constexpr (SPLITS > 1) barrier_wait_peers(&shared.scored);
-            else group_sync<2, CHOOSERS>();
-            choose<2>(keys, local - SELECT_INITIAL, FREE, SELECT_INITIAL, shared.chosen, shared.choice, chooser);
-            group_sync<3, PRODUCERS + CHOOSERS>();
+                group_sync<2, CHOOSERS>();
+                choose<2>(keys, candidates, FREE, SELECT_INITIAL, shared.chosen, shared.choice, chooser);
+                group_sync<3, PRODUCERS + CHOOSERS>();
+            }
         }
         if (rank == 0 && p.indices) {
             i32* out = p.indices + (i64)pair * SELECT_COUNT;

@@ -4,7 +4,7 @@ use tercet_cuda::{Args, Kernel, Label, Number, Source};
 
 use super::super::plain::int;
 use super::super::{Plan, Slice};
-use super::shape::{Load, Shape, choose};
+use super::shape::{Global, Load, Shape, choose};
 use super::view::{CacheView, RawCache};
 use crate::cpu::Mask;
 use crate::shape::{check_len, check_scale};
@@ -14,7 +14,6 @@ const HEADERS: &[(&str, &str)] = &[
     ("decode.cuh", include_str!("decode.cuh")),
     ("cluster.cuh", include_str!("cluster.cuh")),
     ("select.cuh", include_str!("select.cuh")),
-    ("step.cuh", include_str!("step.cuh")),
 ];
 pub(super) static STEP: Source =
     Source { name: "decode_step", text: include_str!("step.cu"), headers: HEADERS };
@@ -267,8 +266,11 @@ fn fast(plan: &Plan, spec: Option<&NsaSpec>, window: usize, shape: &Shape) -> Re
         ("RESIDENT", shape.resident),
     ];
     defines.extend(own.map(|(name, value)| (name, value.to_string())));
-    if shape.global {
+    if shape.global >= Global::Logits {
         defines.push(("LOGITS_GLOBAL", "1".into()));
+    }
+    if shape.global == Global::All {
+        defines.push(("IMPORTANCE_GLOBAL", "1".into()));
     }
     let kernel = plan.gpu.kernel(&STEP, "decode_step", &defines)?;
     // Clusters of more than eight blocks must be asked for.
