@@ -259,7 +259,7 @@ def markdown(results):
         for measure, title in titles.items():
             out += [f"## {title}, recorded data ({file}), {sizes(part)}\n"]
             out += [table(part, measure, "ms", show)]
-    agreed = [row for row in results["rows"] if row.get("overlap") and row["peer"] == OURS]
+    agreed = [row for row in results["rows"] if isinstance(row.get("overlap"), dict) and row["peer"] == OURS]
     for row in agreed:
         share, union = row["overlap"]["common"], row["overlap"]["union"]
         data = "recorded" if row["table"] == "recorded" else "random"

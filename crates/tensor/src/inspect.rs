@@ -23,7 +23,8 @@ pub fn choose(tensors: [Tensor; 8], spec: &NsaSpec, cu_seqlens: &[i32]) -> Resul
     let Device::Cuda(gpu) = tensors[0].device() else {
         return Err(Error::value(OP, "the tensors are on the CPU, expected a CUDA device"));
     };
-    let (&[_, heads, key_dim], &[_, kv_heads, value_dim]) = (tensors[0].shape(), tensors[4].shape())
+    let (&[_, heads, key_dim], &[_, kv_heads, value_dim]) =
+        (tensors[0].shape(), tensors[4].shape())
     else {
         return Err(Error::shape(OP, "q", "[T, H, D]", tensors[0].shape()));
     };

@@ -63,8 +63,9 @@ pub(super) struct Load<'a> {
 }
 
 impl Shape {
-    pub fn threads(&self) -> u32 {
-        WORKERS + PRODUCERS + self.choosers
+    /// Threads of a block; dense attention chooses nothing.
+    pub fn threads(&self, load: &Load) -> u32 {
+        WORKERS + PRODUCERS + if load.spec.is_some() { self.choosers } else { 0 }
     }
 
     pub fn cluster(&self) -> usize {

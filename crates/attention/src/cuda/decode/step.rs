@@ -193,7 +193,7 @@ fn launch(
             }
             let kernel = fast(plan, spec, window, &shape)?;
             let shared = shape.shared(&load);
-            (kernel, pairs * shape.cluster(), shape.threads(), shared, shape.scratch(&load))
+            (kernel, pairs * shape.cluster(), shape.threads(&load), shared, shape.scratch(&load))
         }
         None => {
             let slice = match spec {
