@@ -1,10 +1,9 @@
 """`attend` on Hopper: right first, then timed against its floor and PyTorch's kernels."""
+import ctypes
 import math
 import sys
 
 import torch
-from cuda.bindings import driver
-import ctypes
 
 from harness import ROOT, TYPES, Kernel, Map, median_ms
 
@@ -21,6 +20,27 @@ def tile_keys(d, v):
             return bn, 128 * pad(d) * 2 + 4 * bn * (pad(d) + pad(v)) + 128 * (2 * v + 16) + 80
 
 
+def sequences(lengths, block, stride):
+    """`Sequence` of sequences.cuh for each."""
+    rows, token, key = [], 0, 0
+    for n in lengths:
+        blocks = 0 if n < block else (n - block) // stride + 1
+        rows.append((token, n, 0, token, n, key, blocks, 0))
+        token, key = token + n, key + blocks
+    return torch.tensor(rows, dtype=torch.int32, device="cuda")
+
+
+def structure(fields):
+    """A C struct of ints, floats and the addresses of tensors."""
+    kinds = {int: ctypes.c_int, float: ctypes.c_float}
+    names = [(n, ctypes.c_uint64 if v is None or isinstance(v, torch.Tensor) else kinds[type(v)]) for n, v in fields]
+    kind = type("Params", (ctypes.Structure,), {"_fields_": names})
+    return kind(*[0 if v is None else v.data_ptr() if isinstance(v, torch.Tensor) else v for _, v in fields])
+
+
+FINITE = torch.zeros(1, dtype=torch.int32, device="cuda")  # no input here holds NaN or infinity
+
+
 class Attend:
     def __init__(self, d, v, mask, dtype=torch.bfloat16, source=SOURCE):
         (self.bn, shared), self.mask = tile_keys(d, v), mask
@@ -31,27 +51,15 @@ class Attend:
                  window=512, block=32, stride=16):
         t, h, d = q.shape
         kv = k.shape[1]
-        tiles, token, key = [], 0, 0
-        for n in lengths:
-            for p in range(0, n, 128):
-                tiles.append((token + p, min(128, n - p), p, key))
-            token += n
-            key += (0 if n < block else (n - block) // stride + 1) if self.mask == COMPRESSED else n
-        tiles.sort(key=lambda x: x[2])
-        table = torch.tensor(tiles, dtype=torch.int32, device="cuda")
-
-        class Params(ctypes.Structure):
-            _fields_ = [("tiles", ctypes.c_uint64), ("tile_count", ctypes.c_int), ("heads", ctypes.c_int),
-                        ("group", ctypes.c_int), ("scale_log2", ctypes.c_float), ("window", ctypes.c_int),
-                        ("block", ctypes.c_int), ("stride", ctypes.c_int), ("branch", ctypes.c_uint64),
-                        ("out", ctypes.c_uint64), ("gate", ctypes.c_uint64), ("gate_index", ctypes.c_int),
-                        ("accumulate", ctypes.c_int), ("lse", ctypes.c_uint64)]
-
-        address = lambda x: 0 if x is None else x.data_ptr()
-        params = Params(table.data_ptr(), len(tiles), h, h // kv, LOG2E / math.sqrt(d), window, block, stride,
-                        address(branch), address(out), address(gate), gate_index, accumulate, address(lse))
+        table, tiles = sequences(lengths, block, stride), sum(lengths) // 128 + len(lengths)
+        params = structure([
+            ("sequences", table), ("count", len(lengths)), ("spare", 0), ("not_finite", FINITE), ("branch", branch),
+            ("out", out), ("gate", gate), ("lse", lse), ("tile_count", tiles), ("heads", h), ("group", h // kv),
+            ("window", window), ("block", block), ("stride", stride), ("gate_index", gate_index),
+            ("accumulate", accumulate), ("scale_log2", LOG2E / math.sqrt(d)),
+        ])
         maps = Map(q, (64, 1, 128)), Map(k, (64, 1, self.bn)), Map(v, (64, 1, self.bn))
-        grid = (min(len(tiles) * h, torch.cuda.get_device_properties(0).multi_processor_count),)
+        grid = (min(tiles * h, torch.cuda.get_device_properties(0).multi_processor_count),)
         return lambda: (self.kernel(grid, (384,), *maps, params), table)
 
 

@@ -1,34 +1,16 @@
 """`select`, `selected` and the whole forward on Hopper: right first, then timed."""
-import ctypes
 import math
 import sys
 
 import torch
 
-from attend import CAUSAL, COMPRESSED, LOG2E, WINDOW, Attend, reference
+from attend import COMPRESSED, FINITE, LOG2E, WINDOW, Attend, sequences, structure
 from harness import ROOT, TYPES, Kernel, Map, median_ms
 
 FOLDER = ROOT / "crates/attention/src/cuda/hopper"
 pad = lambda x: -(-x // 64) * 64
 power = lambda x: 1 << (x - 1).bit_length()
 SMS = torch.cuda.get_device_properties(0).multi_processor_count
-
-
-def tile_table(lengths, step, keys_of):
-    tiles, token, key = [], 0, 0
-    for n in lengths:
-        for p in range(0, n, step):
-            tiles.append((token + p, min(step, n - p), p, key))
-        token, key = token + n, key + keys_of(n)
-    tiles.sort(key=lambda x: x[2])
-    return torch.tensor(tiles, dtype=torch.int32, device="cuda"), len(tiles)
-
-
-def structure(fields):
-    kinds = {int: ctypes.c_int, float: ctypes.c_float}
-    names = [(n, ctypes.c_uint64 if v is None or isinstance(v, torch.Tensor) else kinds[type(v)]) for n, v in fields]
-    kind = type("Params", (ctypes.Structure,), {"_fields_": names})
-    return kind(*[0 if v is None else v.data_ptr() if isinstance(v, torch.Tensor) else v for _, v in fields])
 
 
 class Spec:
@@ -54,10 +36,12 @@ class Select:
     def __call__(self, q, k, lengths, lse, indices):
         t, h, d = q.shape
         kv, s = k.shape[1], self.spec
-        table, count = tile_table(lengths, 64 * self.consumers // self.gp, s.compressed)
-        params = structure([("tiles", table), ("tile_count", count), ("heads", h), ("group", h // kv),
-                            ("scale", LOG2E / math.sqrt(d)), ("l", s.l), ("d", s.d), ("block", s.block),
-                            ("count", s.count), ("initial", s.initial), ("local", s.local), ("lse", lse), ("indices", indices)])
+        queries = 64 * self.consumers // self.gp
+        table, count = sequences(lengths, s.l, s.d), sum(lengths) // queries + len(lengths)
+        params = structure([("sequences", table), ("sequence_count", len(lengths)), ("spare", 0), ("lse", lse),
+                            ("indices", indices), ("tile_count", count), ("heads", h), ("group", h // kv), ("l", s.l),
+                            ("d", s.d), ("block", s.block), ("count", s.count), ("initial", s.initial),
+                            ("local", s.local), ("scale", LOG2E / math.sqrt(d))])
         maps = Map(q, (64, self.gp, 64 * self.consumers // self.gp)), Map(k, (64, 1, self.bn))
         return lambda: (self.kernel((min(SMS, count * kv),), (128 * self.consumers + 128,), *maps, params), table)
 
@@ -77,11 +61,12 @@ class Selected:
     def __call__(self, q, k, v, lengths, indices, branch=None, out=None, gate=None, gate_index=1, accumulate=0, lse=None):
         t, h, d = q.shape
         kv = k.shape[1]
-        table, count = tile_table(lengths, 128 // self.gp, lambda n: n)
-        params = structure([("tiles", table), ("tile_count", count), ("heads", h), ("group", h // kv),
-                            ("scale", LOG2E / math.sqrt(d)), ("count", indices.shape[2]), ("q", q), ("indices", indices),
-                            ("branch", branch), ("out", out), ("gate", gate), ("gate_index", gate_index),
-                            ("accumulate", accumulate), ("lse", lse)])
+        table, count = sequences(lengths, 1, 1), sum(lengths) // (128 // self.gp) + len(lengths)
+        params = structure([("sequences", table), ("sequence_count", len(lengths)), ("spare", 0), ("not_finite", FINITE),
+                            ("q", q), ("indices", indices), ("branch", branch), ("out", out), ("gate", gate),
+                            ("lse", lse), ("tile_count", count), ("heads", h), ("group", h // kv),
+                            ("count", indices.shape[2]), ("gate_index", gate_index), ("accumulate", accumulate),
+                            ("scale", LOG2E / math.sqrt(d))])
         maps = Map(k, (64, 1, 64)), Map(v, (64, 1, 64))
         return lambda: (self.kernel((min(SMS, count * kv),), (384,), *maps, params), table)
 

@@ -6,6 +6,7 @@ import ctypes
 import math
 import multiprocessing
 import pathlib
+import tempfile
 import sys
 
 import torch
@@ -633,7 +634,7 @@ STAMPS = (  # what a thread has reached, and the text before which (or, with +, 
 
 def stamps(timing, **how):
     """Clocks since its start at which a block reaches each place: median over blocks, and the last."""
-    folder = pathlib.Path("/tmp/stamped")
+    folder = pathlib.Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)
     for f in SOURCES.glob("*.cu*"):
         (folder / f.name).write_text(f.read_text())
