@@ -5,6 +5,7 @@ use tercet_cuda::{Buffer, Label};
 use super::attend::{Blend, Branch, Grads, Outputs, Upstream, Visible, attend, attend_grads};
 use super::batch::NsaBatch;
 use super::gate::gate_backward;
+use super::hopper;
 use super::select::select;
 use super::selected::{selected, selected_grads};
 use super::{Plan, Slice};
@@ -274,7 +275,8 @@ pub fn nsa_backward(
     gate_backward(plan, input.gate, state.outs, d_out, grads.gate, deltas.ptr(), rows)?;
     // Hopper's kernels add up in dQ itself: half the memory and traffic, one rounding a branch.
     let label = Label::shaped("the query's gradient in f32", &[tokens, heads, key_dim]);
-    let bytes = if plan.hopper() { 0 } else { rows * key_dim * 4 };
+    let in_place = hopper::attend_backward::knows(plan);
+    let bytes = if in_place { 0 } else { rows * key_dim * 4 };
     let sum = plan.gpu.alloc_for(bytes, label)?;
     let up = |index: usize| Upstream {
         d_out,

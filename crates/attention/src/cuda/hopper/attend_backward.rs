@@ -38,10 +38,19 @@ const FEW: usize = 256;
 /// Fewest tiles of queries in a range.
 const RANGE: usize = 32;
 
+/// Head dims of keys and values whose gradients a device has checked. The kernels compile for all
+/// usual dims; the others are left to the plain ones until `lab/attend_backward.py check` has run.
+const CHECKED: [(usize, usize); 3] = [(64, 64), (128, 128), (192, 128)];
+
+/// Whether these kernels serve a plan's dims and storage type.
+pub(in super::super) fn knows(plan: &Plan) -> bool {
+    plan.hopper() && CHECKED.contains(&(plan.dims.key_dim, plan.dims.value_dim))
+}
+
 /// Whether these kernels serve a call.
 pub(in super::super) fn serves(branch: &Branch, up: Upstream, grads: Grads) -> bool {
     let branch_slices = [branch.q, branch.k, branch.v, up.d_out];
-    branch.plan.hopper() && aligned(&branch_slices) && aligned(&[grads.q, grads.k, grads.v])
+    knows(branch.plan) && aligned(&branch_slices) && aligned(&[grads.q, grads.k, grads.v])
 }
 
 /// Backward of a masked branch with `keys` rows of keys; [`serves`] must hold and there must be
@@ -151,7 +160,7 @@ fn row_bytes(dims: Dims) -> usize {
 
 /// Whether [`corrections`] serves a call.
 pub(in super::super) fn corrects(plan: &Plan, branches: &[Slice], d_out: Slice) -> bool {
-    plan.hopper() && aligned(branches) && aligned(&[d_out])
+    knows(plan) && aligned(branches) && aligned(&[d_out])
 }
 
 /// Each branch's Δ, f32 `[3, rows]` at `delta`, and the gates' gradients `[rows, 3]` at `d_gate` if
