@@ -201,7 +201,7 @@ DEVICE void consume_item(Shared& s, const Params& a, const Tile& tile, int kv_he
 #pragma unroll
             for (int j = 0; j < BN / 8; j++) scores[j][0] = scores[j][1] = scores[j][2] = scores[j][3] = 0.0f;
             u32 keys = shared_address(s.k[stage]);
-#pragma unroll
+#pragma unroll KEEP_Q ? DP / 16 : 1
             for (int i = 0; i < DP / 16; i++) {
                 u32(&x)[4] = q[KEEP_Q ? i : 0];
                 if (!KEEP_Q) load_q(x, i);
