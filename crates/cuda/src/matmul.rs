@@ -42,6 +42,16 @@ impl Number {
         if self == Number::F32 { 4 } else { 2 }
     }
 
+    /// The define that makes it the `Real` of `types.cuh`.
+    pub fn define(self) -> (&'static str, String) {
+        let name = match self {
+            Number::F32 => "REAL_F32",
+            Number::BF16 => "REAL_BF16",
+            Number::F16 => "REAL_F16",
+        };
+        (name, "1".into())
+    }
+
     fn raw(self) -> Type {
         match self {
             Number::F32 => Type::CUDA_R_32F,

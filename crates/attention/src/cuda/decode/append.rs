@@ -1,6 +1,6 @@
 //! New tokens enter the caches.
 
-use tercet_cuda::{Args, Number, Source};
+use tercet_cuda::{Args, Source};
 
 use super::super::plain::int;
 use super::super::{Plan, Slice};
@@ -79,13 +79,8 @@ pub(super) fn append(places: &Places, new: &[New], compress: Option<Compress>) -
         check_len("new values", new.v.len(), &[('R', rows), ('K', kv_heads), ('V', value_dim)])?;
         *target = Target { k: new.k.ptr(), v: new.v.ptr(), cache: new.cache.raw() };
     }
-    let real = match plan.number {
-        Number::F32 => "REAL_F32",
-        Number::BF16 => "REAL_BF16",
-        Number::F16 => "REAL_F16",
-    };
     let mut defines =
-        vec![(real, "1".to_string()), ("D", key_dim.to_string()), ("V", value_dim.to_string())];
+        vec![plan.number.define(), ("D", key_dim.to_string()), ("V", value_dim.to_string())];
     if let Some(Compress { spec, .. }) = compress {
         if spec.compressor != Compressor::Mean {
             return Err(Error::Phi(

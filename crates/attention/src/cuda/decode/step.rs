@@ -1,6 +1,6 @@
 //! One attention step of one layer for a batch of query tokens over caches.
 
-use tercet_cuda::{Args, Kernel, Label, Number, Source};
+use tercet_cuda::{Args, Kernel, Label, Source};
 
 use super::super::plain::int;
 use super::super::{Plan, Slice};
@@ -229,13 +229,7 @@ fn launch(
 
 /// The constants that a kernel and its plan share.
 fn constants(plan: &Plan, spec: Option<&NsaSpec>, window: usize) -> Vec<(&'static str, String)> {
-    let real = match plan.number {
-        Number::F32 => "REAL_F32",
-        Number::BF16 => "REAL_BF16",
-        Number::F16 => "REAL_F16",
-    };
     let mut defines = vec![
-        (real, 1),
         ("GROUP", plan.dims.group()),
         ("D", plan.dims.key_dim),
         ("V", plan.dims.value_dim),
@@ -253,7 +247,8 @@ fn constants(plan: &Plan, spec: Option<&NsaSpec>, window: usize) -> Vec<(&'stati
             ("SELECT_LOCAL", spec.select_local),
         ]),
     }
-    defines.into_iter().map(|(name, value)| (name, value.to_string())).collect()
+    let defines = defines.into_iter().map(|(name, value)| (name, value.to_string()));
+    std::iter::once(plan.number.define()).chain(defines).collect()
 }
 
 fn fast(plan: &Plan, spec: Option<&NsaSpec>, window: usize, shape: &Shape) -> Result<Kernel> {

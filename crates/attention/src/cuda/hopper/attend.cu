@@ -10,10 +10,10 @@
 // 1 compressed, 2 window). Grid: as many blocks as multiprocessors; items are (KV head,
 // tile, head of the group), the heads of a group neighbours, so that they share K and V in L2. Block:
 // 384 threads.
-#include "hopper.cuh"
+#include "products.cuh"
 #include "sequences.cuh"
 
-static constexpr int BM = 128, PANEL = 64, STAGES = 2, CONSUMERS = 2;
+static constexpr int BM = 128, STAGES = 2, CONSUMERS = 2;
 static constexpr int DP = (D + 63) / 64 * 64, VP = (V + 63) / 64 * 64;
 static constexpr int K_BYTES = BN * DP * 2, V_BYTES = BN * VP * 2;
 static constexpr int Q_BYTES = BM * DP * 2;
@@ -94,19 +94,6 @@ DEVICE void produce(Shared& s, const TensorMap* q, const TensorMap* k, const Ten
                 tma_load(s.v[stage] + c * BN * 128, v, &s.v_full[stage], c * PANEL, item.kv_head, row);
         }
     }
-}
-
-// S = q·kᵀ, 64×BN.
-DEVICE void multiply_keys(float (&scores)[BN / 2], u64 q, const u8* k) {
-    wgmma_fence();
-    u64 keys = descriptor_rows(k);
-#pragma unroll
-    for (int i = 0; i < DP / 16; i++) {
-        int panel = i / 4, inner = i % 4;
-        Wgmma<BN>::ss<0, 0>(scores, descriptor_step(q, panel * BM * 128 + inner * 32),
-                            descriptor_step(keys, panel * BN * 128 + inner * 32), i > 0);
-    }
-    wgmma_commit();
 }
 
 // O += P·v, 64×VP.
@@ -209,7 +196,7 @@ DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round,
 
         barrier_wait(&s.k_full[stage], n / STAGES & 1);
         named_sync(turn, 256);
-        multiply_keys(scores, q, s.k[stage]);
+        multiply_rows<BN, DP, BM * 128, BN * 128>(scores, q, descriptor_rows(s.k[stage]));
         named_arrive(other, 256);
         wgmma_wait<0>();
         wgmma_hold(scores);
@@ -221,7 +208,7 @@ DEVICE void attend_item(Shared& s, const Params& a, const Item& item, int round,
             int stage = (n + i) % STAGES, before = (n + i - 1) % STAGES;
             barrier_wait(&s.k_full[stage], (n + i) / STAGES & 1);
             named_sync(turn, 256);
-            multiply_keys(scores, q, s.k[stage]);
+            multiply_rows<BN, DP, BM * 128, BN * 128>(scores, q, descriptor_rows(s.k[stage]));
             barrier_wait(&s.v_full[before], (n + i - 1) / STAGES & 1);
             multiply_values(out, p, s.v[before], i > 1);
             named_arrive(other, 256);

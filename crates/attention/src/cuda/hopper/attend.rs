@@ -7,12 +7,15 @@ use super::super::attend::{Branch, Outputs, Visible};
 use super::super::plain::{self, int, items};
 use super::{Sequences, boxes, defines, padded};
 use crate::cpu::Mask;
-use crate::{Dims, Result};
+use crate::{Dims, Error, Result};
 
 static SOURCE: Source = Source {
     name: "attend",
     text: include_str!("attend.cu"),
-    headers: &[("sequences.cuh", include_str!("sequences.cuh"))],
+    headers: &[
+        ("products.cuh", include_str!("products.cuh")),
+        ("sequences.cuh", include_str!("sequences.cuh")),
+    ],
 };
 
 /// Queries of a tile.
@@ -72,7 +75,12 @@ pub(in super::super) fn attend(
     not_finite: u64,
 ) -> Result<()> {
     let (plan, batch) = (branch.plan, branch.batch);
-    let Some((keys, shared)) = shape(plan) else { return Ok(()) };
+    let Some((keys, shared)) = shape(plan) else {
+        return Err(Error::Dims(format!(
+            "{:?} on Hopper, expected what `serves` allows",
+            plan.dims
+        )));
+    };
     let Dims { heads, kv_heads, key_dim, value_dim } = plan.dims;
     let (mask, window, block, stride) = match visible {
         Visible::Mask(Mask::Causal) => (0, 0, 0, 0),

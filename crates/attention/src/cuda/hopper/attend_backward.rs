@@ -10,6 +10,7 @@ use crate::cpu::Mask;
 use crate::{Dims, Result};
 
 const HEADERS: &[(&str, &str)] = &[
+    ("products.cuh", include_str!("products.cuh")),
     ("backward.cuh", include_str!("backward.cuh")),
     ("sequences.cuh", include_str!("sequences.cuh")),
 ];

@@ -6,7 +6,7 @@ pub(super) mod select;
 pub(super) mod selected;
 pub(super) mod selected_backward;
 
-use tercet_cuda::{Number, Swizzle, TensorMap};
+use tercet_cuda::{Swizzle, TensorMap};
 
 use super::batch::Batch;
 use super::plain::int;
@@ -38,13 +38,8 @@ fn padded(dim: usize) -> usize {
 
 /// Storage type and head dims.
 fn defines(plan: &Plan) -> Vec<(&'static str, String)> {
-    let real = match plan.number {
-        Number::F32 => "REAL_F32",
-        Number::BF16 => "REAL_BF16",
-        Number::F16 => "REAL_F16",
-    };
     let (d, v) = (plan.dims.key_dim.to_string(), plan.dims.value_dim.to_string());
-    vec![(real, "1".into()), ("D", d), ("V", v)]
+    vec![plan.number.define(), ("D", d), ("V", v)]
 }
 
 /// Whether TMA and 16-byte accesses can start there.

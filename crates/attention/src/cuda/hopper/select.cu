@@ -10,11 +10,11 @@
 // (l/d and l'/d; R divides BN). Grid: as many blocks as multiprocessors.
 // Block: 512 threads. At most 32 blocks
 // a query.
-#include "hopper.cuh"
+#include "products.cuh"
 #include "sequences.cuh"
 
 // With one head a query, what a warp keeps of its 16 queries takes the registers of a third warpgroup.
-static constexpr int PANEL = 64, CONSUMERS = GP == 1 ? 2 : 3, BM = 64 * CONSUMERS;
+static constexpr int CONSUMERS = GP == 1 ? 2 : 3, BM = 64 * CONSUMERS;
 static constexpr int DP = (D + 63) / 64 * 64;
 static constexpr int STAGES = 2;
 static constexpr int Q_BYTES = BM * DP * 2, K_BYTES = BN * DP * 2;
@@ -46,18 +46,6 @@ struct Shared {
 };
 
 DEVICE int visible(const Params& a, int p) { return p + 1 < a.block ? 0 : (p + 1 - a.block) / a.stride + 1; }
-
-DEVICE void multiply_keys(float (&scores)[BN / 2], u64 q, const u8* k) {
-    wgmma_fence();
-    u64 keys = descriptor_rows(k);
-#pragma unroll
-    for (int i = 0; i < DP / 16; i++) {
-        int panel = i / 4, inner = i % 4;
-        Wgmma<BN>::ss<0, 0>(scores, descriptor_step(q, panel * BM * 128 + inner * 32),
-                            descriptor_step(keys, panel * BN * 128 + inner * 32), i > 0);
-    }
-    wgmma_commit();
-}
 
 // How many strides selection block j shares with compressed block R·j + offset.
 DEVICE constexpr int shared_strides(int offset) {
@@ -274,7 +262,7 @@ DEVICE void rank_item(Shared& s, const Params& a, const Item& item, int round, i
     for (int i = 0; i < count; i++) {
         int stage = (n + i) % STAGES;
         barrier_wait(&s.k_full[stage], (n + i) / STAGES & 1);
-        multiply_keys(scores, q, s.k[stage]);
+        multiply_rows<BN, DP, BM * 128, BN * 128>(scores, q, descriptor_rows(s.k[stage]));
         if (i > 0) rank(i - 1);  // while the products run
         wgmma_wait<0>();
         wgmma_hold(scores);

@@ -11,7 +11,10 @@ use crate::{Dims, NsaSpec, Result};
 static SOURCE: Source = Source {
     name: "select",
     text: include_str!("select.cu"),
-    headers: &[("sequences.cuh", include_str!("sequences.cuh"))],
+    headers: &[
+        ("products.cuh", include_str!("products.cuh")),
+        ("sequences.cuh", include_str!("sequences.cuh")),
+    ],
 };
 
 /// Most blocks a query may select: one a lane of a warp.

@@ -9,6 +9,7 @@ use super::{MOST_GROUP, Sequences, aligned, boxes, defines, padded};
 use crate::{Dims, NsaSpec, Result};
 
 const HEADERS: &[(&str, &str)] = &[
+    ("products.cuh", include_str!("products.cuh")),
     ("selected.cuh", include_str!("selected.cuh")),
     ("sequences.cuh", include_str!("sequences.cuh")),
 ];

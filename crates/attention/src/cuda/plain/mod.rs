@@ -2,7 +2,7 @@
 
 use tercet_cuda::{Args, Gpu, Kernel, Source};
 
-use super::{Number, Plan};
+use super::Plan;
 use crate::{Error, Result};
 
 const HEADERS: &[(&str, &str)] = &[("tile.cuh", include_str!("tile.cuh"))];
@@ -80,18 +80,9 @@ fn vector(plan: &Plan, addresses: &[u64]) -> usize {
     if aligned && whole { most } else { 1 }
 }
 
-fn real(number: Number) -> (&'static str, String) {
-    let name = match number {
-        Number::F32 => "REAL_F32",
-        Number::BF16 => "REAL_BF16",
-        Number::F16 => "REAL_F16",
-    };
-    (name, "1".into())
-}
-
 /// A kernel for this plan's type, without tiles.
 pub(in super::super) fn flat_kernel(plan: &Plan, source: &Source, entry: &str) -> Result<Kernel> {
-    let defines = [real(plan.number), ("VECTOR", "1".into())];
+    let defines = [plan.number.define(), ("VECTOR", "1".into())];
     Ok(plan.gpu.kernel(source, entry, &defines)?)
 }
 
@@ -106,7 +97,7 @@ pub(in super::super) fn kernel(
     // Constants differ between the entries of a source: only the one that is wanted is compiled.
     let only = format!("ENTRY_{entry}");
     let defines = [
-        real(plan.number),
+        plan.number.define(),
         ("ONE_ENTRY", "1".into()),
         (&only, "1".into()),
         ("DIM_K", compiled(plan.dims.key_dim).to_string()),
