@@ -1,11 +1,10 @@
 """`attend` on Hopper: right first, then timed against its floor and PyTorch's kernels."""
-import ctypes
 import math
 import sys
 
 import torch
 
-from harness import ROOT, TYPES, Kernel, Map, median_ms
+from harness import ROOT, TYPES, Kernel, Map, median_ms, sequences, structure
 
 SOURCE = ROOT / "crates/attention/src/cuda/hopper/attend.cu"
 CAUSAL, COMPRESSED, WINDOW = range(3)
@@ -18,24 +17,6 @@ def tile_keys(d, v):
     for bn in (128, 112, 64, 32):
         if 128 * pad(d) * 2 + 4 * bn * (pad(d) + pad(v)) + 128 * (2 * v + 16) + 80 <= 227 * 1024:
             return bn, 128 * pad(d) * 2 + 4 * bn * (pad(d) + pad(v)) + 128 * (2 * v + 16) + 80
-
-
-def sequences(lengths, block, stride):
-    """`Sequence` of sequences.cuh for each."""
-    rows, token, key = [], 0, 0
-    for n in lengths:
-        blocks = 0 if n < block else (n - block) // stride + 1
-        rows.append((token, n, 0, token, n, key, blocks, 0))
-        token, key = token + n, key + blocks
-    return torch.tensor(rows, dtype=torch.int32, device="cuda")
-
-
-def structure(fields):
-    """A C struct of ints, floats and the addresses of tensors."""
-    kinds = {int: ctypes.c_int, float: ctypes.c_float}
-    names = [(n, ctypes.c_uint64 if v is None or isinstance(v, torch.Tensor) else kinds[type(v)]) for n, v in fields]
-    kind = type("Params", (ctypes.Structure,), {"_fields_": names})
-    return kind(*[0 if v is None else v.data_ptr() if isinstance(v, torch.Tensor) else v for _, v in fields])
 
 
 FINITE = torch.zeros(1, dtype=torch.int32, device="cuda")  # no input here holds NaN or infinity

@@ -10,7 +10,7 @@ import sys
 import torch
 from cuda.bindings import driver
 
-from harness import ROOT, TYPES, Kernel, Map, compile_cubin, median_ms
+from harness import ROOT, TYPES, Kernel, Map, compile_cubin, median_ms, sequences
 
 HOPPER = ROOT / "crates/attention/src/cuda/hopper"
 KEYS, QUERIES, DELTA = (HOPPER / f"{n}.cu" for n in ("attend_backward_keys", "attend_backward_queries", "delta"))
@@ -51,16 +51,6 @@ def parts_of(tiles, group, kv_heads, query_tiles):
     while tiles * kv_heads * heads * ranges < 256 and query_tiles >= 32 * ranges:
         ranges *= 2
     return heads, ranges
-
-
-def sequences(lengths, block, stride):
-    """The kernels' `Sequence`s."""
-    rows, token, compressed = [], 0, 0
-    for n in lengths:
-        m = blocks(n, block, stride)
-        rows.append((token, n, 0, token, n, compressed, m, 0))
-        token, compressed = token + n, compressed + m
-    return torch.tensor(rows, dtype=torch.int32, device="cuda")
 
 
 class KeysParams(ctypes.Structure):

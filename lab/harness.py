@@ -12,6 +12,7 @@ from cuda.bindings import driver, nvrtc
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEADERS = ROOT / "crates/cuda/src/device"
 SWIZZLE_128B = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+KINDS = {int: ctypes.c_int, float: ctypes.c_float}
 TYPES = {torch.float32: "REAL_F32", torch.bfloat16: "REAL_BF16", torch.float16: "REAL_F16"}
 
 
@@ -133,11 +134,12 @@ _flush = None
 
 
 def flush_l2():
-    """Fills the L2 with other data."""
+    """Fills the L2 with other data, by reading: what a write left there would go to memory while the
+    next kernel runs."""
     global _flush
     if _flush is None:
-        _flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    _flush.zero_()
+        _flush = torch.ones(64 << 20, device="cuda")
+    _flush.sum()
 
 
 def median_ms(run, repeats=10, warm=2):
@@ -154,3 +156,21 @@ def median_ms(run, repeats=10, warm=2):
         b.synchronize()
         times.append(a.elapsed_time(b))
     return sorted(times)[len(times) // 2]
+
+
+def sequences(lengths, block, stride):
+    """`Sequence` of sequences.cuh for each; compressed blocks are `block` tokens every `stride`."""
+    rows, token, key = [], 0, 0
+    for n in lengths:
+        blocks = 0 if n < block else (n - block) // stride + 1
+        rows.append((token, n, 0, token, n, key, blocks, 0))
+        token, key = token + n, key + blocks
+    return torch.tensor(rows, dtype=torch.int32, device="cuda")
+
+
+def structure(fields):
+    """A C struct of ints, floats, structs and the addresses of tensors."""
+    kind = lambda v: ctypes.c_uint64 if v is None or isinstance(v, torch.Tensor) else KINDS.get(type(v), type(v))
+    value = lambda v: 0 if v is None else v.data_ptr() if isinstance(v, torch.Tensor) else v
+    made = type("Params", (ctypes.Structure,), {"_fields_": [(n, kind(v)) for n, v in fields]})
+    return made(*[value(v) for _, v in fields])

@@ -4,8 +4,8 @@ import sys
 
 import torch
 
-from attend import COMPRESSED, FINITE, LOG2E, WINDOW, Attend, sequences, structure
-from harness import ROOT, TYPES, Kernel, Map, median_ms
+from attend import COMPRESSED, FINITE, LOG2E, WINDOW, Attend
+from harness import ROOT, TYPES, Kernel, Map, median_ms, sequences, structure
 
 FOLDER = ROOT / "crates/attention/src/cuda/hopper"
 pad = lambda x: -(-x // 64) * 64

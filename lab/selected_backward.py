@@ -2,13 +2,12 @@
 
 `python selected_backward.py [check|time]`
 """
-import ctypes
 import math
 import sys
 
 import torch
 
-from harness import ROOT, TYPES, Kernel, Map, median_ms
+from harness import ROOT, TYPES, Kernel, Map, median_ms, structure
 
 FOLDER = ROOT / "crates/attention/src/cuda/hopper"
 SHARED_LIMIT = 227 * 1024
@@ -16,13 +15,6 @@ PARTS_LIMIT = 2304 << 20
 SMS = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 pad = lambda x: -(-x // 64) * 64
 power = lambda x: 1 << (x - 1).bit_length()
-
-
-def structure(fields):
-    kinds = {int: ctypes.c_int, float: ctypes.c_float}
-    names = [(n, ctypes.c_uint64 if v is None or isinstance(v, torch.Tensor) else kinds[type(v)]) for n, v in fields]
-    kind = type("Params", (ctypes.Structure,), {"_fields_": names})
-    return kind(*[0 if v is None else v.data_ptr() if isinstance(v, torch.Tensor) else v for _, v in fields])
 
 
 _zero = None
