@@ -48,6 +48,12 @@ impl Watcher {
             Event::WaitingForTokens => self.line("waiting for another run to tokenize this text"),
             Event::Tokenising { done, total } => self.tokenising(*done, *total),
             Event::Ready(summary) => self.ready(summary),
+            Event::Note(text) => self.line(text),
+            Event::Begin { steps, .. } => {
+                if self.terminal {
+                    self.start_bar(*steps, "{prefix} {wide_bar:.cyan/238} {msg}");
+                }
+            }
             Event::Step(progress) => self.step(progress),
             Event::Evaluated { step, loss } => {
                 self.line(&format!("step {step}: validation loss {loss:.4} nats per token"));
@@ -110,9 +116,6 @@ impl Watcher {
                  {entropy:.3} nats",
                 grouped(summary.validation_tokens),
             ));
-        }
-        if self.terminal {
-            self.start_bar(summary.steps, "{prefix} {wide_bar:.cyan/238} {msg}");
         }
     }
 
@@ -204,6 +207,7 @@ mod tests {
                 grad_norm_z: None,
                 validation_loss: None,
                 seconds: 0.5,
+                measures: Default::default(),
             },
             steps: 100,
             tokens_per_second: 4096.4,

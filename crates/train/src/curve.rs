@@ -16,9 +16,9 @@ const VALIDATION: RGBColor = RGBColor(210, 90, 20);
 const BASELINE: RGBColor = RGBColor(120, 120, 120);
 
 /// Draws training loss (each step, and smoothed), validation loss, and, as a dashed line, the
-/// `unigram` entropy that a model without context would reach. Losses are in nats per token.
+/// `unigram` entropy that a model without context would reach. `name` says what the loss is.
 /// Returns the text of an SVG file.
-pub fn draw(records: &[StepRecord], unigram: Option<f64>) -> Result<String> {
+pub fn draw(records: &[StepRecord], unigram: Option<f64>, name: &str) -> Result<String> {
     let train: Vec<(f64, f64)> =
         records.iter().filter_map(|r| Some((r.step as f64, r.loss?))).collect();
     let validation: Vec<(f64, f64)> = records
@@ -27,7 +27,7 @@ pub fn draw(records: &[StepRecord], unigram: Option<f64>) -> Result<String> {
         .filter(|point| point.1.is_finite())
         .collect();
     let mut svg = String::new();
-    plot(&mut svg, &train, &validation, unigram)
+    plot(&mut svg, &train, &validation, unigram, name)
         .map_err(|error| Error::Data(format!("the loss curve cannot be drawn: {error}")))?;
     Ok(svg)
 }
@@ -37,6 +37,7 @@ fn plot(
     train: &[(f64, f64)],
     validation: &[(f64, f64)],
     unigram: Option<f64>,
+    name: &str,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let losses = || train.iter().chain(validation).map(|point| point.1).chain(unigram);
     let (low, high) = losses().fold((f64::MAX, f64::MIN), |(a, b), y| (a.min(y), b.max(y)));
@@ -57,7 +58,7 @@ fn plot(
         .bold_line_style(RGBColor(230, 230, 230))
         .x_label_formatter(&|step| format!("{step}"))
         .x_desc("step")
-        .y_desc("loss (nats per token)")
+        .y_desc(name)
         .label_style(("sans-serif", 14))
         .axis_desc_style(("sans-serif", 15))
         .draw()?;
@@ -132,6 +133,7 @@ mod tests {
             grad_norm_z: None,
             validation_loss: step.is_multiple_of(10).then_some(3.0),
             seconds: 1.0,
+            measures: Default::default(),
         }
     }
 
@@ -139,7 +141,7 @@ mod tests {
     fn the_curve_has_labels_lines_and_no_broken_numbers() {
         let records: Vec<_> =
             (1..5000).map(|i| record(i, (i % 7 != 0).then_some(9.0 - (i as f64).ln()))).collect();
-        let svg = draw(&records, Some(6.5)).unwrap();
+        let svg = draw(&records, Some(6.5), "loss (nats per token)").unwrap();
         for text in ["<svg", "training", "validation", "unigram entropy 6.50", "nats per token"] {
             assert!(svg.contains(text), "{text}");
         }
@@ -150,7 +152,7 @@ mod tests {
     #[test]
     fn a_run_without_a_single_good_step_still_gets_a_picture() {
         for records in [vec![], vec![record(1, None)], vec![record(1, Some(2.0))]] {
-            let svg = draw(&records, None).unwrap();
+            let svg = draw(&records, None, "loss").unwrap();
             assert!(svg.contains("</svg>") && !svg.contains("NaN"));
         }
     }

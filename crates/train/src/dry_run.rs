@@ -12,7 +12,8 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::lock::FolderLock;
 use crate::prepare::{check_prompt, marks, model_config, named_tokenizer};
-use crate::pretrain::{dtype, starting_point};
+use crate::pretrain::dtype;
+use crate::run::starting_point;
 use crate::tokenizer::Vocabulary;
 
 /// What a run would do.
@@ -53,7 +54,7 @@ pub fn dry_run(
     FolderLock::check(&config.output)?;
     check_writable(&config.output)?;
     let mut damaged = Vec::new();
-    let resume_from = starting_point(config, resume, &mut |event| {
+    let resume_from = starting_point(&config.output, &config.to_toml(), resume, &mut |event| {
         if let Event::Damaged(text) = event {
             damaged.push(text.to_owned());
         }

@@ -51,8 +51,17 @@ pub enum Event<'a> {
         /// Bytes of text in all.
         total: u64,
     },
-    /// Training begins.
+    /// What will be pretrained on what.
     Ready(&'a Summary),
+    /// Something worth a line: what was counted, dropped, checked.
+    Note(&'a str),
+    /// The steps begin.
+    Begin {
+        /// Steps of the whole run.
+        steps: u64,
+        /// Steps done already.
+        done: u64,
+    },
     /// A step is done.
     Step(&'a Progress),
     /// The held-out batches were looked at.

@@ -1,5 +1,6 @@
 //! `metrics.jsonl`: one line a step, the run's exact history.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -16,7 +17,8 @@ pub struct StepRecord {
     pub step: u64,
     /// Tokens trained on, in all.
     pub tokens: u64,
-    /// Mean cross-entropy of the step's targets, in nats; `None` when it is not finite.
+    /// What was descended: in pretraining the mean cross-entropy of the step's targets, in nats;
+    /// `None` when it is not finite.
     pub loss: Option<f64>,
     /// Learning rate.
     pub lr: f64,
@@ -31,11 +33,15 @@ pub struct StepRecord {
     /// Deviations of the gradient norm above its recent mean, when that is an outlier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grad_norm_z: Option<f64>,
-    /// Mean cross-entropy of the held-out batches, when they were looked at after this step.
+    /// The same of the held-out examples, when they were looked at after this step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
     /// Wall time of the step in seconds, evaluation and saving left out.
     pub seconds: f64,
+    /// Further numbers of the task, by name, such as `rewards/margins`; those of held-out examples
+    /// begin with `eval_`.
+    #[serde(flatten)]
+    pub measures: BTreeMap<String, f64>,
 }
 
 /// The file, open for appending.

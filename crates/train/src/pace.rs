@@ -2,8 +2,7 @@
 
 use std::time::Instant;
 
-use crate::config::RunConfig;
-use crate::event::{Control, Progress};
+use crate::event::Progress;
 use crate::metrics::StepRecord;
 
 /// Weight of the newest step in the running average.
@@ -11,40 +10,42 @@ const NEWEST: f64 = 0.1;
 
 /// Turns the time of steps into rates.
 pub struct Pace {
-    tokens: f64,
     flops_per_token: f64,
     gemm_flops: Option<f64>,
     steps: u64,
     begin: Instant,
-    /// Running average of a step's seconds.
-    average: Option<f64>,
-    /// Steps and their seconds since the process began.
+    /// Running averages of a step's seconds and tokens.
+    average: Option<[f64; 2]>,
+    /// Steps, their seconds and tokens since the process began.
     done: u64,
     seconds: f64,
+    tokens: f64,
 }
 
 impl Pace {
-    /// Begins now.
-    pub fn new(config: &RunConfig, control: &Control, flops_per_token: f64) -> Self {
+    /// Begins now, with `steps` steps in the whole run.
+    pub fn new(steps: u64, flops_per_token: f64, gemm_flops: Option<f64>) -> Self {
         Self {
-            tokens: config.train.batch_tokens as f64,
             flops_per_token,
-            gemm_flops: control.gemm_flops,
-            steps: config.steps(),
+            gemm_flops,
+            steps,
             begin: Instant::now(),
             average: None,
             done: 0,
             seconds: 0.0,
+            tokens: 0.0,
         }
     }
 
-    /// Where the run stands after a step.
-    pub fn after(&mut self, record: StepRecord) -> Progress {
+    /// Where the run stands after a step of `tokens` tokens.
+    pub fn after(&mut self, record: StepRecord, tokens: u64) -> Progress {
+        let newest = [record.seconds, tokens as f64];
         self.done += 1;
-        self.seconds += record.seconds;
-        let average = self
-            .average
-            .map_or(record.seconds, |average| average + NEWEST * (record.seconds - average));
+        self.seconds += newest[0];
+        self.tokens += newest[1];
+        let average = self.average.map_or(newest, |average| {
+            std::array::from_fn(|i| average[i] + NEWEST * (newest[i] - average[i]))
+        });
         self.average = Some(average);
         // Wall time: evaluations, samples and checkpoints are part of the way that is left.
         let wall = self.begin.elapsed().as_secs_f64() / self.done as f64;
@@ -64,11 +65,11 @@ impl Pace {
         if self.done == 0 {
             return (0.0, 0.0, None);
         }
-        self.rates(self.seconds / self.done as f64)
+        self.rates([self.seconds, self.tokens])
     }
 
-    fn rates(&self, seconds: f64) -> (f64, f64, Option<f64>) {
-        let tokens = if seconds > 0.0 { self.tokens / seconds } else { 0.0 };
+    fn rates(&self, [seconds, tokens]: [f64; 2]) -> (f64, f64, Option<f64>) {
+        let tokens = if seconds > 0.0 { tokens / seconds } else { 0.0 };
         let flops = tokens * self.flops_per_token;
         (tokens, flops, self.gemm_flops.map(|peak| flops / peak))
     }

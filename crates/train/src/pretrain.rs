@@ -1,35 +1,18 @@
-//! The training loop.
-//!
-//! A step is a pure function of the state before it and of the configuration: data order, learning
-//! rate and samples depend on (seed, step) alone. A checkpoint holds that state, so a run that was
-//! interrupted, or killed, ends with the same bits as one that was not.
+//! Pretraining: a language model from text.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use tercet_model::{Generator, Model, ModelConfig, Sampling};
-use tercet_tensor::{DType, Device};
+use tercet_model::{ForwardOptions, Generator, Model, ModelConfig, Sampling};
+use tercet_tensor::{DType, Grads, Tape};
 
-use crate::checkpoint::{self, Restored, RunState, Snapshot};
 use crate::config::{ModelSource, Precision, RunConfig};
 use crate::data::{self, Stream};
 use crate::error::{Error, Result};
 use crate::event::{Control, Event, Report, Summary};
-use crate::files;
-use crate::guard::{Guard, Verdict};
-use crate::lock::FolderLock;
-use crate::metrics::{self, Metrics, StepRecord};
-use crate::pace::Pace;
 use crate::prepare::{Prepared, prepare};
-use crate::schedule::Schedule;
-use crate::tensorboard::EventFile;
-use crate::trainer::Trainer;
-
-/// Below a run's output: the checkpoints.
-pub const CHECKPOINTS: &str = "checkpoints";
-const METRICS: &str = "metrics.jsonl";
-const CURVE: &str = "curve.svg";
+use crate::run::{Measured, Place, Plan, Start, Task, drive};
 
 /// Trains as `config` says, until its last step or until `control.stop` is raised; either way the
 /// newest checkpoint holds everything. Returns how it ended.
@@ -38,350 +21,153 @@ pub fn pretrain(
     control: &Control,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Report> {
-    let _lock = FolderLock::take(&config.output)?;
-    files::remove_temporary(&config.output)?;
-    checkpoint::remove_stale(&config.output.join(CHECKPOINTS))?;
-    let from = starting_point(config, control.resume, observe)?;
-    files::write_atomic(&config.output.join("config.toml"), config.to_toml().as_bytes())?;
-    let prepared = prepare(config, from.as_deref(), control.stop, observe)?;
+    let text = config.to_toml();
+    let place = Place::open(&config.output, &text, control.resume, observe)?;
+    let data = prepare(config, place.from.as_deref(), control.stop, observe)?;
     let train = || {
-        let mut run = Run::begin(config, control, prepared, from, observe)?;
-        let finished = run.steps()?;
-        run.end(finished)
+        let model = match (&place.from, &config.model) {
+            (Some(folder), _) | (None, ModelSource::Folder(folder)) => {
+                Model::load_as(folder, dtype(config))?
+            }
+            (None, ModelSource::New(_)) => {
+                Model::new(data.model.clone(), config.train.seed, dtype(config))?
+            }
+        };
+        let start = Start::new(model, place.from.as_deref())?;
+        let done = start.state.as_ref().map_or(0, |state| state.run.step);
+        let summary = summary(config, &data, &start.model, done);
+        observe(Event::Ready(&summary));
+        let (key, sidecars) = (data.data_key.clone(), data.sidecars.clone());
+        let plan = Plan {
+            output: &config.output,
+            config: &text,
+            train: &config.train,
+            checkpoint: &config.checkpoint,
+            steps: config.steps(),
+            data_key: &key,
+            sidecars: &sidecars,
+            flops_per_token: summary.flops_per_token,
+            unigram: summary.unigram_entropy,
+            loss_name: "loss (nats per token)",
+        };
+        let mut task = Pretrain { config, data };
+        Ok(drive(&plan, start, place.from.clone(), &mut task, control, observe)?.0)
     };
     train().map_err(|error: Error| error.with_advice(config))
 }
 
-/// The checkpoint to go on from. Refuses a folder that holds a run when not told to resume it, and
-/// one whose checkpoints are all damaged when told so.
-pub fn starting_point(
-    config: &RunConfig,
-    resume: bool,
-    observe: &mut dyn FnMut(Event),
-) -> Result<Option<PathBuf>> {
-    let newest = checkpoint::newest(&config.output.join(CHECKPOINTS))?;
-    let place = config.output.display();
-    if !resume {
-        if newest.path.is_some() || !newest.damaged.is_empty() {
-            return Err(Error::Checkpoint(format!(
-                "{place} already holds a run; --resume goes on with it, or choose another `output`"
-            )));
-        }
-        return Ok(None);
-    }
-    if newest.path.is_none() && !newest.damaged.is_empty() {
-        let problems = newest.damaged.join("; ");
-        return Err(Error::Checkpoint(format!(
-            "no checkpoint in {place} is whole: {problems}. Restore one from a copy, or choose \
-             another `output` to begin again"
-        )));
-    }
-    for damaged in &newest.damaged {
-        observe(Event::Damaged(damaged));
-    }
-    if let Some(path) = &newest.path {
-        checkpoint::check_config(path, config)?;
-    }
-    Ok(newest.path)
-}
-
 /// Storage type of a run's tensors.
 pub fn dtype(config: &RunConfig) -> DType {
-    match config.train.dtype {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
+    config.train.dtype.dtype()
+}
+
+impl Precision {
+    /// The tensors' type.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
     }
 }
 
-/// A run on its way.
-struct Run<'a> {
+fn summary(config: &RunConfig, data: &Prepared, model: &Model, done: u64) -> Summary {
+    let validation = &data.split.validation;
+    Summary {
+        parameters: model.params().elements(),
+        vocab_size: data.vocabulary.size(),
+        train_documents: data.split.train_documents,
+        train_tokens: data.split.train.positions(),
+        validation_documents: data.split.validation_documents,
+        validation_tokens: validation.iter().map(|batch| batch.targets.len() as u64).sum(),
+        unigram_entropy: (!validation.is_empty()).then(|| data::unigram_entropy(validation)),
+        tokens_cached: data.cached,
+        steps: config.steps(),
+        done,
+        flops_per_token: flops_per_token(&data.model, &data.split.train, config.data.context),
+    }
+}
+
+/// Next-token prediction over packed documents.
+struct Pretrain<'a> {
     config: &'a RunConfig,
-    control: &'a Control<'a>,
-    observe: &'a mut dyn FnMut(Event),
     data: Prepared,
-    trainer: Trainer,
-    schedule: Schedule,
-    metrics: Metrics,
-    events: EventFile,
-    pace: Pace,
-    /// Steps done.
-    step: u64,
-    /// Newest checkpoint and its step.
-    saved: Option<(u64, PathBuf)>,
-    /// Newest evaluation and its step.
-    evaluated: Option<(u64, f64)>,
-    unigram: Option<f64>,
 }
 
-impl<'a> Run<'a> {
-    fn begin(
-        config: &'a RunConfig,
-        control: &'a Control<'a>,
-        data: Prepared,
-        from: Option<PathBuf>,
-        observe: &'a mut dyn FnMut(Event),
-    ) -> Result<Self> {
-        let restored = from.as_ref().map(|path| checkpoint::load(path, dtype(config)));
-        let (trainer, step) = match restored.transpose()? {
-            Some(restored) => resumed(config, &data, restored, control.device)?,
-            None => (fresh(config, &data, control.device)?, 0),
-        };
-        let saved = from.map(|path| (step, path));
-        if let Some((step, path)) = &saved {
-            observe(Event::Resumed { step: *step, path });
-        }
-        let targets = || data.split.validation.iter().map(|batch| batch.targets.len() as u64);
-        let unigram = (!data.split.validation.is_empty())
-            .then(|| data::unigram_entropy(&data.split.validation));
-        let summary = Summary {
-            parameters: trainer.model.params().elements(),
-            vocab_size: data.vocabulary.size(),
-            train_documents: data.split.train_documents,
-            train_tokens: data.split.train.positions(),
-            validation_documents: data.split.validation_documents,
-            validation_tokens: targets().sum(),
-            unigram_entropy: unigram,
-            tokens_cached: data.cached,
-            steps: config.steps(),
-            done: step,
-            flops_per_token: flops_per_token(&data.model, &data.split.train, config.data.context),
-        };
-        observe(Event::Ready(&summary));
-        Ok(Self {
-            config,
-            control,
-            observe,
-            data,
-            trainer,
-            schedule: Schedule::new(config),
-            metrics: Metrics::open(&config.output.join(METRICS), step)?,
-            events: EventFile::create(&config.output.join("tensorboard"), step + 1)?,
-            pace: Pace::new(config, control, summary.flops_per_token),
-            step,
-            saved,
-            evaluated: None,
-            unigram,
-        })
-    }
-
-    /// All steps that are left. False when the stop flag was raised before the last.
-    fn steps(&mut self) -> Result<bool> {
-        let last = self.config.steps();
-        while self.step < last {
-            if !self.one_step()? {
-                self.save()?;
-                return Ok(false);
-            }
-            let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
-            let (save, sample) =
-                (due(self.config.checkpoint.every), due(self.config.train.sample_every));
-            if save {
-                self.save()?;
-            }
-            if sample {
-                self.sample()?;
-            }
-        }
-        self.save()?;
-        Ok(true)
-    }
-
-    /// One step with its evaluation and records; false when the stop flag was raised on the way,
-    /// which leaves everything as it was.
-    fn one_step(&mut self) -> Result<bool> {
+impl Task for Pretrain<'_> {
+    /// Its parts have equally many targets each, so the mean of their means is the mean.
+    fn step(
+        &mut self,
+        model: &Model,
+        step: u64,
+        grads: &mut Grads,
+        stop: &AtomicBool,
+    ) -> Result<Option<Measured>> {
         let train = &self.config.train;
-        let start = Instant::now();
-        let (position, lr) = (self.position(self.step), self.schedule.lr(self.step));
-        let micro = self.config.micro_tokens();
-        let Self { data, trainer, .. } = self;
-        let Prepared { split, shards, .. } = data;
-        let mut part =
-            |index: usize| split.train.batch(shards, position + (index * micro) as u64, micro);
-        let Some(outcome) = trainer.step(&mut part, train, lr, self.control.stop)? else {
-            return Ok(false);
-        };
-        let seconds = start.elapsed().as_secs_f64();
-        self.step += 1;
-        let (loss_z, grad_norm_z) = match outcome.verdict {
-            Verdict::Outlier { loss_z, grad_norm_z } => (loss_z, grad_norm_z),
-            _ => (None, None),
-        };
-        let finite = |value: f64| value.is_finite().then_some(value);
-        let mut record = StepRecord {
-            step: self.step,
-            tokens: self.position(self.step),
-            loss: finite(outcome.loss),
-            lr,
-            grad_norm: finite(outcome.grad_norm),
-            skipped: matches!(outcome.verdict, Verdict::Skip | Verdict::Stop),
-            loss_z,
-            grad_norm_z,
-            validation_loss: None,
-            seconds,
-        };
-        if outcome.verdict == Verdict::Stop {
-            self.metrics.push(&record)?;
-            return Err(Error::Diverged {
-                skipped: self.trainer.guard.skipped_in_a_row,
-                step: self.step,
-                place: outcome.place.unwrap_or_default(),
-            });
+        let options = ForwardOptions { recompute: train.recompute, ..ForwardOptions::default() };
+        let share = 1.0 / train.accumulation as f64;
+        let (position, micro) = (self.position(step), self.config.micro_tokens());
+        // Read when all parts are done: a GPU would have nothing to do while its loss is waited for.
+        let mut losses = Vec::with_capacity(train.accumulation);
+        for part in 0..train.accumulation {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let Prepared { split, shards, .. } = &mut self.data;
+            let batch = split.train.batch(shards, position + (part * micro) as u64, micro);
+            let mut tape = Tape::recording();
+            let parts = model.forward_loss(&mut tape, &batch, &options)?;
+            tape.backward_scaled(&parts.loss, share as f32, grads)?;
+            losses.push(parts.cross_entropy.value().clone());
         }
-        let every = train.eval_every;
-        if self.step == self.config.steps() || (every > 0 && self.step.is_multiple_of(every)) {
-            record.validation_loss = self.evaluate()?;
+        let mut measured = Measured { tokens: train.batch_tokens as u64, ..Measured::default() };
+        for (part, loss) in losses.iter().enumerate() {
+            let loss = f64::from(loss.item()?);
+            if !loss.is_finite() && measured.place.is_none() {
+                let place = format!("loss {loss} in part {} of the batch", part + 1);
+                measured.place = Some(place);
+            }
+            measured.loss += share * loss;
         }
-        self.record(record)?;
-        Ok(true)
+        Ok(Some(measured))
     }
 
-    fn record(&mut self, record: StepRecord) -> Result<()> {
-        self.metrics.push(&record)?;
-        let progress = self.pace.after(record);
-        let record = &progress.record;
-        let curves = [
-            ("train/loss", record.loss),
-            ("train/lr", Some(record.lr)),
-            ("train/grad_norm", record.grad_norm),
-            ("train/tokens_per_second", Some(progress.tokens_per_second)),
-            ("validation/loss", record.validation_loss),
-        ];
-        let points: Vec<(&str, f64)> =
-            curves.iter().filter_map(|(tag, value)| Some((*tag, (*value)?))).collect();
-        self.events.scalars(record.step, &points)?;
-        (self.observe)(Event::Step(&progress));
-        Ok(())
-    }
-
-    /// Loss on the held-out batches; `None` when nothing is held out.
-    fn evaluate(&mut self) -> Result<Option<f64>> {
-        if self.data.split.validation.is_empty() {
+    /// Mean cross-entropy over the held-out batches; each target counts the same.
+    fn evaluate(&mut self, model: &Model) -> Result<Option<Measured>> {
+        let batches = &self.data.split.validation;
+        if batches.is_empty() {
             return Ok(None);
         }
-        let loss = self.trainer.evaluate(&self.data.split.validation)?;
-        self.evaluated = Some((self.step, loss));
-        (self.observe)(Event::Evaluated { step: self.step, loss });
-        Ok(Some(loss))
+        let (mut sum, mut targets) = (0.0, 0);
+        for batch in batches {
+            let mut tape = Tape::inference();
+            let losses = model.forward_loss(&mut tape, batch, &ForwardOptions::default())?;
+            sum += f64::from(losses.cross_entropy.value().item()?) * batch.targets.len() as f64;
+            targets += batch.targets.len() as u64;
+        }
+        let loss = sum / targets as f64;
+        Ok(Some(Measured { loss, tokens: targets, ..Measured::default() }))
     }
 
-    /// Lets the model write; what it writes depends on its weights, the seed and the step.
-    fn sample(&mut self) -> Result<()> {
+    fn sample(&mut self, model: &Model, step: u64) -> Result<Option<(String, String)>> {
         let train = &self.config.train;
         let vocabulary = &self.data.vocabulary;
         let prompt = vocabulary.encode_prompt(&train.sample_prompt)?;
         let sampling = Sampling {
-            seed: train.seed.wrapping_add(self.step),
+            seed: train.seed.wrapping_add(step),
             max_tokens: train.sample_tokens,
             ..Sampling::default()
         };
         let ends = Some(vec![vocabulary.eos()]);
-        let mut generator = Generator::new(&self.trainer.model, vocabulary.tokenizer(), ends)?;
-        let written =
-            generator.generate(&prompt, &sampling, &mut |_| std::ops::ControlFlow::Continue(()))?;
-        let (prompt, text) = (train.sample_prompt.as_str(), written.text.as_str());
-        (self.observe)(Event::Sample { step: self.step, prompt, text });
-        Ok(())
-    }
-
-    /// Commits a checkpoint, unless the newest one is of this step.
-    fn save(&mut self) -> Result<()> {
-        if self.saved.as_ref().is_some_and(|(step, _)| *step == self.step) {
-            return Ok(());
-        }
-        let optimizer = self.trainer.optimizer()?;
-        let run = RunState {
-            step: self.step,
-            data_position: self.position(self.step),
-            seed: self.config.train.seed,
-            data_key: self.data.data_key.clone(),
-            updates: optimizer.step,
-            guard: self.trainer.guard.clone(),
-        };
-        let snapshot = Snapshot {
-            model: &self.trainer.model,
-            optimizer: &optimizer,
-            run: &run,
-            config: self.config,
-            sidecars: &self.data.sidecars,
-        };
-        let folder = self.config.output.join(CHECKPOINTS);
-        let path = checkpoint::save(&folder, self.config.checkpoint.keep, &snapshot)?;
-        (self.observe)(Event::Saved { step: self.step, path: &path });
-        self.saved = Some((self.step, path));
-        Ok(())
-    }
-
-    /// The curve and the report.
-    fn end(mut self, finished: bool) -> Result<Report> {
-        // A run that was resumed after its last step has not looked yet.
-        let stale = self.evaluated.is_none_or(|(step, _)| step != self.step);
-        if finished && stale {
-            self.evaluate()?;
-        }
-        let records = metrics::read(&self.config.output.join(METRICS))?;
-        let curve = self.config.output.join(CURVE);
-        files::write_atomic(&curve, crate::curve::draw(&records, self.unigram)?.as_bytes())?;
-        let tail = records.len().div_ceil(10);
-        let losses: Vec<f64> =
-            records.iter().rev().take(tail).filter_map(|record| record.loss).collect();
-        let (tokens_per_second, flops_per_second, gemm_share) = self.pace.overall();
-        Ok(Report {
-            finished,
-            steps: self.step,
-            tokens: self.position(self.step),
-            train_loss: (!losses.is_empty())
-                .then(|| losses.iter().sum::<f64>() / losses.len() as f64),
-            validation_loss: self.evaluated.map(|(_, loss)| loss),
-            unigram_entropy: self.unigram,
-            skipped: self.trainer.guard.skipped,
-            tokens_per_second,
-            flops_per_second,
-            gemm_share,
-            checkpoint: self.saved.map(|(_, path)| path),
-            curve,
-        })
+        let mut generator = Generator::new(model, vocabulary.tokenizer(), ends)?;
+        let written = generator.generate(&prompt, &sampling, &mut |_| ControlFlow::Continue(()))?;
+        Ok(Some((train.sample_prompt.clone(), written.text)))
     }
 
     /// First position of the training stream that a step reads.
     fn position(&self, step: u64) -> u64 {
         step * self.config.train.batch_tokens as u64
     }
-}
-
-/// A trainer at step 0: a new model, or a folder's weights.
-fn fresh(config: &RunConfig, data: &Prepared, device: &Device) -> Result<Trainer> {
-    let mut model = match &config.model {
-        ModelSource::Folder(path) => Model::load_as(path, dtype(config))?,
-        ModelSource::New(_) => Model::new(data.model.clone(), config.train.seed, dtype(config))?,
-    };
-    model.to_device(device)?;
-    Trainer::new(model, None, Guard::default(), &config.train)
-}
-
-/// A trainer at a checkpoint's step, once it is certain that the data are the same.
-fn resumed(
-    config: &RunConfig,
-    data: &Prepared,
-    restored: Restored,
-    device: &Device,
-) -> Result<(Trainer, u64)> {
-    let Restored { mut model, optimizer, run } = restored;
-    if run.data_key != data.data_key {
-        return Err(Error::Checkpoint(format!(
-            "the text or the tokenizer is not what step {} was trained on (data.paths, \
-             data.tokenizer); bring it back, or start a new run in another `output`",
-            run.step
-        )));
-    }
-    if run.data_position != run.step * config.train.batch_tokens as u64 {
-        return Err(Error::Checkpoint(format!(
-            "its data position {} does not belong to step {}; it was not written by this program",
-            run.data_position, run.step
-        )));
-    }
-    model.to_device(device)?;
-    let trainer = Trainer::new(model, Some(optimizer), run.guard, &config.train)?;
-    Ok((trainer, run.step))
 }
 
 /// FLOP of the model per trained token: attention costs what the lengths of these sequences make
@@ -395,9 +181,4 @@ fn flops_per_token(model: &ModelConfig, stream: &Stream, context: usize) -> f64 
     }
     let flops = tokens.iter().map(|(&len, &count)| count as f64 * model.flops(len).training());
     flops.sum::<f64>() / stream.positions() as f64
-}
-
-/// The newest complete checkpoint of a run's output folder, every file of it verified.
-pub fn newest_checkpoint(output: &Path) -> Result<Option<PathBuf>> {
-    Ok(checkpoint::newest(&output.join(CHECKPOINTS))?.path)
 }

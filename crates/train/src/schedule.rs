@@ -1,6 +1,6 @@
 //! The learning rate as a pure function of the step.
 
-use crate::config::{RunConfig, ScheduleKind};
+use crate::config::{ScheduleKind, TrainConfig};
 
 /// Warm-up, then half a cosine or a plateau with a final decay.
 #[derive(Clone, Copy, Debug)]
@@ -16,19 +16,18 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The schedule of a run. A warm-up longer than the run is cut to its length.
-    pub fn new(config: &RunConfig) -> Self {
-        let steps = config.steps();
-        let warmup = config.train.warmup.min(steps);
-        let decay_start = match config.train.schedule {
+    /// The schedule of a run of `steps` steps. A warm-up longer than the run is cut to its length.
+    pub fn new(train: &TrainConfig, steps: u64) -> Self {
+        let warmup = train.warmup.min(steps);
+        let decay_start = match train.schedule {
             ScheduleKind::Cosine => warmup,
             ScheduleKind::Wsd => {
                 // In whole steps; a run is far shorter than 2⁵³ of them.
-                let decay = (config.train.decay * steps as f64).round() as u64;
+                let decay = (train.decay * steps as f64).round() as u64;
                 (steps - decay.min(steps)).max(warmup)
             }
         };
-        let (kind, peak, last) = (config.train.schedule, config.train.lr, config.train.final_lr);
+        let (kind, peak, last) = (train.schedule, train.lr, train.final_lr);
         Self { kind, peak, last, warmup, decay_start, steps }
     }
 

@@ -1,14 +1,15 @@
-//! One optimizer step: forward and backward over the parts of a batch, guard, clip, update.
+//! One optimizer step: a task's gradient, guard, clip, update.
 
 use std::borrow::Cow;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use tercet_model::{Batch, ForwardOptions, Model};
-use tercet_tensor::{AdamW, AdamWConfig, AdamWState, Grads, Tape, clip};
+use tercet_model::Model;
+use tercet_tensor::{AdamW, AdamWConfig, AdamWState, Grads, clip};
 
 use crate::config::TrainConfig;
 use crate::error::Result;
 use crate::guard::{Guard, Verdict};
+use crate::run::{Measured, Task};
 
 /// A model and what changes it.
 pub struct Trainer {
@@ -23,14 +24,12 @@ pub struct Trainer {
 /// What a step came to.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Mean cross-entropy in nats per token.
-    pub loss: f64,
+    /// What the task says of it, `place` completed.
+    pub measured: Measured,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
     /// What the guard said.
     pub verdict: Verdict,
-    /// Where the first number that is not finite was found, if there is one.
-    pub place: Option<String>,
 }
 
 impl Trainer {
@@ -62,43 +61,25 @@ impl Trainer {
         Ok(self.optimizer.snapshot()?)
     }
 
-    /// Trains on the `parts` of a batch, which have equally many targets. `None` when `stop` was
-    /// raised on the way: nothing has changed then.
+    /// Trains on a task's step. `None` when `stop` was raised on the way: nothing has changed then.
     pub fn step(
         &mut self,
-        parts: &mut dyn FnMut(usize) -> Batch,
+        task: &mut dyn Task,
+        step: u64,
         train: &TrainConfig,
         lr: f64,
         stop: &AtomicBool,
     ) -> Result<Option<Outcome>> {
-        let options = ForwardOptions { recompute: train.recompute };
-        let share = 1.0 / train.accumulation as f64;
-        let (mut loss, mut place) = (0.0, None);
-        // Read when all parts are done: a GPU would have nothing to do while its loss is waited for.
-        let mut losses_of_parts = Vec::with_capacity(train.accumulation);
         self.grads.zero();
-        for part in 0..train.accumulation {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            let batch = parts(part);
-            let mut tape = Tape::recording();
-            let losses = self.model.forward_loss(&mut tape, &batch, &options)?;
-            tape.backward_scaled(&losses.loss, share as f32, &mut self.grads)?;
-            losses_of_parts.push(losses.cross_entropy.value().clone());
-        }
-        for (part, part_loss) in losses_of_parts.iter().enumerate() {
-            let part_loss = f64::from(part_loss.item()?);
-            if !part_loss.is_finite() && place.is_none() {
-                place = Some(format!("loss {part_loss} in part {} of the batch", part + 1));
-            }
-            loss += share * part_loss;
-        }
+        let Some(mut measured) = task.step(&self.model, step, &mut self.grads, stop)? else {
+            return Ok(None);
+        };
         let grad_norm = clip::global_norm(&self.grads)?;
-        if !grad_norm.is_finite() && place.is_none() {
-            place = Some(self.wild_gradient()?);
+        if !grad_norm.is_finite() && measured.place.is_none() {
+            measured.place = Some(self.wild_gradient()?);
         }
-        let verdict = self.guard.judge(loss, grad_norm, train.nan_patience, train.outlier_z);
+        let (patience, z) = (train.nan_patience, train.outlier_z);
+        let verdict = self.guard.judge(measured.loss, grad_norm, patience, z);
         if matches!(verdict, Verdict::Fine | Verdict::Outlier { .. }) {
             let factor = match train.clip {
                 0.0 => 1.0,
@@ -107,7 +88,7 @@ impl Trainer {
             let params = self.model.params_mut().tensors_mut();
             self.optimizer.step(params, &self.grads, lr, factor)?;
         }
-        Ok(Some(Outcome { loss, grad_norm, verdict, place }))
+        Ok(Some(Outcome { measured, grad_norm, verdict }))
     }
 
     /// The first parameter whose gradient is not finite.
@@ -122,18 +103,6 @@ impl Trainer {
         }
         Ok("the norm of the gradients overflows".into())
     }
-
-    /// Mean cross-entropy over batches, in nats per token; each target counts the same.
-    pub fn evaluate(&self, batches: &[Batch]) -> Result<f64> {
-        let (mut sum, mut targets) = (0.0, 0usize);
-        for batch in batches {
-            let mut tape = Tape::inference();
-            let losses = self.model.forward_loss(&mut tape, batch, &ForwardOptions::default())?;
-            sum += f64::from(losses.cross_entropy.value().item()?) * batch.targets.len() as f64;
-            targets += batch.targets.len();
-        }
-        Ok(sum / targets as f64)
-    }
 }
 
 #[cfg(test)]
@@ -141,7 +110,44 @@ mod tests {
     use super::*;
     use crate::RunConfig;
     use crate::config::FromData;
-    use tercet_tensor::DType;
+    use std::sync::atomic::Ordering;
+    use tercet_model::{Batch, ForwardOptions};
+    use tercet_tensor::{DType, Tape};
+
+    /// Counts: 0 1 2 …
+    struct Counting;
+
+    impl Task for Counting {
+        fn step(
+            &mut self,
+            model: &Model,
+            _: u64,
+            grads: &mut Grads,
+            stop: &AtomicBool,
+        ) -> Result<Option<Measured>> {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let batch = Batch {
+                input_ids: (0..8).collect(),
+                targets: (1..9).collect(),
+                cu_seqlens: vec![0, 8],
+            };
+            let mut tape = Tape::recording();
+            let parts = model.forward_loss(&mut tape, &batch, &ForwardOptions::default())?;
+            tape.backward(&parts.loss, grads)?;
+            let loss = f64::from(parts.loss.value().item()?);
+            Ok(Some(Measured { loss, tokens: 8, ..Measured::default() }))
+        }
+
+        fn evaluate(&mut self, _: &Model) -> Result<Option<Measured>> {
+            Ok(None)
+        }
+
+        fn position(&self, step: u64) -> u64 {
+            8 * step
+        }
+    }
 
     fn bits(trainer: &Trainer) -> Vec<Vec<u32>> {
         let of = |t: &tercet_tensor::Tensor| -> Vec<u32> {
@@ -160,11 +166,7 @@ mod tests {
         let model = Model::new(config.model.config(&data).unwrap(), 1, DType::F32).unwrap();
         let mut trainer = Trainer::new(model, None, Guard::default(), &config.train).unwrap();
         let stop = AtomicBool::new(false);
-        let mut batch = |part: usize| Batch {
-            input_ids: (0..8).map(|i| i + part as i32).collect(),
-            targets: (1..9).map(|i| i + part as i32).collect(),
-            cu_seqlens: vec![0, 8],
-        };
+        let task = &mut Counting;
         let slot = trainer.model.params().slot("model.norm.weight").unwrap();
         let poison = |trainer: &mut Trainer, value: f32| {
             let tensors = trainer.model.params_mut().tensors_mut();
@@ -172,19 +174,19 @@ mod tests {
         };
         poison(&mut trainer, f32::NAN);
         let before = bits(&trainer);
-        let outcome = trainer.step(&mut batch, &config.train, 0.1, &stop).unwrap().unwrap();
+        let outcome = trainer.step(task, 0, &config.train, 0.1, &stop).unwrap().unwrap();
         assert_eq!(outcome.verdict, Verdict::Skip);
-        assert_eq!(outcome.place.as_deref(), Some("loss NaN in part 1 of the batch"));
+        assert!(outcome.measured.place.unwrap().starts_with("gradient NaN of model."));
         assert!(bits(&trainer) == before && trainer.optimizer().unwrap().step == 0);
 
         poison(&mut trainer, 1.0);
         let before = bits(&trainer);
         stop.store(true, Ordering::Relaxed);
-        assert!(trainer.step(&mut batch, &config.train, 0.1, &stop).unwrap().is_none());
+        assert!(trainer.step(task, 0, &config.train, 0.1, &stop).unwrap().is_none());
         assert!(bits(&trainer) == before);
         stop.store(false, Ordering::Relaxed);
-        let outcome = trainer.step(&mut batch, &config.train, 0.1, &stop).unwrap().unwrap();
-        assert_eq!((outcome.verdict, outcome.place), (Verdict::Fine, None));
+        let outcome = trainer.step(task, 0, &config.train, 0.1, &stop).unwrap().unwrap();
+        assert_eq!((outcome.verdict, outcome.measured.place), (Verdict::Fine, None));
         assert!(bits(&trainer) != before && trainer.optimizer().unwrap().step == 1);
     }
 }

@@ -14,9 +14,8 @@ use std::path::{Path, PathBuf};
 use manifest::{MANIFEST, Manifest, verify};
 pub use state::RunState;
 use tercet_model::Model;
-use tercet_tensor::{AdamWState, DType};
+use tercet_tensor::AdamWState;
 
-use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -33,16 +32,14 @@ pub struct Snapshot<'a> {
     pub optimizer: &'a AdamWState,
     /// Step, data position, guard.
     pub run: &'a RunState,
-    /// What the run was asked to do.
-    pub config: &'a RunConfig,
+    /// What the run was asked to do, as TOML.
+    pub config: &'a str,
     /// Tokenizer and generation files of the model folder: name and content.
     pub sidecars: &'a [(String, Vec<u8>)],
 }
 
-/// A checkpoint read back.
-pub struct Restored {
-    /// Shape and weights.
-    pub model: Model,
+/// What a checkpoint holds besides the weights.
+pub struct State {
     /// Moments, master weights, update count.
     pub optimizer: AdamWState,
     /// Step, data position, guard.
@@ -132,21 +129,20 @@ pub fn remove_stale(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a checkpoint that was written under another configuration, naming the key.
-pub fn check_config(path: &Path, config: &RunConfig) -> Result<()> {
+/// Refuses a checkpoint that was written under another configuration (TOML), naming the key.
+pub fn check_config(path: &Path, config: &str) -> Result<()> {
     match state::differing_key(&path.join("state"), config)? {
         None => Ok(()),
         Some(problem) => Err(Error::Checkpoint(format!("{} {problem}", path.display()))),
     }
 }
 
-/// Reads a verified checkpoint.
-pub fn load(path: &Path, dtype: DType) -> Result<Restored> {
+/// Reads what a verified checkpoint holds besides its weights, which `model` has already.
+pub fn load_state(path: &Path, model: &Model) -> Result<State> {
     let state = path.join("state");
-    let model = Model::load_as(path, dtype)?;
     let run = state::read_run(&state)?;
-    let optimizer = state::read_optimizer(&state, &model, run.updates)?;
-    Ok(Restored { model, optimizer, run })
+    let optimizer = state::read_optimizer(&state, model, run.updates)?;
+    Ok(State { optimizer, run })
 }
 
 /// Folders with a manifest, oldest first.

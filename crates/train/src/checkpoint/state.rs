@@ -15,7 +15,6 @@ use tercet_tensor::{AdamWState, SlotState};
 use toml::{Table, Value};
 
 use super::Snapshot;
-use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::guard::Guard;
 
@@ -51,6 +50,8 @@ pub struct RunState {
     pub step: u64,
     /// First position of the training stream not yet trained on.
     pub data_position: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
     /// Seed of every random choice; there is no other generator state, since order and samples
     /// are pure functions of seed and step.
     pub seed: u64,
@@ -107,7 +108,7 @@ pub fn write(folder: &Path, snapshot: &Snapshot) -> Result<()> {
     })?;
     let run = serde_json::to_vec_pretty(snapshot.run)
         .map_err(|error| Error::Checkpoint(format!("the run's state has no JSON: {error}")))?;
-    for (name, content) in [(RUN, run), (CONFIG, snapshot.config.to_toml().into_bytes())] {
+    for (name, content) in [(RUN, run), (CONFIG, snapshot.config.as_bytes().to_vec())] {
         let path = folder.join(name);
         fs::write(&path, content).map_err(Error::io("write", &path))?;
     }
@@ -157,7 +158,7 @@ pub fn read_optimizer(folder: &Path, model: &Model, updates: u64) -> Result<Adam
 
 /// Compares the configuration a checkpoint was written under with this run's. `None` when no key
 /// that matters differs, else what differs and what to do.
-pub fn differing_key(folder: &Path, config: &RunConfig) -> Result<Option<String>> {
+pub fn differing_key(folder: &Path, config: &str) -> Result<Option<String>> {
     let path = folder.join(CONFIG);
     let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let parse = |text: &str| {
@@ -165,7 +166,7 @@ pub fn differing_key(folder: &Path, config: &RunConfig) -> Result<Option<String>
             .map(|table| flatten(&table))
             .map_err(|error| Error::Checkpoint(format!("{}: {}", path.display(), error.message())))
     };
-    let (then, now) = (parse(&text)?, parse(&config.to_toml())?);
+    let (then, now) = (parse(&text)?, parse(config)?);
     let show = |value: Option<&Value>| value.map_or("not set".to_owned(), ToString::to_string);
     let keys = then.keys().chain(now.keys().filter(|key| !then.contains_key(*key)));
     for key in keys {

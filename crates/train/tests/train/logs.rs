@@ -18,6 +18,7 @@ fn record(step: u64) -> StepRecord {
         grad_norm_z: None,
         validation_loss: None,
         seconds: 0.1,
+        measures: Default::default(),
     }
 }
 

@@ -8,7 +8,8 @@ fn schedule(text: &str) -> Schedule {
     let data = "[data]\nvocab_size = 300\ncontext = 8\n";
     let train = format!("[train]\nbatch_tokens = 8\n{text}");
     let config = format!("output = 'x'\n{model}{data}{train}");
-    Schedule::new(&RunConfig::parse(&config, &[]).unwrap())
+    let config = RunConfig::parse(&config, &[]).unwrap();
+    Schedule::new(&config.train, config.steps())
 }
 
 fn close(found: f64, expected: f64) {
