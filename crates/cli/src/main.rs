@@ -19,6 +19,7 @@ mod pretrain;
 mod progress;
 mod quickstart;
 mod selftest;
+mod sft;
 mod svg;
 mod tokenizer;
 mod yardstick;
@@ -67,6 +68,7 @@ enum Verb {
     Pretrain(pretrain::Args),
     Quickstart(quickstart::Args),
     Selftest(selftest::Args),
+    Sft(sft::Args),
     Tokenizer(tokenizer::Args),
 }
 
@@ -105,6 +107,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Pretrain(args) => pretrain::run(args),
         Verb::Quickstart(args) => quickstart::run(args),
         Verb::Selftest(args) => selftest::run(args),
+        Verb::Sft(args) => sft::run(args),
         Verb::Tokenizer(args) => tokenizer::run(args),
     }
 }
@@ -112,7 +115,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 impl Verb {
     /// Whether a closed output pipe must not end the verb.
     fn has_something_to_save(&self) -> bool {
-        matches!(self, Self::Pretrain(_) | Self::Quickstart(_))
+        matches!(self, Self::Pretrain(_) | Self::Quickstart(_) | Self::Sft(_))
     }
 }
 

@@ -1,7 +1,7 @@
 //! `tercet pretrain`: a language model from text.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tercet_train::config::Precision;
@@ -58,7 +58,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut watcher = Watcher::new(Duration::ZERO);
     let report = tercet_train::pretrain(&config, &control, &mut |event| watcher.show(&event));
     watcher.finish();
-    let text = closing(&report?, args, &config);
+    let text = closing(&report?, args);
     let _ = write!(std::io::stdout(), "{text}");
     Ok(())
 }
@@ -101,19 +101,9 @@ fn rehearsal(dry: &DryRun) -> String {
     out
 }
 
-fn closing(report: &Report, args: &Args, config: &RunConfig) -> String {
+fn closing(report: &Report, args: &Args) -> String {
     let mut out = summary(report);
-    if !report.finished {
-        let rest: Vec<String> = args.overrides.iter().map(|o| format!(" '{o}'")).collect();
-        out.push_str(&format!(
-            "\nstopped as asked after step {} of {}; go on with: {} pretrain {}{} --resume\n",
-            report.steps,
-            config.steps(),
-            human::program(),
-            args.config.display(),
-            rest.concat()
-        ));
-    }
+    out.push_str(&how_to_go_on(report, "pretrain", &args.config, &args.overrides));
     if let Some(folder) = &report.checkpoint {
         out.push_str(&format!(
             "model  {}\ncurve  {}\nwrite  {} generate {} -p \"…\"\n",
@@ -124,6 +114,21 @@ fn closing(report: &Report, args: &Args, config: &RunConfig) -> String {
         ));
     }
     out
+}
+
+/// For a run that was stopped: where, and the command that goes on.
+pub fn how_to_go_on(report: &Report, verb: &str, config: &Path, overrides: &[String]) -> String {
+    if report.finished {
+        return String::new();
+    }
+    let rest: Vec<String> = overrides.iter().map(|o| format!(" '{o}'")).collect();
+    format!(
+        "\nstopped as asked after step {}; go on with: {} {verb} {}{} --resume\n",
+        report.steps,
+        human::program(),
+        config.display(),
+        rest.concat()
+    )
 }
 
 /// Losses and pace of a run, in a few lines.

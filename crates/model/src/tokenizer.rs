@@ -74,6 +74,15 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The ids of a text, each with the byte of `text` where its token begins; marks that the
+    /// tokenizer adds itself (`special`) begin where they stand.
+    pub fn encode_at(&self, text: &str, special: bool) -> Result<Vec<(u32, usize)>> {
+        let encoding = guarded(|| self.inner.encode(text, special))
+            .map_err(|e| Error::Tokenizer(format!("cannot encode the text: {e}")))?;
+        let starts = encoding.get_offsets().iter().map(|&(start, _)| start);
+        Ok(encoding.get_ids().iter().copied().zip(starts).collect())
+    }
+
     /// The text of ids, special tokens left out. Ids without a token add nothing.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         guarded(|| self.inner.decode(ids, true))

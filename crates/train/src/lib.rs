@@ -25,6 +25,7 @@ pub mod tensorboard;
 mod tokenizer;
 pub mod tokenizer_train;
 mod trainer;
+pub mod tune;
 
 pub use config::RunConfig;
 pub use dry_run::{DryRun, dry_run};

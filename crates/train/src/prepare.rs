@@ -164,7 +164,7 @@ pub fn check_prompt(config: &RunConfig, vocabulary: &Vocabulary) -> Result<()> {
 }
 
 /// Tokenizer, chat and generation files beside the weights of a model folder.
-fn sidecars(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+pub fn sidecars(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut found = Vec::new();
     for path in files::read_folder(folder)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -46,7 +46,7 @@ impl Trainer {
             eps: train.eps,
             weight_decay: train.weight_decay,
         };
-        let params = model.params();
+        let params = model.trained();
         let decayed: Vec<bool> = params.specs().iter().map(|spec| spec.decays()).collect();
         let optimizer = match state {
             None => AdamW::new(config, params.tensors(), &decayed)?,
@@ -85,7 +85,7 @@ impl Trainer {
                 0.0 => 1.0,
                 most => clip::clip_factor(grad_norm, most),
             };
-            let params = self.model.params_mut().tensors_mut();
+            let params = self.model.trained_mut().tensors_mut();
             self.optimizer.step(params, &self.grads, lr, factor)?;
         }
         Ok(Some(Outcome { measured, grad_norm, verdict }))
@@ -97,7 +97,7 @@ impl Trainer {
             if let Some(gradient) = gradient
                 && let Some(value) = gradient.to_vec_f32()?.iter().find(|value| !value.is_finite())
             {
-                let name = self.model.params().name(slot);
+                let name = self.model.trained().name(slot);
                 return Ok(format!("gradient {value} of {name}"));
             }
         }

@@ -85,7 +85,7 @@ pub fn save(folder: &Path, keep: usize, snapshot: &Snapshot) -> Result<PathBuf> 
 fn write(beside: &Path, snapshot: &Snapshot) -> Result<Manifest> {
     let state = beside.join("state");
     files::create_folder(&state)?;
-    snapshot.model.save(beside).map_err(|error| match error {
+    snapshot.model.save_trained(beside).map_err(|error| match error {
         tercet_model::Error::Io { path, source } => Error::Io { action: "write", path, source },
         other => other.into(),
     })?;

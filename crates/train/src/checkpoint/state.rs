@@ -24,9 +24,11 @@ const CONFIG: &str = "config.toml";
 
 /// Keys that may differ on resume: they change what is watched or kept, or name a place (what the
 /// text and the tokenizer must be is checked by their content).
-const FREE: [&str; 15] = [
+const FREE: [&str; 17] = [
     "output",
     "data.paths",
+    "data.validation_paths",
+    "data.bad_rows",
     "data.text_field",
     "data.max_bytes",
     "data.tokenizer",
@@ -91,8 +93,8 @@ impl View for Stored<'_> {
 pub fn write(folder: &Path, snapshot: &Snapshot) -> Result<()> {
     let mut entries = Vec::new();
     for (slot, state) in snapshot.optimizer.slots.iter().enumerate() {
-        let name = snapshot.model.params().name(slot);
-        let shape = snapshot.model.params().tensor(slot).shape();
+        let name = snapshot.model.trained().name(slot);
+        let shape = snapshot.model.trained().tensor(slot).shape();
         let parts =
             [("m", Some(&state.m)), ("v", Some(&state.v)), ("master", state.master.as_ref())];
         for (kind, values) in parts {
@@ -131,9 +133,9 @@ pub fn read_optimizer(folder: &Path, model: &Model, updates: u64) -> Result<Adam
     let tensors = SafeTensors::deserialize(&bytes).map_err(|error| refuse(error.to_string()))?;
     let views: HashMap<&str, _> = tensors.iter().collect();
     let read = |kind: &str, slot: usize| -> Result<Option<Vec<f32>>> {
-        let name = format!("{kind}.{}", model.params().name(slot));
+        let name = format!("{kind}.{}", model.trained().name(slot));
         let Some(view) = views.get(name.as_str()) else { return Ok(None) };
-        let shape = model.params().tensor(slot).shape();
+        let shape = model.trained().tensor(slot).shape();
         if view.shape() != shape || view.dtype() != Dtype::F32 {
             let (dtype, found) = (view.dtype(), view.shape());
             return Err(refuse(format!("{name} is {dtype:?} {found:?}, expected F32 {shape:?}")));
@@ -141,10 +143,10 @@ pub fn read_optimizer(folder: &Path, model: &Model, updates: u64) -> Result<Adam
         Ok(Some(view.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()))
     };
     let needed = |kind: &str, slot: usize| {
-        let name = model.params().name(slot);
+        let name = model.trained().name(slot);
         read(kind, slot)?.ok_or_else(|| refuse(format!("{kind}.{name} is missing")))
     };
-    let slots = (0..model.params().len())
+    let slots = (0..model.trained().len())
         .map(|slot| {
             Ok(SlotState {
                 m: needed("m", slot)?,

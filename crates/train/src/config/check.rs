@@ -1,6 +1,6 @@
 //! The rules a configuration keeps; every refusal names the key, its value and the rule.
 
-use super::{DataConfig, RunConfig, TrainConfig};
+use super::{CheckpointConfig, DataConfig, RunConfig, TrainConfig};
 use crate::error::{Error, Result};
 
 /// Bounds past which a number is a slip, not a plan.
@@ -30,7 +30,7 @@ impl RunConfig {
         }
         self.model.check(self.data.vocab_size, self.data.context)?;
         within("train.tokens", self.steps(), 1, MAX_STEPS, "steps")?;
-        within("checkpoint.keep", self.checkpoint.keep as u64, 1, 1 << 20, "")?;
+        self.checkpoint.check()?;
         if self.data.tokenizer.is_none()
             && self.data.vocab_size.is_none()
             && !self.model.is_folder()
@@ -41,6 +41,13 @@ impl RunConfig {
             ));
         }
         Ok(())
+    }
+}
+
+impl CheckpointConfig {
+    /// Checks the number kept.
+    pub fn check(&self) -> Result<()> {
+        within("checkpoint.keep", self.keep as u64, 1, 1 << 20, "")
     }
 }
 
@@ -99,6 +106,13 @@ fn check_train(train: &TrainConfig) -> Result<()> {
             ),
         ));
     }
+    check_optimiser(train)?;
+    within("train.eval_batches", train.eval_batches as u64, 1, 1 << 30, "")?;
+    within("train.sample_tokens", train.sample_tokens as u64, 1, MAX_CONTEXT as u64, "")
+}
+
+/// What every kind of training asks of its optimizer.
+pub(super) fn check_optimiser(train: &TrainConfig) -> Result<()> {
     if !(train.lr > 0.0 && train.lr <= 10.0) {
         return Err(Error::config(
             "train.lr",
@@ -118,14 +132,13 @@ fn check_train(train: &TrainConfig) -> Result<()> {
         return Err(Error::config("train.eps", format!("= {} is outside (0, 1]", train.eps)));
     }
     real("train.clip", train.clip, 0.0, 1e6)?;
-    within("train.eval_batches", train.eval_batches as u64, 1, 1 << 30, "")?;
-    within("train.sample_tokens", train.sample_tokens as u64, 1, MAX_CONTEXT as u64, "")?;
     within("train.nan_patience", train.nan_patience as u64, 1, 1 << 30, "")?;
     within("train.seed", train.seed, 0, i64::MAX as u64, "")?;
     real("train.outlier_z", train.outlier_z, 0.0, 1e6)
 }
 
-fn within(key: &str, value: u64, least: u64, most: u64, unit: &str) -> Result<()> {
+/// Refuses a whole number outside its range, with its `unit`.
+pub fn within(key: &str, value: u64, least: u64, most: u64, unit: &str) -> Result<()> {
     if (least..=most).contains(&value) {
         return Ok(());
     }
@@ -133,8 +146,8 @@ fn within(key: &str, value: u64, least: u64, most: u64, unit: &str) -> Result<()
     Err(Error::config(key, format!("= {value}{unit} is outside {least}..={most}")))
 }
 
-/// Refuses NaN too.
-fn real(key: &str, value: f64, least: f64, most: f64) -> Result<()> {
+/// Refuses a real number outside its range, NaN too.
+pub fn real(key: &str, value: f64, least: f64, most: f64) -> Result<()> {
     if (least..=most).contains(&value) {
         return Ok(());
     }

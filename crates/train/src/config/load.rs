@@ -13,48 +13,80 @@ use crate::error::{Error, Result};
 /// Keys and sections at the top of a run file.
 const SECTIONS: [&str; 5] = ["output", "model", "data", "train", "checkpoint"];
 
-impl RunConfig {
-    /// Reads a run file, applies `key=value` overrides (dotted keys, TOML values; a value that is
-    /// not TOML is taken as text) and checks the result.
-    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+/// A run file with its overrides applied, taken apart section by section.
+pub struct Sections(Table);
+
+impl Sections {
+    /// Reads a run file and applies `key=value` overrides (dotted keys, TOML values; a value that
+    /// is not TOML is taken as text). `known` are the keys and sections it may have at its top.
+    pub fn load(path: &Path, overrides: &[String], known: &[&str]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let table = text.parse::<Table>().map_err(|error| Error::ConfigFile {
             path: path.to_owned(),
             problem: error.to_string().trim_end().to_owned(),
         })?;
-        Self::from_table(table, overrides)
+        Self::from_table(table, overrides, known)
+    }
+
+    /// Like [`load`](Self::load), from TOML text.
+    pub fn parse(text: &str, overrides: &[String], known: &[&str]) -> Result<Self> {
+        let table = text
+            .parse::<Table>()
+            .map_err(|e| Error::config("(text)", e.to_string().trim_end().to_owned()))?;
+        Self::from_table(table, overrides, known)
+    }
+
+    fn from_table(mut table: Table, overrides: &[String], known: &[&str]) -> Result<Self> {
+        for text in overrides {
+            apply_override(&mut table, text)?;
+        }
+        match table.keys().find(|key| !known.contains(&key.as_str())) {
+            None => Ok(Self(table)),
+            Some(key) => Err(Error::config(key, unknown(key, "", known))),
+        }
+    }
+
+    /// The run's folder, `output`.
+    pub fn output(&mut self) -> Result<PathBuf> {
+        match self.0.remove("output") {
+            Some(Value::String(text)) if !text.is_empty() => Ok(PathBuf::from(text)),
+            Some(other) => {
+                Err(Error::config("output", format!("is {other}; expected a folder name")))
+            }
+            None => Err(Error::config("output", "is missing: the folder for this run's files")),
+        }
+    }
+
+    /// A section; one that is absent is what an empty one would be.
+    pub fn take<T: for<'de> Deserialize<'de>>(&mut self, name: &str) -> Result<T> {
+        from_section(take_section(&mut self.0, name)?, name)
+    }
+
+    /// A section that may be absent.
+    pub fn take_if_there<T: for<'de> Deserialize<'de>>(&mut self, name: &str) -> Result<Option<T>> {
+        if self.0.contains_key(name) { self.take(name).map(Some) } else { Ok(None) }
+    }
+}
+
+impl RunConfig {
+    /// Reads a run file, applies `key=value` overrides (dotted keys, TOML values; a value that is
+    /// not TOML is taken as text) and checks the result.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        Self::from_sections(Sections::load(path, overrides, &SECTIONS)?)
     }
 
     /// Like [`load`](Self::load), from TOML text.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self> {
-        let table = text
-            .parse::<Table>()
-            .map_err(|e| Error::config("(text)", e.to_string().trim_end().to_owned()))?;
-        Self::from_table(table, overrides)
+        Self::from_sections(Sections::parse(text, overrides, &SECTIONS)?)
     }
 
-    fn from_table(mut table: Table, overrides: &[String]) -> Result<Self> {
-        for text in overrides {
-            apply_override(&mut table, text)?;
-        }
-        if let Some(key) = table.keys().find(|key| !SECTIONS.contains(&key.as_str())) {
-            return Err(Error::config(key, unknown(key, "", &SECTIONS)));
-        }
-        let output = match table.remove("output") {
-            Some(Value::String(text)) if !text.is_empty() => PathBuf::from(text),
-            Some(other) => {
-                return Err(Error::config("output", format!("is {other}; expected a folder name")));
-            }
-            None => {
-                return Err(Error::config("output", "is missing: the folder for this run's files"));
-            }
-        };
+    fn from_sections(mut sections: Sections) -> Result<Self> {
         let config = Self {
-            output,
-            model: ModelSource::from_table(take_section(&mut table, "model")?)?,
-            data: section::<DataConfig>(&mut table, "data")?,
-            train: section::<TrainConfig>(&mut table, "train")?,
-            checkpoint: section::<CheckpointConfig>(&mut table, "checkpoint")?,
+            output: sections.output()?,
+            model: ModelSource::from_table(take_section(&mut sections.0, "model")?)?,
+            data: sections.take::<DataConfig>("data")?,
+            train: sections.take::<TrainConfig>("train")?,
+            checkpoint: sections.take::<CheckpointConfig>("checkpoint")?,
         };
         config.check()?;
         Ok(config)
@@ -120,11 +152,6 @@ fn take_section(table: &mut Table, name: &str) -> Result<Table> {
     }
 }
 
-/// Reads one section.
-fn section<T: for<'de> Deserialize<'de>>(table: &mut Table, name: &str) -> Result<T> {
-    from_section(take_section(table, name)?, name)
-}
-
 /// Turns a section's table into its struct, with errors that name the dotted key.
 fn from_section<T: for<'de> Deserialize<'de>>(table: Table, name: &str) -> Result<T> {
     known_keys(&table, name, keys_of::<T>())?;
@@ -138,4 +165,10 @@ pub(super) fn refusal(section: &str, error: &toml::de::Error) -> Error {
     let key = text.trim_end().rsplit_once("in `").and_then(|(_, key)| key.strip_suffix('`'));
     let key = key.map_or(section.to_owned(), |key| format!("{section}.{key}"));
     Error::config(key, format!("is refused: {}", error.message()))
+}
+
+/// A whole configuration as TOML, defaults included.
+pub fn to_toml<T: serde::Serialize>(config: &T) -> Result<String> {
+    toml::to_string(config)
+        .map_err(|error| Error::config("(whole)", format!("has no TOML form: {error}")))
 }

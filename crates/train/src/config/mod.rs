@@ -7,10 +7,14 @@ mod check;
 mod keys;
 mod load;
 mod model;
+mod tune;
 
 use std::path::PathBuf;
 
+pub use check::{real, within};
+pub use load::{Sections, to_toml};
 pub use model::{FromData, ModelSource};
+pub use tune::{BadRow, RowsConfig, TuneModel, TuneTrain};
 use serde::{Deserialize, Serialize};
 
 /// Everything that decides a training run.

@@ -11,7 +11,7 @@ use super::zstd::Frames;
 use crate::error::{Error, Result};
 
 /// Longest line of a `.jsonl` file.
-const MAX_LINE: u64 = 256 << 20;
+pub const MAX_LINE: u64 = 256 << 20;
 
 /// Why a file cannot be used.
 #[derive(Debug)]
@@ -45,15 +45,7 @@ pub struct Documents<'a> {
 impl<'a> Documents<'a> {
     /// Opens a file. `limit` is the longest section in bytes, at least 4.
     pub fn open(file: &'a SourceFile, text_field: &'a str, limit: usize) -> Result<Self> {
-        let raw = File::open(&file.path).map_err(Error::io("read", &file.path))?;
-        let raw = BufReader::with_capacity(1 << 18, raw);
-        let reader: Box<dyn BufRead + Send> = match file.compression {
-            Compression::None => Box::new(raw),
-            Compression::Gzip => {
-                Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(raw)))
-            }
-            Compression::Zstd => Box::new(BufReader::new(Frames::new(raw))),
-        };
+        let reader = unpacked(file)?;
         Ok(Self {
             file,
             text_field,
@@ -174,20 +166,35 @@ impl<'a> Documents<'a> {
     }
 
     fn fatal(&self, error: io::Error) -> Unusable {
-        let packed = self.file.compression != Compression::None;
-        let damaged = matches!(
-            error.kind(),
-            io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
-        );
-        Unusable::Fatal(if packed && damaged {
-            let path = self.file.path.display();
-            Error::Data(format!(
-                "{path} is damaged or cut short, or not what its name says: {error}"
-            ))
-        } else {
-            Error::io("read", &self.file.path)(error)
-        })
+        Unusable::Fatal(unreadable(self.file, error))
     }
+}
+
+/// A file's bytes, unpacked as its name says.
+pub fn unpacked(file: &SourceFile) -> Result<Box<dyn BufRead + Send>> {
+    let raw = File::open(&file.path).map_err(Error::io("read", &file.path))?;
+    let raw = BufReader::with_capacity(1 << 18, raw);
+    Ok(match file.compression {
+        Compression::None => Box::new(raw),
+        Compression::Gzip => Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(raw))),
+        Compression::Zstd => Box::new(BufReader::new(Frames::new(raw))),
+    })
+}
+
+/// What went wrong while a file was read: its packing, or the disk.
+pub fn unreadable(file: &SourceFile, error: io::Error) -> Error {
+    let packed = file.compression != Compression::None;
+    let damaged = matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
+    );
+    if packed && damaged {
+        let path = file.path.display();
+        return Error::Data(format!(
+            "{path} is damaged or cut short, or not what its name says: {error}"
+        ));
+    }
+    Error::io("read", &file.path)(error)
 }
 
 /// Where a section of at most `limit` bytes ends: everything when it fits, else after the last

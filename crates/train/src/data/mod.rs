@@ -8,12 +8,15 @@ mod discover;
 mod documents;
 mod order;
 mod pack;
+mod rows;
 mod shards;
 mod tokenise;
 mod zstd;
 
 pub use corpus::{Corpus, Skipped};
+pub use order::permutation;
 pub use pack::Stream;
+pub use rows::{Row, read_rows};
 pub use shards::Shards;
 pub use tokenise::{Tokenised, tokenise};
 
