@@ -193,20 +193,34 @@ impl<'a> Tape<'a> {
         if loss.value.len() != 1 {
             return Err(Error::shape("backward", "the loss", "one element", loss.shape()));
         }
+        let seed = Tensor::scalar_on(&loss.value.device(), scale)?.reshape(loss.shape())?;
+        self.backward_from(&[(loss, seed)], grads)
+    }
+
+    /// As [`Tape::backward`], from gradients that were found elsewhere: adds the gradients of
+    /// `Σᵢ ⟨gᵢ, yᵢ⟩` over the pairs (yᵢ, gᵢ), each g of its y's shape. A gradient is converted
+    /// to its output's type and moved to its device. Constants among the outputs are passed over.
+    pub fn backward_from(&mut self, outputs: &[(&Var, Tensor)], grads: &mut Grads) -> Result<()> {
         if !self.recording {
             return Err(Error::Tape("backward on a tape that does not record"));
         }
-        self.check(&[loss])?;
-        let seed = Tensor::scalar_on(&loss.value.device(), scale)?.to_dtype(loss.dtype())?;
-        match loss.source {
-            Source::Constant => return Ok(()),
-            Source::Value { index, .. } if !self.nodes.iter().any(|node| node.makes(index)) => {
-                return Err(Error::Tape("backward was already run through this loss"));
+        for (output, gradient) in outputs {
+            self.check(&[output])?;
+            if gradient.shape() != output.shape() {
+                let expected = format!("{:?} like the output", output.shape());
+                return Err(Error::shape("backward", "a gradient", expected, gradient.shape()));
             }
-            _ => {}
+            if let Source::Value { index, .. } = output.source
+                && !self.nodes.iter().any(|node| node.makes(index))
+            {
+                return Err(Error::Tape("backward was already run through this output"));
+            }
         }
         let mut walk = Backward::new(self.id, self.values, grads);
-        walk.give(loss.source, seed)?;
+        for (output, gradient) in outputs {
+            let gradient = gradient.to_dtype(output.dtype())?;
+            walk.give(output.source, gradient.to_device(&output.value.device())?)?;
+        }
         self.walk_back(&mut walk)
     }
 

@@ -225,7 +225,7 @@ fn every_op_adds_to_the_gradient_that_is_there() {
     };
     let flat: &[usize] = &[4, 6];
     let heads: &[usize] = &[4, 1, 6];
-    let cases: [(&str, &[&[usize]], Op); 17] = [
+    let cases: [(&str, &[&[usize]], Op); 18] = [
         ("add", &[flat, flat], &|t, x| ops::add(t, &x[0], &x[1])),
         ("scale", &[flat], &|t, x| ops::scale(t, &x[0], 0.3)),
         ("sigmoid", &[flat], &|t, x| ops::sigmoid(t, &x[0])),
@@ -236,6 +236,9 @@ fn every_op_adds_to_the_gradient_that_is_there() {
         ("linear", &[flat, &[5, 6], &[5]], &|t, x| ops::linear(t, &x[0], &x[1], Some(&x[2]))),
         ("embedding", &[flat], &|t, x| ops::embedding(t, &x[0], &ids)),
         ("loss", &[flat, &[3, 6]], &|t, x| ops::linear_cross_entropy(t, &x[0], &x[1], &ids)),
+        ("log-probs", &[flat, &[3, 6]], &|t, x| {
+            Ok(ops::token_log_probs(t, &x[0], &x[1], &ids)?.log_probs)
+        }),
         ("rope", &[heads], &|t, x| ops::rope(t, &x[0], &ids, &table)),
         ("attention", &[heads, heads, heads], &|t, x| {
             ops::attention_dense(t, &x[0], &x[1], &x[2], &[0, 4], Mask::Causal)

@@ -15,12 +15,12 @@ const SOURCE: Source =
 const LOGITS_AT_ONCE: usize = 1 << 27;
 
 /// Tokens of one chunk; a function of the vocabulary alone.
-fn chunk_rows(vocab: usize) -> usize {
+pub(super) fn chunk_rows(vocab: usize) -> usize {
     (LOGITS_AT_ONCE / vocab.max(1)).clamp(128, 8192).next_multiple_of(128)
 }
 
 /// Threads that share a row.
-const THREADS: u32 = 512;
+pub(super) const THREADS: u32 = 512;
 
 /// Mean loss (f32 `[]`), and the gradients of x and of the weight (f32) for a loss gradient of 1
 /// when `grads`. `targets` are on the device, `list` the same on the host, checked.

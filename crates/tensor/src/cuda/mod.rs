@@ -48,6 +48,7 @@ pub(crate) mod scale;
 mod sort;
 mod storage;
 mod sum_parts;
+pub(crate) mod token_log_probs;
 
 pub(crate) use convert::convert;
 pub(crate) use rows::{append_rows, rows};

@@ -86,3 +86,36 @@ pub(super) fn known<'t>(
         _ => integers.view_i32(op, what).map(Some),
     }
 }
+
+/// The target that means "do not count this token".
+pub(super) const IGNORED: i32 = -100;
+
+/// The targets of `tokens` tokens, each [`IGNORED`] or in `0..vocab`.
+pub(super) fn targets<'t>(
+    op: &'static str,
+    targets: &'t Tensor,
+    tokens: usize,
+    vocab: usize,
+) -> Result<&'t [i32]> {
+    shape(op, "targets", targets, &[tokens])?;
+    let list = targets.view_i32(op, "targets")?;
+    let wrong = |&t: &i32| t != IGNORED && (t < 0 || t as usize >= vocab);
+    if let Some(at) = list.iter().position(wrong) {
+        let text =
+            format!("target {} of token {at} is neither {IGNORED} nor in 0..{vocab}", list[at]);
+        return Err(Error::value(op, text));
+    }
+    Ok(list)
+}
+
+/// Tokens, width and vocabulary of x `[T, C]` and a head's weight `[vocab, C]` of x's type.
+pub(super) fn head(op: &'static str, x: &Var, weight: &Var) -> Result<[usize; 3]> {
+    let [tokens, width] = dims(op, "x", x.value(), "[T, C]")?;
+    let [vocab, weight_width] = dims(op, "the weight", weight.value(), "[vocab, C]")?;
+    same_dtype(op, x, &[("the weight", weight)])?;
+    if weight_width != width {
+        let expected = format!("[vocab, {width}] to fit x of shape {:?}", x.shape());
+        return Err(Error::shape(op, "the weight", expected, weight.shape()));
+    }
+    Ok([tokens, width, vocab])
+}

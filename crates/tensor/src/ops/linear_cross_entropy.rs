@@ -5,25 +5,22 @@
 //! `dz = (softmax(z) − onehot)/M` on the spot, and multiplied into `dx = dz·W` and
 //! `dW += dzᵀ·x`, so the backward pass only scales. Keeps dx `[T, C]` and dW `[vocab, C]`.
 
-use super::check;
+use super::check::{self, IGNORED};
 use crate::backward::Weight;
 use crate::dtype::{Float, float_dispatch};
 use crate::matmul::{Mat, matmul, project};
 use crate::pool::Buffer;
 use crate::simd::multiversion;
-use crate::{DType, Device, Error, Result, Tape, Tensor, Var, cuda, math, parallel};
+use crate::{DType, Device, Result, Tape, Tensor, Var, cuda, math, parallel};
 use rayon::prelude::*;
 
 const OP: &str = "linear_cross_entropy";
-
-/// The target that means "do not count this token".
-const IGNORED: i32 = -100;
 
 /// Logits held at once, in elements: enough rows for a fast product, few enough to stay small.
 const LOGITS_AT_ONCE: usize = 1 << 22;
 
 /// Tokens of one chunk; a function of the vocabulary alone.
-fn chunk_rows(vocab: usize) -> usize {
+pub(super) fn chunk_rows(vocab: usize) -> usize {
     (LOGITS_AT_ONCE / vocab.max(1)).clamp(128, 1024)
 }
 
@@ -35,21 +32,8 @@ pub fn linear_cross_entropy(
     weight: &Var,
     targets: &Tensor,
 ) -> Result<Var> {
-    let [tokens, width] = check::dims(OP, "x", x.value(), "[T, C]")?;
-    let [vocab, weight_width] = check::dims(OP, "the weight", weight.value(), "[vocab, C]")?;
-    check::same_dtype(OP, x, &[("the weight", weight)])?;
-    if weight_width != width {
-        let expected = format!("[vocab, {width}] to fit x of shape {:?}", x.shape());
-        return Err(Error::shape(OP, "the weight", expected, weight.shape()));
-    }
-    check::shape(OP, "targets", targets, &[tokens])?;
-    let list = targets.view_i32(OP, "targets")?;
-    let wrong = |&t: &i32| t != IGNORED && (t < 0 || t as usize >= vocab);
-    if let Some(at) = list.iter().position(wrong) {
-        let text =
-            format!("target {} of token {at} is neither {IGNORED} nor in 0..{vocab}", list[at]);
-        return Err(Error::value(OP, text));
-    }
+    let [tokens, _, vocab] = check::head(OP, x, weight)?;
+    let list = check::targets(OP, targets, tokens, vocab)?;
     let inputs = [x, weight];
     let keeps = tape.keeps(&inputs);
     let places = [("x", x.value()), ("the weight", weight.value()), ("targets", targets)];

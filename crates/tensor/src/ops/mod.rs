@@ -23,6 +23,7 @@ mod scale;
 mod scatter_rows;
 mod sigmoid;
 mod swiglu;
+mod token_log_probs;
 
 pub use add::add;
 pub use attention_dense::attention_dense;
@@ -43,3 +44,5 @@ pub(crate) use scale::scale_in_place;
 pub use scatter_rows::scatter_rows;
 pub use sigmoid::sigmoid;
 pub use swiglu::swiglu;
+pub(crate) use token_log_probs::{Call, Found};
+pub use token_log_probs::{TokenLogProbs, token_log_probs};

@@ -84,6 +84,21 @@ fn products(cases: &mut Vec<Case>) {
         });
         // The logits' gradient is stored in bf16 between the two products: half a unit of 2⁻⁸.
         cases.push(case.stored(1.0 / 512.0));
+
+        let inputs = all_of(&[&[rows, width], &[vocab, width]], 25);
+        let name = format!("token_log_probs [{rows}, {width}], vocabulary {vocab}");
+        let case = Case::new(name, inputs, 1, vocab.max(rows), move |tape, x, device| {
+            let target = |t: usize| match t {
+                t if t % 5 == 1 || t >= 8192 => -100,
+                t => ((t * 7919) % vocab) as i32,
+            };
+            let targets = ints((0..rows).map(target).collect(), device)?;
+            let x0 = ops::scale(tape, &x[0], 3.0)?;
+            let found = ops::token_log_probs(tape, &x0, &x[1], &targets)?;
+            let constants = [found.best, found.entropy, found.hits].map(|y| tape.leaf(y));
+            Ok([found.log_probs].into_iter().chain(constants).collect())
+        });
+        cases.push(case.stored(1.0 / 512.0));
     }
 }
 
