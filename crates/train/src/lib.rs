@@ -12,7 +12,7 @@ pub mod data;
 mod dry_run;
 mod error;
 mod event;
-mod files;
+pub mod files;
 pub mod guard;
 mod lock;
 pub mod metrics;

@@ -1,0 +1,305 @@
+//! Rows of preferences to pairs of examples: a prompt, an answer that is better and one that is
+//! worse, and how much better (Δ).
+//!
+//! A row is `{prompt, chosen, rejected}` or `{chosen, rejected}`, whose prompt is what the two
+//! have in common at their beginning; strings, or lists of messages. `score_chosen` and
+//! `score_rejected`, or `delta`, say what a reward thinks of them.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+use tercet_model::Message;
+use tercet_train::config::{BadRow, RowsConfig};
+use tercet_train::data::{Row, read_rows};
+use tercet_train::tune::encode::part;
+use tercet_train::tune::{Encoder, Example, Part, RowCount, bad_row};
+
+use crate::delta::{DeltaConfig, DeltaCounts, PairScores, Verdict};
+use crate::{Error, Result};
+
+/// Two answers to one prompt, tokenized.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pair {
+    /// Prompt and the better answer.
+    pub chosen: Example,
+    /// Prompt and the worse answer.
+    pub rejected: Example,
+    /// Δ in [0, 1]; `None` when nothing asks for it.
+    pub delta: Option<f64>,
+}
+
+impl Pair {
+    /// Tokens of both answers with their prompts.
+    pub fn tokens(&self) -> usize {
+        self.chosen.ids.len() + self.rejected.ids.len()
+    }
+
+    /// What decides on which side of a split the pair falls: its prompt, so that no prompt is on
+    /// both.
+    fn prompt_hash(&self) -> u64 {
+        let len = self.chosen.learnt.iter().position(|&learnt| learnt).unwrap_or(0);
+        let ids = self.chosen.ids[..len].to_vec();
+        Example { learnt: vec![false; len], ids }.hash()
+    }
+}
+
+/// The pairs of a run and what became of its rows.
+pub struct Pairs {
+    /// Trained on.
+    pub train: Vec<Pair>,
+    /// Held out.
+    pub validation: Vec<Pair>,
+    /// Rows kept, cut, dropped.
+    pub count: RowCount,
+    /// Rows that say what Δ needs.
+    pub scored: usize,
+    /// Δ of every such row, before anything was done about negative ones.
+    pub raw_deltas: Vec<f64>,
+    /// What was done about them.
+    pub deltas: DeltaCounts,
+    /// SHA-256 of the training pairs, in hexadecimal.
+    pub key: String,
+}
+
+/// How pairs are read.
+pub struct PairRule<'a> {
+    /// Where the rows are.
+    pub data: &'a RowsConfig,
+    /// How Δ is made.
+    pub delta: &'a DeltaConfig,
+    /// Whether the objective asks for Δ; without it scores are only counted.
+    pub needs_delta: bool,
+}
+
+/// Reads and tokenizes all pairs.
+pub fn read_pairs(rule: &PairRule, encoder: &Encoder, stop: &AtomicBool) -> Result<Pairs> {
+    let mut pairs = Pairs {
+        train: Vec::new(),
+        validation: Vec::new(),
+        count: RowCount::default(),
+        scored: 0,
+        raw_deltas: Vec::new(),
+        deltas: DeltaCounts::default(),
+        key: String::new(),
+    };
+    let all = read_side(rule, &rule.data.paths, encoder, stop, &mut pairs)?;
+    if rule.data.validation_paths.is_empty() {
+        let share = rule.data.validation;
+        // The upper 53 bits, so that the fraction is exact.
+        let below = |hash: u64| ((hash >> 11) as f64) < share * (1u64 << 53) as f64;
+        (pairs.validation, pairs.train) =
+            all.into_iter().partition(|pair| below(pair.prompt_hash()));
+    } else {
+        pairs.train = all;
+        pairs.validation =
+            read_side(rule, &rule.data.validation_paths, encoder, stop, &mut pairs)?;
+    }
+    if pairs.train.is_empty() {
+        let problem = format!("nothing is left to train on: {}", pairs.count);
+        return Err(tercet_train::Error::Data(problem).into());
+    }
+    let mut hasher = Sha256::new();
+    for pair in &pairs.train {
+        pair.chosen.absorb(&mut hasher);
+        pair.rejected.absorb(&mut hasher);
+        hasher.update(pair.delta.unwrap_or(-1.0).to_le_bytes());
+    }
+    pairs.key = tercet_train::files::hex(&hasher.finalize());
+    Ok(pairs)
+}
+
+fn read_side(
+    rule: &PairRule,
+    paths: &[String],
+    encoder: &Encoder,
+    stop: &AtomicBool,
+    into: &mut Pairs,
+) -> Result<Vec<Pair>> {
+    let rows = read_rows(paths, stop)?;
+    into.count.rows += rows.len();
+    let mut kept = Vec::with_capacity(rows.len());
+    for row in &rows {
+        if stop.load(Ordering::Relaxed) {
+            return Err(tercet_train::Error::Interrupted.into());
+        }
+        let answers = match encode(row, encoder) {
+            Ok(answers) => answers,
+            Err(reason) if rule.data.bad_rows == BadRow::Drop => {
+                into.count.drop(row, reason);
+                continue;
+            }
+            Err(reason) => return Err(bad_row(row, &reason).into()),
+        };
+        let Some([chosen, rejected]) = fit(row, answers, rule.data.context, &mut into.count)
+        else {
+            continue;
+        };
+        let scores = match scores(&row.object) {
+            Ok(scores) => scores,
+            Err(reason) if rule.data.bad_rows == BadRow::Drop => {
+                into.count.drop(row, reason);
+                continue;
+            }
+            Err(reason) => return Err(bad_row(row, &reason).into()),
+        };
+        if let Ok(raw) = rule.delta.raw(&scores) {
+            into.scored += 1;
+            into.raw_deltas.push(raw);
+        }
+        if !rule.needs_delta {
+            kept.push(Pair { chosen, rejected, delta: None });
+            continue;
+        }
+        match rule.delta.read(&scores, &mut into.deltas) {
+            Ok(Verdict::Keep(delta)) => kept.push(Pair { chosen, rejected, delta: Some(delta) }),
+            Ok(Verdict::Swap(delta)) => {
+                kept.push(Pair { chosen: rejected, rejected: chosen, delta: Some(delta) });
+            }
+            Ok(Verdict::Drop) => into.count.drop(row, "has a Δ below 0"),
+            Err(problem) if rule.data.bad_rows == BadRow::Drop => {
+                into.count.drop(row, problem.to_string());
+            }
+            Err(problem) => {
+                let problem = format!("cannot be used: {problem}");
+                return Err(bad_row(row, &problem).into());
+            }
+        }
+    }
+    into.count.kept += kept.len();
+    Ok(kept)
+}
+
+/// Cuts both answers to the context. `None` when nothing that can be learnt is left; counted.
+fn fit(
+    row: &Row,
+    mut answers: [Example; 2],
+    context: usize,
+    count: &mut RowCount,
+) -> Option<[Example; 2]> {
+    let longest = answers.iter().map(|answer| answer.ids.len()).max().unwrap_or(0);
+    let cut = answers.iter_mut().fold(false, |cut, answer| answer.truncate(context) | cut);
+    if answers.iter().any(|answer| answer.counted() == 0) {
+        count.drop(row, "has a prompt that fills data.context");
+        return None;
+    }
+    if answers[0] == answers[1] {
+        count.drop(row, "has answers that differ only beyond data.context");
+        return None;
+    }
+    if cut {
+        count.cut(row, format!("has an answer of {longest} tokens, prompt included"));
+    }
+    Some(answers)
+}
+
+/// Prompt with the chosen and with the rejected answer.
+fn encode(row: &Row, encoder: &Encoder) -> Result<[Example; 2], String> {
+    let object = &row.object;
+    let (chosen, rejected) = (part(object, "chosen")?, part(object, "rejected")?);
+    if chosen == rejected {
+        return Err("has a chosen answer equal to the rejected one".into());
+    }
+    let (prompt, chosen, rejected) = if object.contains_key("prompt") {
+        let prompt = part(object, "prompt")?;
+        let (chosen, rejected) = (as_turn(&prompt, chosen), as_turn(&prompt, rejected));
+        (prompt, chosen, rejected)
+    } else {
+        split_prompt(chosen, rejected)?
+    };
+    let answers = [encoder.pair(&prompt, &chosen), encoder.pair(&prompt, &rejected)];
+    let [chosen, rejected] = answers;
+    let (chosen, rejected) = (named(chosen, "chosen")?, named(rejected, "rejected")?);
+    if chosen.ids == rejected.ids {
+        return Err("has a chosen answer equal to the rejected one once tokenized".into());
+    }
+    Ok([chosen, rejected])
+}
+
+fn named(answer: Result<Example, String>, which: &str) -> Result<Example, String> {
+    answer.map_err(|reason| format!("(its {which} answer) {reason}"))
+}
+
+/// A string that answers messages is the assistant's turn.
+fn as_turn(prompt: &Part, answer: Part) -> Part {
+    match (prompt, answer) {
+        (Part::Messages(_), Part::Text(text)) => {
+            Part::Messages(vec![Message::new("assistant", &text)])
+        }
+        (_, answer) => answer,
+    }
+}
+
+/// The prompt that two whole texts, or conversations, share: their longest common beginning. Of
+/// texts a last space goes to the answers, whose first word it belongs to.
+fn split_prompt(chosen: Part, rejected: Part) -> Result<(Part, Part, Part), String> {
+    match (chosen, rejected) {
+        (Part::Text(a), Part::Text(b)) => {
+            let same = a.chars().zip(b.chars()).take_while(|(x, y)| x == y);
+            let mut end: usize = same.map(|(x, _)| x.len_utf8()).sum();
+            if a[..end].ends_with(' ') {
+                end -= 1;
+            }
+            let rest = |text: &str| Part::Text(text[end..].to_owned());
+            Ok((Part::Text(a[..end].to_owned()), rest(&a), rest(&b)))
+        }
+        (Part::Messages(a), Part::Messages(b)) => {
+            let end = a.iter().zip(&b).take_while(|(x, y)| x == y).count();
+            if end == 0 {
+                return Err("has no `prompt`, and its conversations share no first turn".into());
+            }
+            let rest = |turns: &[Message]| Part::Messages(turns[end..].to_vec());
+            Ok((Part::Messages(a[..end].to_vec()), rest(&a), rest(&b)))
+        }
+        _ => Err("has a string and a list of messages as its two answers".into()),
+    }
+}
+
+/// The numbers a row brings; a null counts as absent.
+fn scores(object: &Map<String, Value>) -> Result<PairScores, String> {
+    let number = |key: &str| match object.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_f64() {
+            Some(number) => Ok(Some(number)),
+            None => Err(format!("has a `{key}` that is {value}, not a number")),
+        },
+    };
+    Ok(PairScores {
+        delta: number("delta")?,
+        chosen: number("score_chosen")?,
+        rejected: number("score_rejected")?,
+    })
+}
+
+impl From<tercet_train::Error> for Error {
+    fn from(error: tercet_train::Error) -> Self {
+        Error::Train(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_implicit_prompt_is_what_the_answers_share_and_a_last_space_is_theirs() {
+        let text = |text: &str| Part::Text(text.to_owned());
+        let (prompt, a, b) = split_prompt(text("Ünit: so good"), text("Ünit: so bad")).unwrap();
+        assert_eq!((prompt, a, b), (text("Ünit: so"), text(" good"), text(" bad")));
+        let turn = |role: &str, words: &str| Message::new(role, words);
+        let talk = |last: &str| Part::Messages(vec![turn("user", "hi"), turn("assistant", last)]);
+        let (prompt, a, _) = split_prompt(talk("yes"), talk("no")).unwrap();
+        assert_eq!(prompt, Part::Messages(vec![turn("user", "hi")]));
+        assert_eq!(a, Part::Messages(vec![turn("assistant", "yes")]));
+        let other = Part::Messages(vec![turn("user", "ho"), turn("assistant", "yes")]);
+        assert!(split_prompt(talk("yes"), other).is_err());
+    }
+
+    #[test]
+    fn a_score_that_is_no_number_is_said_and_null_is_absent() {
+        let object = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
+        let found = scores(&object(r#"{"score_chosen": 1, "delta": null}"#)).unwrap();
+        assert_eq!(found, PairScores { chosen: Some(1.0), ..PairScores::default() });
+        assert!(scores(&object(r#"{"score_rejected": "NaN"}"#)).unwrap_err().contains("NaN"));
+    }
+}

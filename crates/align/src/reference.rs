@@ -1,0 +1,137 @@
+//! The frozen model that a policy's answers are measured against.
+//!
+//! It is asked at every step, or once before training: then its sums are kept in a file under a
+//! key of the pairs, of how tokens are weighted, and of every bit of its weights.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tercet_model::Model;
+use tercet_tensor::{DType, Device};
+use tercet_train::tune::portions;
+use tercet_train::{Error, Event, Result, files};
+
+use crate::objective::ReferenceLogProbs;
+use crate::pairs::Pair;
+use crate::sums::{Answer, Pass};
+
+/// Where the reference's log-probabilities come from.
+pub enum Reference {
+    /// No term looks at one.
+    None,
+    /// A model, asked at every step.
+    Model(Box<Model>),
+    /// The sums of every pair, training pairs first, in the order in which they were read.
+    Known(Vec<ReferenceLogProbs>),
+}
+
+/// The file of precomputed sums.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    key: String,
+    chosen: Vec<f64>,
+    rejected: Vec<f64>,
+}
+
+/// What asking a reference once depends on.
+pub struct Precompute<'a> {
+    /// Folder of the file.
+    pub folder: &'a Path,
+    /// Key of the training pairs.
+    pub pairs_key: &'a str,
+    /// LD-DPO's α.
+    pub alpha: f64,
+    /// Tokens that go through the model at once.
+    pub micro_tokens: usize,
+    /// Raised to stop.
+    pub stop: &'a AtomicBool,
+}
+
+/// Sums of `pairs` under `model`, from the file when it is of these pairs and these weights.
+pub fn precomputed(
+    rule: &Precompute,
+    model: &Model,
+    pairs: &[&Pair],
+    observe: &mut dyn FnMut(Event),
+) -> Result<Vec<ReferenceLogProbs>> {
+    let key = key(rule, model, pairs)?;
+    let path = rule.folder.join("reference.json");
+    if let Some(known) = read(&path, &key, pairs.len()) {
+        observe(Event::Note("the reference's log-probabilities were computed by an earlier run"));
+        return Ok(known);
+    }
+    let mut sums = Vec::with_capacity(pairs.len());
+    let lengths = pairs.iter().map(|pair| pair.tokens());
+    let mut told = 0;
+    for portion in portions(lengths, rule.micro_tokens) {
+        if rule.stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        sums.extend(ask(model, &pairs[portion], rule.alpha)?);
+        let tenth = sums.len() * 10 / pairs.len();
+        if tenth > told {
+            told = tenth;
+            let text = format!("reference: {} of {} pairs", sums.len(), pairs.len());
+            observe(Event::Note(&text));
+        }
+    }
+    let kept = Kept {
+        key,
+        chosen: sums.iter().map(|sum| sum.chosen).collect(),
+        rejected: sums.iter().map(|sum| sum.rejected).collect(),
+    };
+    let text = serde_json::to_vec(&kept)
+        .map_err(|error| Error::Data(format!("the reference's numbers have no JSON: {error}")))?;
+    files::write_atomic(&path, &text)?;
+    Ok(sums)
+}
+
+/// Sums of pairs that go through the reference at once.
+pub fn ask(model: &Model, pairs: &[&Pair], alpha: f64) -> Result<Vec<ReferenceLogProbs>> {
+    let answers: Vec<Answer> = pairs.iter().flat_map(|pair| Answer::both(pair, alpha)).collect();
+    let sums = Pass::new(model, &answers, false, false)?.sums()?;
+    let pair = |both: &[crate::sums::AnswerSums]| ReferenceLogProbs {
+        chosen: both[0].log_prob,
+        rejected: both[1].log_prob,
+    };
+    Ok(sums.chunks_exact(2).map(pair).collect())
+}
+
+/// A file that is absent, damaged or of something else is made again.
+fn read(path: &Path, key: &str, pairs: usize) -> Option<Vec<ReferenceLogProbs>> {
+    let kept: Kept = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    let fits = kept.key == key && kept.chosen.len() == pairs && kept.rejected.len() == pairs;
+    let both = kept.chosen.into_iter().zip(kept.rejected);
+    fits.then(|| both.map(|(chosen, rejected)| ReferenceLogProbs { chosen, rejected }).collect())
+}
+
+fn key(rule: &Precompute, model: &Model, pairs: &[&Pair]) -> Result<String> {
+    let mut hasher = Sha256::new();
+    hasher.update(rule.pairs_key.as_bytes());
+    hasher.update(rule.alpha.to_le_bytes());
+    for pair in pairs {
+        pair.chosen.absorb(&mut hasher);
+        pair.rejected.absorb(&mut hasher);
+    }
+    for params in model.all_params() {
+        for tensor in params.tensors() {
+            let tensor = tensor.to_device(&Device::Cpu)?;
+            match tensor.dtype() {
+                DType::BF16 => {
+                    for value in tensor.as_bf16()? {
+                        hasher.update(value.to_le_bytes());
+                    }
+                }
+                _ => {
+                    for value in tensor.as_f32()? {
+                        hasher.update(value.to_le_bytes());
+                    }
+                }
+            }
+        }
+    }
+    Ok(files::hex(&hasher.finalize()))
+}
