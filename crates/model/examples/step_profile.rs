@@ -31,7 +31,7 @@ fn main() -> Result<(), Any> {
     let word = |i: usize, other: &str| words.get(i).cloned().unwrap_or(other.into());
     let config = config(&word(0, "configs/nsa-1b.toml"), word(4, "") == "dense")?;
     let (tokens, count): (usize, usize) = (word(1, "8192").parse()?, word(2, "1").parse()?);
-    let options = ForwardOptions { recompute: word(3, "keep") == "recompute" };
+    let options = ForwardOptions { recompute: word(3, "keep") == "recompute", dropout: None };
     let gpu = Gpu::open(0)?;
     let cache = std::env::temp_dir().join("tercet-step-profile");
     gpu.use_cache(Some(cache));

@@ -13,13 +13,14 @@ impl Model {
     pub(crate) fn attention(&self, tape: &mut Tape, x: &Var, site: Site) -> Result<Var> {
         let slots = &self.slots.layers[site.layer];
         let dims = self.config().dims();
-        let q = self.heads(tape, &slots.q, x, dims.heads, dims.key_dim)?;
+        let dropout = site.dropout;
+        let q = self.heads(tape, &slots.q, x, [dims.heads, dims.key_dim], dropout)?;
         let out = match &slots.attention {
             AttentionSlots::Dense(dense) => self.dense(tape, dense, q, x, site)?,
             AttentionSlots::Nsa(nsa) => self.nsa(tape, nsa, q, x, site)?,
         };
         let out = out.reshape(&[x.shape()[0], dims.heads * dims.value_dim])?;
-        self.linear(tape, &slots.o, &out)
+        self.linear(tape, &slots.o, &out, dropout)
     }
 
     /// A projection split in heads: `[T, heads, dim]`.
@@ -28,16 +29,22 @@ impl Model {
         tape: &mut Tape,
         slots: &LinearSlots,
         x: &Var,
-        heads: usize,
-        dim: usize,
+        [heads, dim]: [usize; 2],
+        dropout: Option<u64>,
     ) -> Result<Var> {
-        Ok(self.linear(tape, slots, x)?.reshape(&[x.shape()[0], heads, dim])?)
+        Ok(self.linear(tape, slots, x, dropout)?.reshape(&[x.shape()[0], heads, dim])?)
     }
 
-    fn keys_values(&self, tape: &mut Tape, slots: &KvSlots, x: &Var) -> Result<(Var, Var)> {
+    fn keys_values(
+        &self,
+        tape: &mut Tape,
+        slots: &KvSlots,
+        x: &Var,
+        dropout: Option<u64>,
+    ) -> Result<(Var, Var)> {
         let dims = self.config().dims();
-        let k = self.heads(tape, &slots.k, x, dims.kv_heads, dims.key_dim)?;
-        let v = self.heads(tape, &slots.v, x, dims.kv_heads, dims.value_dim)?;
+        let k = self.heads(tape, &slots.k, x, [dims.kv_heads, dims.key_dim], dropout)?;
+        let v = self.heads(tape, &slots.v, x, [dims.kv_heads, dims.value_dim], dropout)?;
         Ok((k, v))
     }
 
@@ -57,7 +64,7 @@ impl Model {
         x: &Var,
         site: Site,
     ) -> Result<Var> {
-        let (mut k, v) = self.keys_values(tape, &slots.kv, x)?;
+        let (mut k, v) = self.keys_values(tape, &slots.kv, x, site.dropout)?;
         if let Some((q_norm, k_norm)) = slots.qk_norm {
             let eps = self.config().norm_eps as f32;
             let (q_norm, k_norm) = (self.param(tape, q_norm), self.param(tape, k_norm));
@@ -90,12 +97,12 @@ impl Model {
     fn nsa(&self, tape: &mut Tape, slots: &NsaSlots, q: Var, x: &Var, site: Site) -> Result<Var> {
         let (inputs, spec) = (site.inputs, &slots.spec);
         let q = self.rotate(tape, q, &inputs.positions)?;
-        let (k_raw, v_raw) = self.keys_values(tape, &slots.cmp, x)?;
-        let (k_slc, v_slc) = self.keys_values(tape, &slots.slc, x)?;
-        let (k_win, v_win) = self.keys_values(tape, &slots.win, x)?;
+        let (k_raw, v_raw) = self.keys_values(tape, &slots.cmp, x, site.dropout)?;
+        let (k_slc, v_slc) = self.keys_values(tape, &slots.slc, x, site.dropout)?;
+        let (k_win, v_win) = self.keys_values(tape, &slots.win, x, site.dropout)?;
         let k_slc = self.rotate(tape, k_slc, &inputs.positions)?;
         let k_win = self.rotate(tape, k_win, &inputs.positions)?;
-        let gate = self.linear(tape, &slots.gate, x)?;
+        let gate = self.linear(tape, &slots.gate, x, site.dropout)?;
         let heads = self.config().num_attention_heads;
         let gate = ops::sigmoid(tape, &gate)?.reshape(&[x.shape()[0], heads, 3])?;
         let (phi_k, phi_v) = (self.phi(tape, &slots.phi_k), self.phi(tape, &slots.phi_v));

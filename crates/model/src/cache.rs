@@ -25,6 +25,8 @@ pub struct Cache {
     len: usize,
     /// Set while layers are being extended: after an error they disagree.
     broken: bool,
+    /// Of the weights that what is held was computed with; see [`Model`].
+    stamp: u64,
     /// One token's step on a GPU, captured.
     graph: Option<DecodeGraph>,
 }
@@ -58,7 +60,7 @@ impl Model {
     pub fn cache(&self) -> Result<Cache> {
         let layers: Result<Vec<_>> =
             (0..self.config().num_hidden_layers).map(|i| LayerCache::new(self, i)).collect();
-        Ok(Cache { layers: layers?, len: 0, broken: false, graph: None })
+        Ok(Cache { layers: layers?, len: 0, broken: false, stamp: self.stamp, graph: None })
     }
 
     /// Appends tokens; returns the logits after the last one, `[vocab]`. A long prompt is read
@@ -100,6 +102,13 @@ impl Model {
 
     /// Refuses a cache of another model, or one that an error left half extended.
     fn check_cache(&self, cache: &Cache) -> Result<()> {
+        if cache.stamp != self.stamp {
+            return Err(Error::Batch(
+                "the cache was filled under other weights: an adapter was activated, left or \
+                 merged since; start a new one"
+                    .into(),
+            ));
+        }
         if !cache.broken && cache.layers.len() == self.config().num_hidden_layers {
             return Ok(());
         }
@@ -146,7 +155,8 @@ impl Model {
         // Memory may move as caches grow.
         cache.graph = None;
         for (layer, held) in cache.layers.iter_mut().enumerate() {
-            let site = Site { layer, inputs: &inputs, cache: Some(held), step: None };
+            let site =
+                Site { layer, inputs: &inputs, cache: Some(held), dropout: None, step: None };
             x = self.layer(tape, &x, site)?.swap_remove(0);
         }
         cache.broken = false;

@@ -14,6 +14,9 @@ use crate::{Error, Model, Result};
 pub struct ForwardOptions {
     /// Keep only each layer's input and compute its inside again in the backward pass.
     pub recompute: bool,
+    /// The seed of this pass's dropout, which the active adapter asks for; the same seed drops the
+    /// same numbers. `None` drops nothing: evaluation.
+    pub dropout: Option<u64>,
 }
 
 /// A loss and its part that is cross-entropy; both scalars, mean over counted targets.
@@ -32,12 +35,15 @@ pub(crate) struct Site<'s> {
     pub inputs: &'s Inputs,
     /// The layer's cache, when tokens are appended to one; never while recording.
     pub cache: Option<&'s mut LayerCache>,
+    /// The seed of the adapter's dropout, when there is to be any.
+    pub dropout: Option<u64>,
     /// One token whose position only the device knows, and what turns its compressed keys.
     pub step: Option<Option<&'s Tensor>>,
 }
 
 impl Model {
-    /// The loss of a batch. Slots of the gradients are those of [`crate::Params`].
+    /// The loss of a batch. Slots of the gradients are those of [`Model::trained`]: the active
+    /// adapter's parameters, else the base's.
     pub fn forward_loss<'a>(
         &'a self,
         tape: &mut Tape<'a>,
@@ -101,18 +107,19 @@ impl Model {
         inputs: &Arc<Inputs>,
         options: &ForwardOptions,
     ) -> Result<(Var, Vec<Var>)> {
+        let dropout = options.dropout;
         let mut x = self.embed(tape, inputs)?;
         let mut balances = Vec::new();
         for layer in 0..self.slots.layers.len() {
             let mut outputs = if options.recompute {
                 let inputs = inputs.clone();
                 let again = move |tape: &mut Tape<'a>, x: &[Var]| {
-                    let site = Site { layer, inputs: &inputs, cache: None, step: None };
+                    let site = Site { layer, inputs: &inputs, cache: None, dropout, step: None };
                     self.layer(tape, &x[0], site).map_err(into_tensor_error)
                 };
                 tape.recompute(&[x], again)?
             } else {
-                self.layer(tape, &x, Site { layer, inputs, cache: None, step: None })?
+                self.layer(tape, &x, Site { layer, inputs, cache: None, dropout, step: None })?
             };
             balances.extend(outputs.drain(1..));
             x = outputs.swap_remove(0);
@@ -136,11 +143,12 @@ impl Model {
     /// One layer: x `[T, C]` to `[x]`, or `[x, balance]` when it has experts.
     pub(crate) fn layer(&self, tape: &mut Tape, x: &Var, site: Site) -> Result<Vec<Var>> {
         let slots = &self.slots.layers[site.layer];
+        let dropout = site.dropout;
         let normed = self.norm(tape, &slots.input_norm, x)?;
         let attended = self.attention(tape, &normed, site)?;
         let x = ops::add(tape, x, &attended)?;
         let normed = self.norm(tape, &slots.post_norm, &x)?;
-        let (y, balance) = self.feed_forward(tape, &slots.feed_forward, &normed)?;
+        let (y, balance) = self.feed_forward(tape, &slots.feed_forward, &normed, dropout)?;
         let x = ops::add(tape, &x, &y)?;
         Ok(std::iter::once(x).chain(balance).collect())
     }
@@ -150,21 +158,22 @@ impl Model {
         tape: &mut Tape,
         slots: &FeedForwardSlots,
         x: &Var,
+        dropout: Option<u64>,
     ) -> Result<(Var, Option<Var>)> {
         match slots {
-            FeedForwardSlots::SwiGlu(slots) => Ok((self.swiglu(tape, slots, x)?, None)),
+            FeedForwardSlots::SwiGlu(slots) => Ok((self.swiglu(tape, slots, x, dropout)?, None)),
             FeedForwardSlots::Gelu { up, down, exact } => {
                 let kind = if *exact { ops::Gelu::Exact } else { ops::Gelu::Tanh };
-                let h = self.linear(tape, up, x)?;
+                let h = self.linear(tape, up, x, dropout)?;
                 let h = ops::gelu(tape, &h, kind)?;
-                Ok((self.linear(tape, down, &h)?, None))
+                Ok((self.linear(tape, down, &h, dropout)?, None))
             }
             FeedForwardSlots::Moe { router, experts, shared } => {
                 let (y, balance) = self.moe(tape, *router, experts, x)?;
                 let y = match shared {
                     None => y,
                     Some(slots) => {
-                        let all = self.swiglu(tape, slots, x)?;
+                        let all = self.swiglu(tape, slots, x, dropout)?;
                         ops::add(tape, &y, &all)?
                     }
                 };
@@ -201,17 +210,37 @@ impl Model {
         Ok((y, routing.balance))
     }
 
-    fn swiglu(&self, tape: &mut Tape, slots: &SwiGluSlots, x: &Var) -> Result<Var> {
-        let gate = self.linear(tape, &slots.gate, x)?;
-        let up = self.linear(tape, &slots.up, x)?;
+    fn swiglu(
+        &self,
+        tape: &mut Tape,
+        slots: &SwiGluSlots,
+        x: &Var,
+        dropout: Option<u64>,
+    ) -> Result<Var> {
+        let gate = self.linear(tape, &slots.gate, x, dropout)?;
+        let up = self.linear(tape, &slots.up, x, dropout)?;
         let h = ops::swiglu(tape, &gate, &up)?;
-        self.linear(tape, &slots.down, &h)
+        self.linear(tape, &slots.down, &h, dropout)
     }
 
-    pub(crate) fn linear(&self, tape: &mut Tape, slots: &LinearSlots, x: &Var) -> Result<Var> {
+    /// `x·Wᵀ + b`, and what the active adapter adds to it.
+    pub(crate) fn linear(
+        &self,
+        tape: &mut Tape,
+        slots: &LinearSlots,
+        x: &Var,
+        dropout: Option<u64>,
+    ) -> Result<Var> {
         let weight = self.param(tape, slots.weight);
         let bias = slots.bias.map(|slot| self.param(tape, slot));
-        Ok(ops::linear(tape, x, &weight, bias.as_ref())?)
+        let y = ops::linear(tape, x, &weight, bias.as_ref())?;
+        match self.adapters.at(slots.weight) {
+            None => Ok(y),
+            Some((adapter, place)) => {
+                let update = adapter.update(tape, place, x, dropout)?;
+                Ok(ops::add(tape, &y, &update)?)
+            }
+        }
     }
 
     pub(crate) fn norm(&self, tape: &mut Tape, slots: &NormSlots, x: &Var) -> Result<Var> {
@@ -226,8 +255,13 @@ impl Model {
         })
     }
 
+    /// A parameter of the base: a constant while an adapter is active, which alone is trained.
     pub(crate) fn param(&self, tape: &Tape, slot: usize) -> Var {
-        tape.param(self.params().tensor(slot).clone(), slot)
+        let tensor = self.params().tensor(slot).clone();
+        match self.adapters.active() {
+            None => tape.param(tensor, slot),
+            Some(_) => tape.leaf(tensor),
+        }
     }
 }
 

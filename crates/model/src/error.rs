@@ -24,6 +24,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A LoRA adapter, or what one was to be made of, does not fit.
+    #[error("adapter: {0}")]
+    Adapter(String),
     /// The tokenizer cannot be used, or refused a text.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

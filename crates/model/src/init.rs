@@ -31,6 +31,7 @@ pub(crate) fn fresh(spec: &ParamSpec, seed: u64, dtype: DType) -> Result<Tensor>
         Init::Zeros => {}
         Init::Ones => values.fill(1.0),
         Init::Normal(std) => normal(&mut values, std, seed, &spec.name),
+        Init::Uniform(bound) => uniform(&mut values, bound, seed, &spec.name),
         Init::Averaging { block, noise } => {
             normal(&mut values, noise, seed, &spec.name);
             let dim = spec.shape[2];
@@ -48,22 +49,40 @@ pub(crate) fn fresh(spec: &ParamSpec, seed: u64, dtype: DType) -> Result<Tensor>
 }
 
 fn normal(values: &mut [f32], std: f64, seed: u64, name: &str) {
+    each_chunk(values, seed, name, |rng, chunk| {
+        for pair in chunk.chunks_mut(2) {
+            // Box–Muller with libm, whose bits do not depend on the platform.
+            let u = 1.0 - unit(rng);
+            let radius = std * libm::sqrt(-2.0 * libm::log(u));
+            let (sin, cos) = libm::sincos(std::f64::consts::TAU * unit(rng));
+            pair[0] = (radius * cos) as f32;
+            if let Some(second) = pair.get_mut(1) {
+                *second = (radius * sin) as f32;
+            }
+        }
+    });
+}
+
+fn uniform(values: &mut [f32], bound: f64, seed: u64, name: &str) {
+    each_chunk(values, seed, name, |rng, chunk| {
+        chunk.iter_mut().for_each(|value| *value = (bound * (2.0 * unit(rng) - 1.0)) as f32);
+    });
+}
+
+/// `fill(rng, chunk)` over chunks that each have a stream of their own.
+fn each_chunk(
+    values: &mut [f32],
+    seed: u64,
+    name: &str,
+    fill: impl Fn(&mut ChaCha8Rng, &mut [f32]) + Sync + Send,
+) {
     let mut key = [0u8; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(&fnv1a(name).to_le_bytes());
     values.par_chunks_mut(CHUNK).enumerate().for_each(|(stream, chunk)| {
         let mut rng = ChaCha8Rng::from_seed(key);
         rng.set_stream(stream as u64);
-        for pair in chunk.chunks_mut(2) {
-            // Box–Muller with libm, whose bits do not depend on the platform.
-            let u = 1.0 - unit(&mut rng);
-            let radius = std * libm::sqrt(-2.0 * libm::log(u));
-            let (sin, cos) = libm::sincos(std::f64::consts::TAU * unit(&mut rng));
-            pair[0] = (radius * cos) as f32;
-            if let Some(second) = pair.get_mut(1) {
-                *second = (radius * sin) as f32;
-            }
-        }
+        fill(&mut rng, chunk);
     });
 }
 

@@ -13,6 +13,8 @@ use crate::config::{Activation, ModelConfig};
 pub enum Init {
     /// Independent normal numbers of this standard deviation.
     Normal(f64),
+    /// Independent numbers, each equally likely anywhere between minus this and this.
+    Uniform(f64),
     /// All zero.
     Zeros,
     /// All one.

@@ -11,15 +11,21 @@ use crate::folder::write_text;
 use crate::hf_config;
 use crate::init::fresh;
 use crate::layout::{DecoderSlots, layout};
+use crate::lora::Adapters;
 use crate::params::Params;
 use crate::weights_read::WeightFiles;
 use crate::weights_write::{self, SHARD_BYTES};
 use crate::{Error, Result};
 
-/// A decoder: its shape and its parameters.
+/// A decoder: its shape, its parameters, and LoRA adapters of which one may be active. Clones share
+/// the tensors until one side writes, so a frozen copy costs nothing.
+#[derive(Clone)]
 pub struct Model {
     config: ModelConfig,
-    params: Params,
+    pub(crate) params: Params,
+    pub(crate) adapters: Adapters,
+    /// Another number whenever other weights come into force: caches of the old ones are refused.
+    pub(crate) stamp: u64,
     pub(crate) slots: DecoderSlots,
     pub(crate) rope: Option<RopeTable>,
     /// The text of the `config.json` the model was loaded from: written back as it was, since
@@ -72,10 +78,10 @@ impl Model {
             true => None,
             false => Some(rope_table(&config)?),
         };
-        Ok(Self { config, params, slots, rope, source })
+        Ok(Self { config, params, adapters: Adapters::default(), stamp: 0, slots, rope, source })
     }
 
-    /// Writes `config.json` and the weights into an existing folder. Each file is written beside
+    /// Writes `config.json` and the weights, without adapters, into an existing folder. Each file is written beside
     /// and renamed; a caller who needs the folder to change as one writes into a new one and
     /// renames that.
     pub fn save(&self, dir: &Path) -> Result<()> {
@@ -108,10 +114,11 @@ impl Model {
         &self.config
     }
 
-    /// Moves the parameters; what is computed with them is computed there. Caches made before
+    /// Moves the parameters, adapters included; what is computed with them is computed there. Caches made before
     /// stay where they are and no longer fit.
     pub fn to_device(&mut self, device: &Device) -> Result<()> {
-        self.params.move_to(device)
+        self.params.move_to(device)?;
+        self.adapters.move_to(device)
     }
 
     /// Where the parameters live.
@@ -119,12 +126,12 @@ impl Model {
         self.params.device()
     }
 
-    /// The parameters.
+    /// The base's parameters, without adapters.
     pub fn params(&self) -> &Params {
         &self.params
     }
 
-    /// The parameters, for an optimizer.
+    /// The base's parameters, to be changed; an optimizer takes [`Model::trained_mut`].
     pub fn params_mut(&mut self) -> &mut Params {
         &mut self.params
     }

@@ -6,7 +6,11 @@
 use tercet_attention::selftest::{Check, Fault, Row, Tally, ensure};
 use tercet_tensor::{DType, Device, Grads, Tape};
 
-use crate::{Batch, ForwardOptions, Model, ModelConfig, Result, hf_config};
+use crate::init::fresh;
+use crate::{
+    Adapter, Batch, ForwardOptions, Init, LoraConfig, Model, ModelConfig, ParamSpec, Result,
+    hf_config,
+};
 
 /// Half the distance between 1 and the next f32.
 const ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
@@ -67,10 +71,16 @@ pub fn selftest(device: &Device, each: &mut dyn FnMut(Row)) {
         for dtype in [DType::F32, DType::BF16] {
             let name = |what: &str| format!("{what}, {name} · {device} {dtype}");
             each(Row::of("model", name("loss and gradients"), |tally| {
-                train(tally, config, device, dtype)
+                train(tally, config, device, dtype, model)
+            }));
+            each(Row::of("model", name("an adapter's gradients"), |tally| {
+                train(tally, config, device, dtype, adapted)
             }));
             each(Row::of("model", name("decode equals prefill"), |tally| {
-                decode(tally, config, device, dtype)
+                decode(tally, config, device, dtype, model)
+            }));
+            each(Row::of("model", name("decode with an adapter"), |tally| {
+                decode(tally, config, device, dtype, adapted)
             }));
         }
     }
@@ -91,6 +101,23 @@ fn model(config: &str, device: &Device, dtype: DType) -> Check<Model> {
     Ok(model)
 }
 
+/// The same model with an active adapter of random numbers, which drops some of its inputs.
+fn adapted(config: &str, device: &Device, dtype: DType) -> Check<Model> {
+    let mut model = model(config, &Device::Cpu, dtype)?;
+    let lora = LoraConfig { r: 4, alpha: 6.0, dropout: 0.2, ..LoraConfig::default() };
+    let mut adapter = Adapter::new(&model, lora, 5).map_err(fault)?;
+    for slot in 0..adapter.params.len() {
+        let spec = ParamSpec { init: Init::Normal(0.1), ..adapter.params.specs()[slot].clone() };
+        let fresh = fresh(&spec, 5, DType::BF16).map_err(fault)?;
+        let fresh = fresh.to_dtype(dtype).map_err(fault)?;
+        adapter.params.set(slot, fresh).map_err(fault)?;
+    }
+    model.attach("a", adapter).map_err(fault)?;
+    model.activate(Some("a")).map_err(fault)?;
+    model.to_device(device).map_err(fault)?;
+    Ok(model)
+}
+
 /// Token ids without a pattern.
 fn ids(count: usize, vocab: usize) -> Vec<i32> {
     let hash = |i: usize| (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
@@ -102,12 +129,13 @@ fn gradients(model: &Model, recompute: bool) -> Result<(f64, Vec<Vec<f32>>)> {
     let ids = ids(300, model.config().vocab_size);
     let batch = Batch::next_token(&[&ids[..170], &ids[170..177], &ids[177..]]);
     let mut tape = Tape::recording();
-    let losses = model.forward_loss(&mut tape, &batch, &ForwardOptions { recompute })?;
-    let mut grads = Grads::new(model.params().len());
+    let losses =
+        model.forward_loss(&mut tape, &batch, &ForwardOptions { recompute, dropout: Some(11) })?;
+    let mut grads = Grads::new(model.trained().len());
     tape.backward(&losses.loss, &mut grads)?;
     let loss = f64::from(losses.loss.value().item()?);
     let mut all = Vec::new();
-    for (slot, spec) in model.params().specs().iter().enumerate() {
+    for (slot, spec) in model.trained().specs().iter().enumerate() {
         all.push(match grads.get(slot) {
             Some(gradient) => gradient.to_vec_f32()?,
             None => vec![0.0; spec.len()],
@@ -115,6 +143,9 @@ fn gradients(model: &Model, recompute: bool) -> Result<(f64, Vec<Vec<f32>>)> {
     }
     Ok((loss, all))
 }
+
+/// Makes the model of a test.
+type Make = fn(&str, &Device, DType) -> Check<Model>;
 
 /// ‖a − b‖ and ‖b‖ over all numbers.
 fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> (f64, f64) {
@@ -125,9 +156,9 @@ fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> (f64, f64) {
     (off.sqrt(), size.sqrt())
 }
 
-fn train(tally: &mut Tally, config: &str, device: &Device, dtype: DType) -> Check<()> {
+fn train(tally: &mut Tally, config: &str, device: &Device, dtype: DType, make: Make) -> Check<()> {
     let run = |device: &Device, dtype, recompute| {
-        gradients(&model(config, device, dtype)?, recompute).map_err(fault)
+        gradients(&make(config, device, dtype)?, recompute).map_err(fault)
     };
     let (exact_loss, exact) = run(&Device::Cpu, DType::F32, false)?;
     let (loss, grads) = run(device, dtype, false)?;
@@ -152,9 +183,9 @@ fn train(tally: &mut Tally, config: &str, device: &Device, dtype: DType) -> Chec
 }
 
 /// Logits of a whole sequence against those of a prompt in two chunks and then single tokens.
-fn decode(tally: &mut Tally, config: &str, device: &Device, dtype: DType) -> Check<()> {
+fn decode(tally: &mut Tally, config: &str, device: &Device, dtype: DType, make: Make) -> Check<()> {
     let (model, reference) =
-        (model(config, device, dtype)?, model(config, &Device::Cpu, DType::F32)?);
+        (make(config, device, dtype)?, make(config, &Device::Cpu, DType::F32)?);
     let vocab = model.config().vocab_size;
     let ids = ids(150, vocab);
     let logits = |model: &Model| -> Check<Vec<f32>> {

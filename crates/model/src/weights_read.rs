@@ -28,11 +28,11 @@ const READ: usize = 1 << 20;
 const HEAD: &str = "lm_head.weight";
 
 /// One tensor of a file.
-struct Entry {
+pub(crate) struct Entry {
     path: PathBuf,
     start: u64,
-    dtype: Dtype,
-    shape: Vec<usize>,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
 }
 
 /// All tensors of a model folder, by name.
@@ -196,7 +196,7 @@ fn take<E: Copy>(values: Vec<E>, stored: &Stored, spec: &ParamSpec) -> Vec<E> {
     (0..out * inp).map(|at| values[(at % inp) * columns + first + at / inp]).collect()
 }
 
-fn read_values<E>(entry: &Entry, convert: impl Fn(f32) -> E) -> Result<Vec<E>> {
+pub(crate) fn read_values<E>(entry: &Entry, convert: impl Fn(f32) -> E) -> Result<Vec<E>> {
     let count: usize = entry.shape.iter().product();
     let mut values = Vec::with_capacity(count);
     each_block(entry, |bytes| match entry.dtype {
@@ -234,7 +234,7 @@ fn each_block(entry: &Entry, mut take: impl FnMut(&[u8])) -> Result<()> {
 }
 
 /// Adds the tensors of one file to `entries`.
-fn read_header(path: &Path, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
+pub(crate) fn read_header(path: &Path, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
     let fail = |e| Error::io(path, e);
     let wrong = |reason: String| Error::file(path, reason);
     let mut file = File::open(path).map_err(fail)?;

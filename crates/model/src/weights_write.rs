@@ -18,10 +18,10 @@ use crate::{Error, Result, folder};
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
 /// One tensor of the file: its shape there, and the parameters it is made of.
-struct Entry<'a> {
-    shape: Vec<usize>,
-    dtype: DType,
-    parts: Vec<(Part, &'a Tensor)>,
+pub(crate) struct Entry<'a> {
+    pub shape: Vec<usize>,
+    pub dtype: DType,
+    pub parts: Vec<(Part, &'a Tensor)>,
 }
 
 /// Writes `model.safetensors`, or shards of at most `shard_bytes` and their index.
@@ -74,7 +74,7 @@ pub(crate) fn write(
 
 /// Writes one file: the header's length, the header, the numbers. A header of one storage type
 /// is sorted by name, as the safetensors library sorts it.
-fn write_file<'a>(
+pub(crate) fn write_file<'a>(
     path: &Path,
     entries: impl Iterator<Item = (&'a String, &'a Entry<'a>)> + Clone,
 ) -> Result<()> {

@@ -146,7 +146,7 @@ fn recomputation_and_repetition_keep_every_bit_of_the_gradients() {
         let run = |recompute: bool| {
             let mut grads = Grads::new(model.params().len());
             let mut tape = Tape::recording();
-            let options = ForwardOptions { recompute };
+            let options = ForwardOptions { recompute, dropout: None };
             let parts = model.forward_loss(&mut tape, &batch, &options).unwrap();
             tape.backward(&parts.loss, &mut grads).unwrap();
             let bits: Vec<_> = grads.iter().map(|g| g.map(|t| t.to_vec_f32().unwrap())).collect();

@@ -120,7 +120,7 @@ fn the_gradient_norm_is_that_of_transformers() {
         let gradients = |recompute: bool| {
             let mut grads = Grads::new(model.params().len());
             let mut tape = Tape::recording();
-            let options = ForwardOptions { recompute };
+            let options = ForwardOptions { recompute, dropout: None };
             let loss = model.forward_loss(&mut tape, &batch, &options).unwrap();
             tape.backward(&loss.loss, &mut grads).unwrap();
             grads

@@ -160,3 +160,79 @@ fn unlike_inputs_are_refused_by_name() {
         "sigmoid: the input is i32, expected f32 or bf16"
     );
 }
+
+/// Which elements of ones are kept.
+fn kept(count: usize, rate: f64, seed: u64) -> Vec<bool> {
+    let tape = &mut Tape::inference();
+    let ones = tape.leaf(Tensor::from_f32(vec![1.0; count], &[count]).unwrap());
+    let y = ops::dropout(tape, &ones, rate, seed).unwrap();
+    y.value().as_f32().unwrap().iter().map(|&y| y != 0.0).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn dropout_multiplies_by_its_mask(rows in 0usize..4, width in 1usize..70, rate in 0.01..0.95) {
+        let mask = kept(rows * width, rate, 9);
+        Check {
+            op: &|tape, x| ops::dropout(tape, &x[0], rate, 9),
+            exact: &|x| {
+                let each = x[0].iter().zip(&mask);
+                each.map(|(x, &kept)| if kept { x / (1.0 - rate) } else { 0.0 }).collect()
+            },
+            inputs: &[tensor(&[rows, width], 7)],
+            // The factor and the product round, relative to at most 1/(1 − 0.95).
+            value_bound: 20.0 * 2.0 * ROUNDING,
+            grad_bound: 20.0 * 4.0 * ROUNDING,
+            stored: 0.0,
+        }
+        .run();
+    }
+}
+
+/// Shares and products of independent choices, within five standard errors.
+#[test]
+fn dropout_drops_its_rate_and_every_place_and_seed_alone() {
+    let n = 200_000;
+    for rate in [0.05, 0.5, 0.9] {
+        let error = 5.0 * (rate * (1.0 - rate) / n as f64).sqrt();
+        for seed in [0, 1, u64::MAX] {
+            let mask = kept(n, rate, seed);
+            let share = mask.iter().filter(|&&kept| !kept).count() as f64 / n as f64;
+            assert!((share - rate).abs() < error, "{share} of {rate} are dropped");
+        }
+    }
+    let (one, two) = (kept(n, 0.5, 1), kept(n, 0.5, 2));
+    let error = 5.0 * 0.5 / (n as f64).sqrt();
+    for (what, pairs) in [
+        ("two seeds", one.iter().zip(&two).filter(|(a, b)| a == b).count()),
+        ("neighbours", one.windows(2).filter(|w| w[0] == w[1]).count()),
+        ("columns", one.windows(65).filter(|w| w[0] == w[64]).count()),
+    ] {
+        let share = pairs as f64 / n as f64;
+        assert!((share - 0.5).abs() < error, "{what} agree in {share}");
+    }
+}
+
+/// Pinned, from the paper's formula in Python: the mask is part of "same seed, same run"; and a part of a tensor from its first element
+/// is dropped as in the whole, whatever thread it falls to.
+#[test]
+fn dropout_is_a_function_of_seed_and_place() {
+    let whole = kept(40_000, 0.5, 3);
+    assert_eq!(whole[..100], kept(100, 0.5, 3));
+    let bits = whole[..64].iter().fold(0u64, |bits, &kept| bits << 1 | u64::from(kept));
+    assert_eq!(bits, 0x9f76_59cd_1001_2497);
+}
+
+#[test]
+fn dropout_refuses_rates_that_leave_nothing_and_0_is_no_op() {
+    let tape = &mut Tape::recording();
+    let x = tape.param(tensor(&[3], 1), 0);
+    for rate in [1.0, -0.1, 1.5, f64::NAN, f64::INFINITY] {
+        let text = refusal(ops::dropout(tape, &x, rate, 1));
+        assert!(text.starts_with(&format!("dropout: the rate is {rate}, expected")), "{text}");
+    }
+    let y = ops::dropout(tape, &x, 0.0, 1).unwrap();
+    assert_eq!(y.value().as_f32().unwrap(), x.value().as_f32().unwrap());
+}

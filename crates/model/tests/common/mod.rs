@@ -3,11 +3,11 @@
 #![allow(dead_code)] // every test file uses its own part
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tercet_model::{Model, ModelConfig, Tokenizer};
-use tercet_tensor::DType;
+use tercet_model::{Adapter, Model, ModelConfig, Tokenizer};
+use tercet_tensor::{DType, Tensor};
 
 /// A config from JSON fields over small defaults of our own family.
 pub fn config(fields: Value) -> ModelConfig {
@@ -99,4 +99,34 @@ pub fn tokenizer() -> Tokenizer {
 pub fn save(model: &Model, dir: &Path) {
     model.save(dir).unwrap();
     std::fs::write(dir.join("tokenizer.json"), tokenizer_json().to_string()).unwrap();
+}
+
+/// A copy of the model with the adapter active, every B holding numbers within ±0.1.
+pub fn train_by_chance(adapter: Adapter, model: &Model, name: &str) -> Model {
+    let mut model = model.clone();
+    model.attach(name, adapter).unwrap();
+    model.activate(Some(name)).unwrap();
+    let params = model.trained_mut();
+    for slot in 0..params.len() {
+        if params.name(slot).contains("lora_B") {
+            let (shape, dtype) = (params.tensor(slot).shape().to_vec(), params.dtype());
+            let len: usize = shape.iter().product();
+            let at = |i: usize| (((i * 37 + slot * 11) % 101) as f32 / 50.0 - 1.0) * 0.1;
+            let tensor = Tensor::from_f32((0..len).map(at).collect(), &shape).unwrap();
+            params.set(slot, tensor.to_dtype(dtype).unwrap()).unwrap();
+        }
+    }
+    model
+}
+
+/// Where shared golden files are; `None`, said aloud, when they are not there.
+pub fn golden(name: &str) -> Option<PathBuf> {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let given = std::env::var_os("TERCET_GOLDEN").map(PathBuf::from);
+    let shared = given.unwrap_or_else(|| own.join("../../../shared/golden")).join("hf").join(name);
+    let found = [shared, own.join("tests/data").join(name)].into_iter().find(|dir| dir.is_dir());
+    if found.is_none() {
+        println!("no golden {name}: not tested");
+    }
+    found
 }

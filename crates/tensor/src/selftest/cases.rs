@@ -39,6 +39,9 @@ fn elementwise(cases: &mut Vec<Case>) {
         cases.push(Case::new(named("scale", &shape), one(), 1, 1, |tape, x, _| {
             Ok(vec![ops::scale(tape, &x[0], -1.7)?])
         }));
+        cases.push(Case::new(named("dropout", &shape), one(), 1, 1, |tape, x, _| {
+            Ok(vec![ops::dropout(tape, &x[0], 0.3, 42)?])
+        }));
         for (name, kind) in [("gelu tanh", Gelu::Tanh), ("gelu exact", Gelu::Exact)] {
             cases.push(Case::new(named(name, &shape), one(), 1, 1, move |tape, x, _| {
                 let x = ops::scale(tape, &x[0], 4.0)?;
