@@ -116,7 +116,8 @@ fn key(rule: &Precompute, model: &Model, pairs: &[&Pair]) -> Result<String> {
         pair.chosen.absorb(&mut hasher);
         pair.rejected.absorb(&mut hasher);
     }
-    for params in model.all_params() {
+    // The weights, and the adapter's where one is active.
+    for params in [model.params(), model.trained()] {
         for tensor in params.tensors() {
             let tensor = tensor.to_device(&Device::Cpu)?;
             match tensor.dtype() {

@@ -61,6 +61,7 @@ pub fn align(
         steps: config.train.steps(pairs.train.len()),
         data_key: &pairs.key,
         sidecars: &beside.sidecars,
+        base: &config.model.path.to_string_lossy(),
         flops_per_token: start::flops_per_token(&model, tokens / (2 * pairs.train.len())),
         unigram: None,
         loss_name: "loss (of the objective)",

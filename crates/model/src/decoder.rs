@@ -84,7 +84,7 @@ impl Model {
         Ok(logits.value().to_dtype(tercet_tensor::DType::F32)?)
     }
 
-    fn targets(&self, batch: &Batch) -> Result<Tensor> {
+    pub(crate) fn targets(&self, batch: &Batch) -> Result<Tensor> {
         let Batch { input_ids, targets, .. } = batch;
         if targets.len() != input_ids.len() {
             let (got, expected) = (targets.len(), input_ids.len());
@@ -101,7 +101,7 @@ impl Model {
     }
 
     /// Output of the last norm `[T, C]` and the load-balance losses of the MoE layers.
-    fn hidden<'a>(
+    pub(crate) fn hidden<'a>(
         &'a self,
         tape: &mut Tape<'a>,
         inputs: &Arc<Inputs>,

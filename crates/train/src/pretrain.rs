@@ -46,6 +46,7 @@ pub fn pretrain(
             steps: config.steps(),
             data_key: &key,
             sidecars: &sidecars,
+            base: "",
             flops_per_token: summary.flops_per_token,
             unigram: summary.unigram_entropy,
             loss_name: "loss (nats per token)",

@@ -87,6 +87,8 @@ pub struct Plan<'a> {
     pub data_key: &'a str,
     /// Files that go into every checkpoint: name and content.
     pub sidecars: &'a [(String, Vec<u8>)],
+    /// The folder of the weights, named in the checkpoints of an adapter; empty without one.
+    pub base: &'a str,
     /// Floating-point operations per token of a step.
     pub flops_per_token: f64,
     /// Drawn into the curve as a dashed line: what a model without context would reach.
@@ -371,6 +373,7 @@ impl<'a> Run<'a> {
         };
         let snapshot = Snapshot {
             model: &self.trainer.model,
+            base: self.plan.base,
             optimizer: &optimizer,
             run: &run,
             config: self.plan.config,

@@ -357,7 +357,7 @@ fn timed(
         grads.zero();
         for _ in 0..train.accumulation {
             let mut tape = Tape::recording();
-            let options = ForwardOptions { recompute: train.recompute };
+            let options = ForwardOptions { recompute: train.recompute, dropout: None };
             let losses = model.forward_loss(&mut tape, &batch, &options)?;
             tape.backward_scaled(&losses.loss, 1.0 / train.accumulation as f32, &mut grads)?;
             loss = losses.cross_entropy.value().item()?;

@@ -26,8 +26,10 @@ const STEP: &str = "step-";
 
 /// Everything a checkpoint holds.
 pub struct Snapshot<'a> {
-    /// Shape and weights.
+    /// Shape and weights. Of a model with an active adapter the adapter alone is written.
     pub model: &'a Model,
+    /// The folder of the weights that an adapter stands beside.
+    pub base: &'a str,
     /// Moments, master weights, update count.
     pub optimizer: &'a AdamWState,
     /// Step, data position, guard.
@@ -85,7 +87,12 @@ pub fn save(folder: &Path, keep: usize, snapshot: &Snapshot) -> Result<PathBuf> 
 fn write(beside: &Path, snapshot: &Snapshot) -> Result<Manifest> {
     let state = beside.join("state");
     files::create_folder(&state)?;
-    snapshot.model.save_trained(beside).map_err(|error| match error {
+    let model = snapshot.model;
+    let saved = match model.active_adapter().and_then(|name| model.adapter(name)) {
+        Some(adapter) => adapter.save(beside, snapshot.base),
+        None => model.save(beside),
+    };
+    saved.map_err(|error| match error {
         tercet_model::Error::Io { path, source } => Error::Io { action: "write", path, source },
         other => other.into(),
     })?;

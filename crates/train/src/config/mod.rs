@@ -14,8 +14,8 @@ use std::path::PathBuf;
 pub use check::{real, within};
 pub use load::{Sections, to_toml};
 pub use model::{FromData, ModelSource};
-pub use tune::{BadRow, RowsConfig, TuneModel, TuneTrain};
 use serde::{Deserialize, Serialize};
+pub use tune::{BadRow, RowsConfig, TuneModel, TuneTrain};
 
 /// Everything that decides a training run.
 #[derive(Clone, Debug, PartialEq)]

@@ -72,7 +72,9 @@ fn read_file(file: &SourceFile, rows: &mut Vec<Row>, stop: &AtomicBool) -> Resul
             continue;
         }
         match serde_json::from_slice(line) {
-            Ok(Value::Object(object)) => rows.push(Row { file: place.clone(), line: number, object }),
+            Ok(Value::Object(object)) => {
+                rows.push(Row { file: place.clone(), line: number, object })
+            }
             Ok(_) => return Err(wrong("is JSON but not an object, {\"key\": …}".into())),
             Err(error) => return Err(wrong(format!("is not a JSON object: {error}"))),
         }

@@ -101,7 +101,8 @@ impl<'a> Encoder<'a> {
             (Part::Messages(prompt), Part::Messages(completion)) => {
                 let template = self.template()?;
                 let opening = render(template, prompt, true)?;
-                let whole = render(template, &[prompt.clone(), completion.clone()].concat(), false)?;
+                let whole =
+                    render(template, &[prompt.clone(), completion.clone()].concat(), false)?;
                 let Some(answer) = whole.strip_prefix(&opening) else {
                     return Err("its answer does not continue its prompt in this chat template; \
                                 the first message of the answer must be the assistant's"

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use sha2::{Digest, Sha256};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use tercet_model::{ForwardOptions, LoraConfig, Model};
 use tercet_tensor::{Grads, Tape};
 
@@ -111,6 +111,7 @@ pub fn sft(
         steps: config.train.steps(rows.train.len()),
         data_key: &rows.key,
         sidecars: &beside.sidecars,
+        base: &config.model.path.to_string_lossy(),
         flops_per_token: start::flops_per_token(&model, mean),
         unigram: None,
         loss_name: "loss (nats per learnt token)",
@@ -251,7 +252,8 @@ impl Sft<'_> {
         let lengths = examples.iter().map(|example| example.ids.len());
         let mut losses = Vec::new();
         let mut measured = Measured::default();
-        for (i, portion) in portions(lengths, self.config.train.micro_tokens).into_iter().enumerate()
+        for (i, portion) in
+            portions(lengths, self.config.train.micro_tokens).into_iter().enumerate()
         {
             let options = match &into {
                 Some((_, _, stop)) if stop.load(Ordering::Relaxed) => return Ok(None),

@@ -34,7 +34,7 @@ pub fn first(model: &TuneModel, lora: Option<&LoraConfig>, train: &TuneTrain) ->
 
 /// The same model with the weights, or the adapter, of a checkpoint of the run.
 pub fn resumed(first: &Model, checkpoint: &Path, train: &TuneTrain) -> Result<Model> {
-    if first.adapters().is_empty() {
+    if first.active_adapter().is_none() {
         return Ok(Model::load_as(checkpoint, train.dtype.dtype())?);
     }
     let mut tuned = first.clone();
@@ -92,5 +92,5 @@ pub fn check_context(context: usize, model: &Model) -> Result<()> {
 /// adapter the gradients of the weights themselves are not made, a third of the work.
 pub fn flops_per_token(model: &Model, len: usize) -> f64 {
     let all = model.config().flops(len.max(1)).training();
-    if model.adapters().is_empty() { all } else { all * 2.0 / 3.0 }
+    if model.active_adapter().is_none() { all } else { all * 2.0 / 3.0 }
 }
