@@ -160,7 +160,7 @@ multiversion! {
             for z in z.iter_mut() {
                 *z -= highest;
             }
-            let sum = math::sum(z, |d| math::exp(d));
+            let sum = math::sum(z, math::exp);
             let moment = math::sum(z, |d| math::exp(d) * d);
             let best = -libm::logf(sum);
             *row = Row {
