@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use crate::{Error, Result};
+use tercet_train::{Error, Result};
 
 /// Width and height in pixels.
 const SIZE: (u32, u32) = (960, 540);
@@ -43,7 +43,7 @@ pub fn delta_histogram(deltas: &[f64]) -> Result<String> {
 }
 
 fn undrawn(error: &Box<dyn std::error::Error>) -> Error {
-    tercet_train::Error::Data(format!("a picture cannot be drawn: {error}")).into()
+    Error::Data(format!("a picture cannot be drawn: {error}"))
 }
 
 fn draw_lines(
@@ -149,7 +149,8 @@ mod tests {
 
     #[test]
     fn pictures_are_drawn_of_anything() {
-        for points in [vec![], vec![(1.0, f64::NAN)], vec![(1.0, 2.0)], vec![(1.0, 5.0), (2.0, 5.0)]]
+        for points in
+            [vec![], vec![(1.0, f64::NAN)], vec![(1.0, 2.0)], vec![(1.0, 5.0), (2.0, 5.0)]]
         {
             let svg = lines(&[Line { name: "chosen".into(), points }], "step", "log p").unwrap();
             assert!(svg.contains("</svg>") && !svg.contains("NaN") && svg.contains("chosen"));

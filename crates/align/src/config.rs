@@ -12,8 +12,7 @@ use crate::delta::DeltaConfig;
 use crate::objective::{ObjectiveConfig, Objectives, TermConfig};
 
 /// Keys and sections at the top of the file.
-const SECTIONS: [&str; 7] =
-    ["output", "model", "lora", "data", "align", "train", "checkpoint"];
+const SECTIONS: [&str; 7] = ["output", "model", "lora", "data", "align", "train", "checkpoint"];
 
 /// Everything that decides an alignment run.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -24,6 +24,15 @@ pub enum Error {
 /// Result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
+impl From<Error> for tercet_train::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Config { key, problem } => Self::Config { key, problem },
+            Error::Value { what, problem } => Self::Data(format!("{what}: {problem}")),
+        }
+    }
+}
+
 impl Error {
     pub(crate) fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {
         Error::Config { key: key.into(), problem: problem.into() }

@@ -14,9 +14,9 @@ use tercet_train::config::{BadRow, RowsConfig};
 use tercet_train::data::{Row, read_rows};
 use tercet_train::tune::encode::part;
 use tercet_train::tune::{Encoder, Example, Part, RowCount, bad_row};
+use tercet_train::{Error, Result, files};
 
 use crate::delta::{DeltaConfig, DeltaCounts, PairScores, Verdict};
-use crate::{Error, Result};
 
 /// Two answers to one prompt, tokenized.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,12 +92,11 @@ pub fn read_pairs(rule: &PairRule, encoder: &Encoder, stop: &AtomicBool) -> Resu
             all.into_iter().partition(|pair| below(pair.prompt_hash()));
     } else {
         pairs.train = all;
-        pairs.validation =
-            read_side(rule, &rule.data.validation_paths, encoder, stop, &mut pairs)?;
+        pairs.validation = read_side(rule, &rule.data.validation_paths, encoder, stop, &mut pairs)?;
     }
     if pairs.train.is_empty() {
         let problem = format!("nothing is left to train on: {}", pairs.count);
-        return Err(tercet_train::Error::Data(problem).into());
+        return Err(Error::Data(problem));
     }
     let mut hasher = Sha256::new();
     for pair in &pairs.train {
@@ -105,7 +104,7 @@ pub fn read_pairs(rule: &PairRule, encoder: &Encoder, stop: &AtomicBool) -> Resu
         pair.rejected.absorb(&mut hasher);
         hasher.update(pair.delta.unwrap_or(-1.0).to_le_bytes());
     }
-    pairs.key = tercet_train::files::hex(&hasher.finalize());
+    pairs.key = files::hex(&hasher.finalize());
     Ok(pairs)
 }
 
@@ -121,7 +120,7 @@ fn read_side(
     let mut kept = Vec::with_capacity(rows.len());
     for row in &rows {
         if stop.load(Ordering::Relaxed) {
-            return Err(tercet_train::Error::Interrupted.into());
+            return Err(Error::Interrupted);
         }
         let answers = match encode(row, encoder) {
             Ok(answers) => answers,
@@ -129,10 +128,9 @@ fn read_side(
                 into.count.drop(row, reason);
                 continue;
             }
-            Err(reason) => return Err(bad_row(row, &reason).into()),
+            Err(reason) => return Err(bad_row(row, &reason)),
         };
-        let Some([chosen, rejected]) = fit(row, answers, rule.data.context, &mut into.count)
-        else {
+        let Some([chosen, rejected]) = fit(row, answers, rule.data.context, &mut into.count) else {
             continue;
         };
         let scores = match scores(&row.object) {
@@ -141,7 +139,7 @@ fn read_side(
                 into.count.drop(row, reason);
                 continue;
             }
-            Err(reason) => return Err(bad_row(row, &reason).into()),
+            Err(reason) => return Err(bad_row(row, &reason)),
         };
         if let Ok(raw) = rule.delta.raw(&scores) {
             into.scored += 1;
@@ -162,7 +160,7 @@ fn read_side(
             }
             Err(problem) => {
                 let problem = format!("cannot be used: {problem}");
-                return Err(bad_row(row, &problem).into());
+                return Err(bad_row(row, &problem));
             }
         }
     }
@@ -269,12 +267,6 @@ fn scores(object: &Map<String, Value>) -> Result<PairScores, String> {
         chosen: number("score_chosen")?,
         rejected: number("score_rejected")?,
     })
-}
-
-impl From<tercet_train::Error> for Error {
-    fn from(error: tercet_train::Error) -> Self {
-        Error::Train(error)
-    }
 }
 
 #[cfg(test)]

@@ -121,8 +121,11 @@ impl Align<'_> {
                 .collect();
             let outcome = self.objectives.evaluate(&log_probs, &totals)?;
             if let Some((grads, _)) = &mut into {
-                let slopes: Vec<f64> =
-                    outcome.pairs.iter().flat_map(|pair| [pair.d_chosen, pair.d_rejected]).collect();
+                let slopes: Vec<f64> = outcome
+                    .pairs
+                    .iter()
+                    .flat_map(|pair| [pair.d_chosen, pair.d_rejected])
+                    .collect();
                 pass.back(&slopes, grads)?;
             }
             found.loss += outcome.loss;

@@ -1,5 +1,6 @@
 //! The `tercet` command. Every verb is one file (or folder) with an `Args` and a `run`.
 
+mod align;
 mod attend;
 mod bench;
 mod convert;
@@ -55,6 +56,7 @@ const MOST_THREADS: i64 = 4096;
 
 #[derive(Subcommand)]
 enum Verb {
+    Align(align::Args),
     Attend(attend::Args),
     Bench(bench::Args),
     Convert(convert::Args),
@@ -96,6 +98,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         interrupt::end_on_closed_pipe()?;
     }
     match &cli.verb {
+        Verb::Align(args) => align::run(args),
         Verb::Attend(args) => attend::run(args),
         Verb::Bench(args) => bench::run(args),
         Verb::Convert(args) => convert::run(args),
@@ -115,7 +118,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 impl Verb {
     /// Whether a closed output pipe must not end the verb.
     fn has_something_to_save(&self) -> bool {
-        matches!(self, Self::Pretrain(_) | Self::Quickstart(_) | Self::Sft(_))
+        matches!(self, Self::Align(_) | Self::Pretrain(_) | Self::Quickstart(_) | Self::Sft(_))
     }
 }
 

@@ -1,14 +1,14 @@
 //! `tercet sft`: supervised tuning.
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tercet_model::Tokenizer;
-use tercet_train::Control;
-use tercet_train::config::Precision;
+use tercet_train::config::{Precision, TuneModel};
 use tercet_train::tune::start::Beside;
 use tercet_train::tune::{Encoder, Example, SftConfig, sft};
+use tercet_train::{Control, Report};
 
 use crate::device::DeviceArg;
 use crate::progress::Watcher;
@@ -62,26 +62,55 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let report = sft(&config, &control, &mut |event| watcher.show(&event));
     watcher.finish();
     let report = report?;
-    let mut text = crate::pretrain::summary(&report);
-    text.push_str(&crate::pretrain::how_to_go_on(&report, "sft", &args.config, &args.overrides));
-    if let Some(folder) = &report.checkpoint {
-        let program = human::program();
-        let (model, base) = (folder.display(), config.model.path.display());
-        let is_adapter = config.lora.is_some() || config.model.adapter.is_some();
-        text.push_str(&match is_adapter {
-            true => format!(
-                "adapter  {model}\ncurve    {}\nwrite    {program} generate {base} --adapter {model} \
-                 -p \"…\"\n",
-                report.curve.display()
-            ),
-            false => format!(
-                "model  {model}\ncurve  {}\nwrite  {program} generate {model} -p \"…\"\n",
-                report.curve.display()
-            ),
-        });
-    }
-    let _ = write!(std::io::stdout(), "{text}");
+    let tuned = Tuned {
+        verb: "sft",
+        config: &args.config,
+        overrides: &args.overrides,
+        model: &config.model,
+        adapter: config.lora.is_some() || config.model.adapter.is_some(),
+    };
+    let _ = write!(std::io::stdout(), "{}", tuned.closing(&report));
     Ok(())
+}
+
+/// What a tuning run was asked, for its last words.
+pub struct Tuned<'a> {
+    /// The verb.
+    pub verb: &'a str,
+    /// Its file and overrides.
+    pub config: &'a Path,
+    /// The `key=value` arguments.
+    pub overrides: &'a [String],
+    /// What was tuned.
+    pub model: &'a TuneModel,
+    /// Whether an adapter was.
+    pub adapter: bool,
+}
+
+impl Tuned<'_> {
+    /// Figures, where things are, and what to do next.
+    pub fn closing(&self, report: &Report) -> String {
+        let mut text = crate::pretrain::summary(report);
+        text.push_str(&crate::pretrain::how_to_go_on(
+            report,
+            self.verb,
+            self.config,
+            self.overrides,
+        ));
+        if let Some(folder) = &report.checkpoint {
+            let (program, new, base) =
+                (human::program(), folder.display(), self.model.path.display());
+            let (what, with) = match self.adapter {
+                true => ("adapter", format!("{base} --adapter {new}")),
+                false => ("model", new.to_string()),
+            };
+            text.push_str(&format!(
+                "{what:<8} {new}\ncurve    {}\nwrite    {program} generate {with} -p \"…\"\n",
+                report.curve.display()
+            ));
+        }
+        text
+    }
 }
 
 /// Prints the first examples as the model will see them.
