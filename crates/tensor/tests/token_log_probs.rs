@@ -189,6 +189,40 @@ fn the_mean_of_log_probabilities_has_the_fused_losss_gradient() {
 }
 
 #[test]
+fn every_piece_of_every_chunk_reads_its_own_tokens() {
+    let [tokens, width, _] = LARGE;
+    let (x, w, targets) = large();
+    let gradient = common::numbers(tokens, 9);
+    let found = run(&x, &w, &ints(&targets), &gradient);
+    let (x, w) = (wide(&x), wide(&w));
+    let want = all(&x, &w, width, &targets);
+    // Logits of 6 products below 1, as above, and sums of 5000 terms in 32 parts of 157.
+    let bound = (18.0 * 18.0 + 160.0) * ROUNDING;
+    let column = |f: fn(&Exact) -> f64| want.iter().map(f).collect::<Vec<f64>>();
+    close("ln p", &f64s(&found[0]), &column(|e| e.log_prob), bound, 0.0);
+    close("best", &f64s(&found[1]), &column(|e| e.best), bound, 0.0);
+    close("entropy", &f64s(&found[2]), &column(|e| e.entropy), 10.0 * bound, 0.0);
+    assert_eq!(f64s(&found[3]), column(|e| e.hit));
+    // dx_t = g_t·(W_target − Σ_v p_v·W_v).
+    for t in 0..tokens {
+        let mut slope = vec![0.0; width];
+        if targets[t] >= 0 {
+            let z: Vec<f64> = w
+                .chunks(width)
+                .map(|w| w.iter().zip(&x[t * width..]).map(|(w, x)| w * x).sum::<f64>().exp())
+                .collect();
+            let total: f64 = z.iter().sum();
+            for (i, slope) in slope.iter_mut().enumerate() {
+                let mean: f64 = z.iter().zip(w.chunks(width)).map(|(z, w)| z / total * w[i]).sum();
+                *slope = f64::from(gradient[t]) * (w[targets[t] as usize * width + i] - mean);
+            }
+        }
+        let got = &found[4][t * width..][..width];
+        close(&format!("dx of {t}"), &f64s(got), &slope, bound, 0.0);
+    }
+}
+
+#[test]
 fn chunks_of_which_nothing_is_asked_get_zeros_and_change_nothing() {
     let [tokens, width, _] = LARGE;
     let (x, w, targets) = large();
