@@ -13,6 +13,7 @@ mod interrupt;
 mod kernels;
 mod lock;
 mod machine;
+mod merge;
 mod picture;
 mod plan;
 mod pretrain;
@@ -61,6 +62,7 @@ enum Verb {
     Generate(generate::Args),
     #[command(hide = true)]
     Kernels(kernels::Args),
+    Merge(merge::Args),
     #[command(hide = true)]
     Picture(picture::Args),
     Plan(plan::Args),
@@ -100,6 +102,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Doctor(args) => doctor::run(args),
         Verb::Generate(args) => generate::run(args),
         Verb::Kernels(args) => kernels::run(args),
+        Verb::Merge(args) => merge::run(args),
         Verb::Picture(args) => picture::run(args),
         Verb::Plan(args) => plan::run(args),
         Verb::Pretrain(args) => pretrain::run(args),

@@ -81,7 +81,8 @@ impl Adapter {
         }
         let modules = modules::modules(model);
         let shapes = found.iter().map(|(name, [a, b])| (*name, [&a.shape[..], &b.shape[..]]));
-        modules::refuse_misfits(&modules, config.r, shapes)?;
+        modules::refuse_misfits(&modules, config.r, shapes)
+            .map_err(|e| Error::file(dir, e.to_string()))?;
         let held: Vec<&Module> = modules.iter().filter(|m| pairs.contains_key(&m.name)).collect();
         check_targets(&mut config, model, &modules, &held)
             .map_err(|reason| Error::file(dir, reason))?;
