@@ -24,7 +24,7 @@ pub mod gguf;
 pub mod hf_config;
 mod init;
 mod layout;
-pub mod lora;
+mod lora;
 mod model;
 mod params;
 mod plan;
