@@ -64,7 +64,7 @@ pub fn align(
         base: &config.model.path.to_string_lossy(),
         flops_per_token: start::flops_per_token(&model, tokens / (2 * pairs.train.len())),
         unigram: None,
-        loss_name: "loss (of the objective)",
+        loss_unit: "",
     };
     let start = Start::new(model, place.from.as_deref())?;
     let mut task = crate::task::Align {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use tercet_model::{
-    ChatTemplate, Finish, Generation, GenerationConfig, Generator, Message, Model, Sampling,
-    Tokenizer,
+    Adapter, ChatTemplate, Finish, Generation, GenerationConfig, Generator, Message, Model,
+    Sampling, Tokenizer,
 };
 
 use crate::device::DeviceArg;
@@ -23,10 +23,14 @@ use crate::human;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  \
     tercet generate quickstart-run/train -p \"pub fn new(\"\n  \
-    tercet generate ./SmolLM2-135M-Instruct --interactive")]
+    tercet generate ./SmolLM2-135M-Instruct --interactive\n  \
+    tercet generate ./SmolLM2-135M-Instruct --adapter ./my-adapter -p \"Once upon a time\"")]
 pub struct Args {
     /// Model folder, or the output folder of a run
     model: PathBuf,
+    /// A LoRA adapter to use: a folder as PEFT writes it
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Text to continue; `-` reads standard input
     #[arg(short, long, required_unless_present = "interactive", value_name = "TEXT")]
     prompt: Option<String>,
@@ -76,11 +80,18 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::load(&folder)?;
     let device = args.device.choose()?;
     let mut model = Model::load(&folder)?;
+    if let Some(dir) = &args.adapter {
+        let adapter = Adapter::load(dir, &model)?;
+        model.attach("adapter", adapter)?;
+        model.activate(Some("adapter"))?;
+    }
     model.to_device(&device.tensors())?;
     let mut generator = Generator::new(&model, &tokenizer, settings.eos_token_ids)?;
+    let adapter = args.adapter.as_ref().map(|dir| format!(" with {}", dir.display()));
     eprintln!(
-        "{} · {} parameters · {device} · seed {}",
+        "{}{} · {} parameters · {device} · seed {}",
         folder.display(),
+        adapter.unwrap_or_default(),
         human::count(model.params().elements() as f64),
         sampling.seed
     );

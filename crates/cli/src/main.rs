@@ -14,6 +14,7 @@ mod interrupt;
 mod kernels;
 mod lock;
 mod machine;
+mod merge;
 mod picture;
 mod plan;
 mod pretrain;
@@ -64,6 +65,7 @@ enum Verb {
     Generate(generate::Args),
     #[command(hide = true)]
     Kernels(kernels::Args),
+    Merge(merge::Args),
     #[command(hide = true)]
     Picture(picture::Args),
     Plan(plan::Args),
@@ -105,6 +107,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Doctor(args) => doctor::run(args),
         Verb::Generate(args) => generate::run(args),
         Verb::Kernels(args) => kernels::run(args),
+        Verb::Merge(args) => merge::run(args),
         Verb::Picture(args) => picture::run(args),
         Verb::Plan(args) => plan::run(args),
         Verb::Pretrain(args) => pretrain::run(args),

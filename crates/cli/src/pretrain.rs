@@ -144,11 +144,15 @@ pub fn summary(report: &Report) -> String {
         out.push_str(&format!(", {:.0} % of gemm", 100.0 * share));
     }
     out.push('\n');
+    let unit = match report.loss_unit {
+        "" => String::new(),
+        unit => format!(" {unit}"),
+    };
     if let Some(loss) = report.train_loss {
-        out.push_str(&format!("training loss    {loss:.4} nats per token (last tenth)\n"));
+        out.push_str(&format!("training loss    {loss:.4}{unit} (last tenth)\n"));
     }
     if let Some(loss) = report.validation_loss {
-        out.push_str(&format!("validation loss  {loss:.4} nats per token\n"));
+        out.push_str(&format!("validation loss  {loss:.4}{unit}\n"));
         if let Some(entropy) = report.unigram_entropy {
             out.push_str(&format!(
                 "unigram entropy  {entropy:.4} nats per token of the same text; the model is {:.4} \

@@ -55,8 +55,8 @@ impl Watcher {
                 }
             }
             Event::Step(progress) => self.step(progress),
-            Event::Evaluated { step, loss } => {
-                self.line(&format!("step {step}: validation loss {loss:.4} nats per token"));
+            Event::Evaluated { step, loss, unit } => {
+                self.line(format!("step {step}: validation loss {loss:.4} {unit}").trim_end());
             }
             Event::Sample { step, prompt, text } => {
                 self.line(&format!("sample at step {step}:\n{prompt}{text}\n"));

@@ -25,7 +25,7 @@ pub mod hf_config;
 mod init;
 mod layout;
 mod log_probs;
-pub mod lora;
+mod lora;
 mod model;
 mod params;
 mod plan;

@@ -6,6 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{config, golden, model, nsa, train_by_chance};
+use proptest::prelude::*;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -314,6 +315,27 @@ fn files_that_are_cut_off_repeated_or_pickled_are_refused() {
     assert!(text.contains("pickle") && text.contains("safe_serialization=True"), "{text}");
     let text = spoilt(|dir| std::fs::remove_file(dir.join("adapter_config.json")).unwrap());
     assert!(text.contains("adapter_config.json"), "{text}");
+}
+
+proptest! {
+    /// A changed or missing end makes an error or another adapter, never a panic.
+    #[test]
+    fn damaged_files_never_panic(config in any::<bool>(), at in 0usize..4000, to in any::<u8>(), cut in any::<bool>()) {
+        let base = base();
+        let dir = tempfile::tempdir().unwrap();
+        let lora = LoraConfig { r: 2, targets: vec!["q_proj".into()], ..LoraConfig::default() };
+        Adapter::new(&base, lora, 1).unwrap().save(dir.path(), "x").unwrap();
+        let name = if config { "adapter_config.json" } else { "adapter_model.safetensors" };
+        let mut bytes = std::fs::read(dir.path().join(name)).unwrap();
+        // Mostly in the header, which is what is parsed.
+        let at = at % bytes.len().min(900);
+        if cut { bytes.truncate(at) } else { bytes[at] = to }
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+        match Adapter::load(dir.path(), &base) {
+            Ok(adapter) => prop_assert!(base.clone().attach("a", adapter).is_ok()),
+            Err(error) => prop_assert!(error.is_users(), "{error}"),
+        }
+    }
 }
 
 #[test]

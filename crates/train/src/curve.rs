@@ -16,9 +16,10 @@ const VALIDATION: RGBColor = RGBColor(210, 90, 20);
 const BASELINE: RGBColor = RGBColor(120, 120, 120);
 
 /// Draws training loss (each step, and smoothed), validation loss, and, as a dashed line, the
-/// `unigram` entropy that a model without context would reach. `name` says what the loss is.
-/// Returns the text of an SVG file.
-pub fn draw(records: &[StepRecord], unigram: Option<f64>, name: &str) -> Result<String> {
+/// `unigram` entropy that a model without context would reach. `unit` is that of the
+/// losses. Returns the text of an SVG file.
+pub fn draw(records: &[StepRecord], unigram: Option<f64>, unit: &str) -> Result<String> {
+    let name = if unit.is_empty() { "loss".to_owned() } else { format!("loss ({unit})") };
     let train: Vec<(f64, f64)> =
         records.iter().filter_map(|r| Some((r.step as f64, r.loss?))).collect();
     let validation: Vec<(f64, f64)> = records
@@ -27,7 +28,7 @@ pub fn draw(records: &[StepRecord], unigram: Option<f64>, name: &str) -> Result<
         .filter(|point| point.1.is_finite())
         .collect();
     let mut svg = String::new();
-    plot(&mut svg, &train, &validation, unigram, name)
+    plot(&mut svg, &train, &validation, unigram, &name)
         .map_err(|error| Error::Data(format!("the loss curve cannot be drawn: {error}")))?;
     Ok(svg)
 }
@@ -141,7 +142,7 @@ mod tests {
     fn the_curve_has_labels_lines_and_no_broken_numbers() {
         let records: Vec<_> =
             (1..5000).map(|i| record(i, (i % 7 != 0).then_some(9.0 - (i as f64).ln()))).collect();
-        let svg = draw(&records, Some(6.5), "loss (nats per token)").unwrap();
+        let svg = draw(&records, Some(6.5), "nats per token").unwrap();
         for text in ["<svg", "training", "validation", "unigram entropy 6.50", "nats per token"] {
             assert!(svg.contains(text), "{text}");
         }
@@ -152,7 +153,7 @@ mod tests {
     #[test]
     fn a_run_without_a_single_good_step_still_gets_a_picture() {
         for records in [vec![], vec![record(1, None)], vec![record(1, Some(2.0))]] {
-            let svg = draw(&records, None, "loss").unwrap();
+            let svg = draw(&records, None, "").unwrap();
             assert!(svg.contains("</svg>") && !svg.contains("NaN"));
         }
     }

@@ -68,8 +68,10 @@ pub enum Event<'a> {
     Evaluated {
         /// Steps done.
         step: u64,
-        /// Mean cross-entropy in nats per token.
+        /// What the task descends, of the held-out examples.
         loss: f64,
+        /// Its unit, or nothing.
+        unit: &'static str,
     },
     /// The model wrote something.
     Sample {
@@ -145,10 +147,12 @@ pub struct Report {
     pub tokens: u64,
     /// Mean training loss of the last tenth of the steps (at least one).
     pub train_loss: Option<f64>,
-    /// Loss on the held-out batches at the end, in nats per token.
+    /// Loss on the held-out examples at the end.
     pub validation_loss: Option<f64>,
     /// See [`Summary::unigram_entropy`].
     pub unigram_entropy: Option<f64>,
+    /// Unit of the losses; empty for those that have none.
+    pub loss_unit: &'static str,
     /// Steps skipped because something was not finite.
     pub skipped: u64,
     /// Tokens per second over the steps of this process: evaluation and saving left out.

@@ -49,7 +49,7 @@ pub fn pretrain(
             base: "",
             flops_per_token: summary.flops_per_token,
             unigram: summary.unigram_entropy,
-            loss_name: "loss (nats per token)",
+            loss_unit: "nats per token",
         };
         let mut task = Pretrain { config, data };
         Ok(drive(&plan, start, place.from.clone(), &mut task, control, observe)?.0)

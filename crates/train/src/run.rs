@@ -93,8 +93,8 @@ pub struct Plan<'a> {
     pub flops_per_token: f64,
     /// Drawn into the curve as a dashed line: what a model without context would reach.
     pub unigram: Option<f64>,
-    /// What the curve's loss is, with its unit.
-    pub loss_name: &'static str,
+    /// Unit of the loss; empty for one that has none.
+    pub loss_unit: &'static str,
 }
 
 /// A run's folder, held until this is dropped.
@@ -352,7 +352,8 @@ impl<'a> Run<'a> {
     fn evaluate(&mut self) -> Result<Option<Measured>> {
         let Some(measured) = self.task.evaluate(&self.trainer.model)? else { return Ok(None) };
         self.evaluated = Some((self.step, measured.clone()));
-        (self.observe)(Event::Evaluated { step: self.step, loss: measured.loss });
+        let (step, loss, unit) = (self.step, measured.loss, self.plan.loss_unit);
+        (self.observe)(Event::Evaluated { step, loss, unit });
         Ok(Some(measured))
     }
 
@@ -395,7 +396,7 @@ impl<'a> Run<'a> {
         }
         let records = metrics::read(&self.plan.output.join(METRICS))?;
         let curve = self.plan.output.join(CURVE);
-        let drawn = crate::curve::draw(&records, self.plan.unigram, self.plan.loss_name)?;
+        let drawn = crate::curve::draw(&records, self.plan.unigram, self.plan.loss_unit)?;
         files::write_atomic(&curve, drawn.as_bytes())?;
         let tail = records.len().div_ceil(10);
         let losses: Vec<f64> =
@@ -409,6 +410,7 @@ impl<'a> Run<'a> {
                 .then(|| losses.iter().sum::<f64>() / losses.len() as f64),
             validation_loss: self.evaluated.map(|(_, measured)| measured.loss),
             unigram_entropy: self.plan.unigram,
+            loss_unit: self.plan.loss_unit,
             skipped: self.trainer.guard.skipped,
             tokens_per_second,
             flops_per_second,

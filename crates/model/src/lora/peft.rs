@@ -55,7 +55,7 @@ impl Adapter {
     pub fn load(dir: &Path, model: &Model) -> Result<Self> {
         let path = dir.join(CONFIG);
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        let mut config = parse(&text).map_err(|reason| Error::file(&path, reason))?;
+        let (mut config, regex) = parse(&text).map_err(|reason| Error::file(&path, reason))?;
         config.validate().map_err(|e| Error::file(&path, e.to_string()))?;
 
         let path = dir.join(TENSORS);
@@ -81,10 +81,16 @@ impl Adapter {
         }
         let modules = modules::modules(model);
         let shapes = found.iter().map(|(name, [a, b])| (*name, [&a.shape[..], &b.shape[..]]));
-        modules::refuse_misfits(&modules, config.r, shapes)?;
+        modules::refuse_misfits(&modules, config.r, shapes)
+            .map_err(|e| Error::file(dir, e.to_string()))?;
         let held: Vec<&Module> = modules.iter().filter(|m| pairs.contains_key(&m.name)).collect();
-        check_targets(&mut config, model, &modules, &held)
-            .map_err(|reason| Error::file(dir, reason))?;
+        if regex {
+            // What it means is what the file holds.
+            config.targets = held.iter().map(|module| module.name.clone()).collect();
+        } else {
+            check_targets(&config, model, &modules, &held)
+                .map_err(|reason| Error::file(dir, reason))?;
+        }
 
         let dtype = model.params().dtype();
         let mut tensors = Vec::new();
@@ -152,8 +158,9 @@ impl Adapter {
     }
 }
 
-/// The configuration in PEFT's words; the reason when it is none that is served.
-fn parse(text: &str) -> std::result::Result<LoraConfig, String> {
+/// The configuration in PEFT's words, and whether its target is a regular expression; the reason
+/// when it is none that is served.
+fn parse(text: &str) -> std::result::Result<(LoraConfig, bool), String> {
     let fields: Map<String, Value> =
         serde_json::from_str(text).map_err(|e| format!("is not a JSON object: {e}"))?;
     refuse_unserved(&fields)?;
@@ -171,23 +178,17 @@ fn parse(text: &str) -> std::result::Result<LoraConfig, String> {
         Some(Value::Bool(is)) => *is,
         Some(other) => return Err(format!("use_rslora is {other}, expected true or false")),
     };
-    let targets = match fields.get("target_modules") {
-        Some(Value::String(one)) if one == ALL_LINEAR => vec![one.clone()],
-        // A regular expression: what it means is what the file holds.
-        Some(Value::String(_)) => vec![REGEX.to_owned()],
+    let (targets, regex) = match fields.get("target_modules") {
+        Some(Value::String(one)) => (vec![one.clone()], one != ALL_LINEAR),
         Some(Value::Array(list)) => {
             let text = |value: &Value| value.as_str().map(str::to_owned);
             let names: Option<Vec<String>> = list.iter().map(text).collect();
-            names.ok_or("target_modules holds something else than names")?
+            (names.ok_or("target_modules holds something else than names")?, false)
         }
         _ => return Err("target_modules is missing; expected a list of names".into()),
     };
-    Ok(LoraConfig { r, alpha: number("lora_alpha")?, dropout, targets, rslora })
+    Ok((LoraConfig { r, alpha: number("lora_alpha")?, dropout, targets, rslora }, regex))
 }
-
-/// Stands for PEFT's regular expressions until the file has said what they mean; no name of a
-/// module has a space.
-const REGEX: &str = "regular expression";
 
 fn refuse_unserved(fields: &Map<String, Value>) -> std::result::Result<(), String> {
     let set = |value: &Value| match value {
@@ -255,15 +256,11 @@ fn pair(
 /// Refuses a file that holds other modules than the configuration's targets: PEFT would drop them,
 /// or leave untrained what is missing.
 fn check_targets(
-    config: &mut LoraConfig,
+    config: &LoraConfig,
     model: &Model,
     modules: &[Module],
     held: &[&Module],
 ) -> std::result::Result<(), String> {
-    if config.targets == [REGEX] {
-        config.targets = held.iter().map(|module| module.name.clone()).collect();
-        return Ok(());
-    }
     // PEFT's names have no stars.
     if let Some(star) = config.targets.iter().find(|target| target.contains('*')) {
         return Err(format!("target_modules holds {star:?}, which is no name"));

@@ -106,8 +106,8 @@ mod tests {
 
     #[test]
     fn portions_hold_everything_once_in_order_and_no_more_than_asked() {
-        assert_eq!(portions([3, 4, 3, 20, 1, 1], 7), [0..2, 2..3, 3..4, 4..6]);
-        assert_eq!(portions([], 7), []);
-        assert_eq!(portions([9], 7), [0..1]);
+        assert_eq!(portions([3, 4, 3, 20, 1, 1], 7), vec![0..2, 2..3, 3..4, 4..6]);
+        assert!(portions([], 7).is_empty());
+        assert_eq!(portions([9], 7), vec![0..1]);
     }
 }

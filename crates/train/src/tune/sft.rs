@@ -114,7 +114,7 @@ pub fn sft(
         base: &config.model.path.to_string_lossy(),
         flops_per_token: start::flops_per_token(&model, mean),
         unigram: None,
-        loss_name: "loss (nats per learnt token)",
+        loss_unit: "nats per learnt token",
     };
     let start = Start::new(model, place.from.as_deref())?;
     let order = Order::new(rows.train.len(), &config.train);

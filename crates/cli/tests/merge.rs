@@ -1,0 +1,105 @@
+//! Adapters on the command line: used beside the model, merged into it, refused.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use tercet_model::{Adapter, LoraConfig, Model, ModelConfig};
+use tercet_tensor::{DType, Tensor};
+
+fn tercet(folder: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tercet"));
+    command.current_dir(folder).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn fine(folder: &Path, args: &[&str]) -> String {
+    let output = tercet(folder, args);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Standard error of a command that the user got wrong.
+fn wrong(folder: &Path, args: &[&str]) -> String {
+    let output = tercet(folder, args);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+    error
+}
+
+/// `model`, with a tokenizer, and the adapters `one` and `two`.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("text.txt"), "to be or not to be, that is the question\n".repeat(40))
+        .unwrap();
+    for name in ["model", "one", "two"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    fine(
+        folder.path(),
+        &["tokenizer", "train", "text.txt", "-v", "270", "-o", "model/tokenizer.json"],
+    );
+    let config: ModelConfig = serde_json::from_value(serde_json::json!({
+        "model_type": "llama", "vocab_size": 270, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "max_position_embeddings": 128, "initializer_range": 0.25,
+    }))
+    .unwrap();
+    let model = Model::new(config, 1, DType::F32).unwrap();
+    model.save(&at("model")).unwrap();
+    for (name, seed) in [("one", 1), ("two", 2)] {
+        let mut trained = model.clone();
+        let lora = LoraConfig { r: 2, ..LoraConfig::default() };
+        trained.attach(name, Adapter::new(&model, lora, seed).unwrap()).unwrap();
+        trained.activate(Some(name)).unwrap();
+        let params = trained.trained_mut();
+        for slot in 0..params.len() {
+            let shape = params.tensor(slot).shape().to_vec();
+            let len: usize = shape.iter().product();
+            let values = (0..len).map(|i| ((i * 7 + slot) % 11) as f32 / 50.0 - 0.1).collect();
+            params.set(slot, Tensor::from_f32(values, &shape).unwrap()).unwrap();
+        }
+        trained.adapter(name).unwrap().save(&at(name), "model").unwrap();
+    }
+    folder
+}
+
+#[test]
+fn a_merged_model_writes_what_the_model_writes_with_the_adapter() {
+    let folder = folder();
+    let generate = |args: &[&str]| {
+        let all = [&["generate"], args, &["-t", "0", "-n", "12", "-p", "to be"]].concat();
+        fine(folder.path(), &all)
+    };
+    let said = fine(folder.path(), &["merge", "model", "one", "merged"]);
+    assert!(said.contains("merged one: rank 2, scale 16"), "{said}");
+    assert!(said.contains("14 modules") && said.contains("merged: llama with 2 layers"), "{said}");
+    let with = generate(&["model", "--adapter", "one"]);
+    assert_eq!(generate(&["merged"]), with);
+    assert_ne!(generate(&["model"]), with);
+
+    // Several at once, or one after the other: the same bits.
+    fine(folder.path(), &["merge", "model", "one", "two", "both"]);
+    fine(folder.path(), &["merge", "merged", "two", "again"]);
+    let bytes =
+        |name: &str| std::fs::read(folder.path().join(name).join("model.safetensors")).unwrap();
+    assert!(bytes("both") == bytes("again") && bytes("both") != bytes("merged"));
+}
+
+#[test]
+fn what_cannot_be_merged_is_said_and_nothing_is_left_behind() {
+    let folder = folder();
+    let before = std::fs::read_dir(folder.path()).unwrap().count();
+    let text = wrong(folder.path(), &["merge", "model", "one", "two"]);
+    assert!(text.contains("two: is not empty; name a new folder"), "{text}");
+    let text = wrong(folder.path(), &["merge", "model", "three", "out"]);
+    assert!(text.contains("three/adapter_config.json"), "{text}");
+    let text = wrong(folder.path(), &["merge", "one", "two", "out"]);
+    assert!(text.contains("one is neither a model folder"), "{text}");
+    let text = wrong(folder.path(), &["generate", "model", "--adapter", "model", "-p", "to"]);
+    assert!(text.contains("model/adapter_config.json"), "{text}");
+    std::fs::write(folder.path().join("one/adapter_config.json"), "{").unwrap();
+    let text = wrong(folder.path(), &["merge", "model", "one", "out"]);
+    assert!(text.contains("is not a JSON object"), "{text}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), before);
+}
