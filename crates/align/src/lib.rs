@@ -7,7 +7,8 @@
 //!   holds what they are measured against;
 //! * [`objective`] holds the preference objectives as functions of these sums; it touches no
 //!   tensors;
-//! * [`select`] picks the best and the worst of n scored answers.
+//! * [`reward`] scores answers, [`select`] picks the best and the worst of n scored answers,
+//!   [`iterate`] does both round after round.
 //!
 //! The crate knows nothing of privacy.
 
@@ -15,10 +16,12 @@ pub mod chart;
 pub mod config;
 pub mod delta;
 mod error;
+pub mod iterate;
 mod maths;
 pub mod objective;
 pub mod pairs;
 pub mod reference;
+pub mod reward;
 mod run;
 pub mod select;
 pub mod sums;

@@ -194,6 +194,9 @@ fn fit(
 /// Prompt with the chosen and with the rejected answer.
 fn encode(row: &Row, encoder: &Encoder) -> Result<[Example; 2], String> {
     let object = &row.object;
+    if let Some(prompt) = tokens(object, "prompt_tokens", encoder)? {
+        return sampled(object, &prompt, encoder);
+    }
     let (chosen, rejected) = (part(object, "chosen")?, part(object, "rejected")?);
     if chosen == rejected {
         return Err("has a chosen answer equal to the rejected one".into());
@@ -212,6 +215,40 @@ fn encode(row: &Row, encoder: &Encoder) -> Result<[Example; 2], String> {
         return Err("has a chosen answer equal to the rejected one once tokenized".into());
     }
     Ok([chosen, rejected])
+}
+
+/// Answers that a policy wrote are learnt as the very tokens it wrote.
+fn sampled(
+    object: &Map<String, Value>,
+    prompt: &[i32],
+    encoder: &Encoder,
+) -> Result<[Example; 2], String> {
+    let answer = |key: &str| {
+        let found = tokens(object, key, encoder)?.ok_or_else(|| format!("has no `{key}`"))?;
+        if found.is_empty() {
+            return Err("has an empty completion".to_owned());
+        }
+        Ok(Example::completion(prompt, &found))
+    };
+    let (chosen, rejected) = (answer("chosen_tokens")?, answer("rejected_tokens")?);
+    if chosen == rejected {
+        return Err("has a chosen answer equal to the rejected one".into());
+    }
+    Ok([chosen, rejected])
+}
+
+/// A list of token ids, if there is one.
+fn tokens(
+    object: &Map<String, Value>,
+    key: &str,
+    encoder: &Encoder,
+) -> Result<Option<Vec<i32>>, String> {
+    let Some(value) = object.get(key) else { return Ok(None) };
+    let most = encoder.vocab_size() as u64;
+    let id = |value: &Value| value.as_u64().filter(|id| *id < most).map(|id| id as i32);
+    let ids: Option<Vec<i32>> = value.as_array().and_then(|list| list.iter().map(id).collect());
+    let wrong = || format!("has `{key}` that are not a list of token ids below {most}");
+    ids.ok_or_else(wrong).map(Some)
 }
 
 fn named(answer: Result<Example, String>, which: &str) -> Result<Example, String> {

@@ -4,6 +4,8 @@
 //! to a prompt, the highest score is chosen, the lowest rejected, the first of equals either way.
 //! A prompt whose answers all have one score, or of which fewer than n answers exist, gives none.
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Error, Result};
 
 /// What a prompt's answers give.
@@ -23,7 +25,7 @@ pub enum Pick {
 }
 
 /// How many prompts gave what.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PickCounts {
     /// Prompts that gave a pair.
     pub pairs: usize,

@@ -156,6 +156,14 @@ pub fn starting_point(
     Ok(newest.path)
 }
 
+/// Refuses a folder whose `config.toml` differs from `config` (TOML) in a key that matters.
+pub fn check_config_in(folder: &Path, config: &str) -> Result<()> {
+    match checkpoint::differing_key(folder, config)? {
+        None => Ok(()),
+        Some(problem) => Err(Error::Checkpoint(format!("{} {problem}", folder.display()))),
+    }
+}
+
 /// The newest complete checkpoint of a run's output folder, every file of it verified.
 pub fn newest_checkpoint(output: &Path) -> Result<Option<PathBuf>> {
     Ok(checkpoint::newest(&output.join(CHECKPOINTS))?.path)

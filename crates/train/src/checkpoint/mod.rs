@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use manifest::{MANIFEST, Manifest, verify};
-pub use state::RunState;
+pub use state::{RunState, differing_key};
 use tercet_model::Model;
 use tercet_tensor::AdamWState;
 

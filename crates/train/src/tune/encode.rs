@@ -18,6 +18,7 @@ type Segments = Vec<(String, bool)>;
 pub struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
     eos: i32,
+    vocab_size: usize,
 }
 
 /// A prompt or a completion: a string, or messages.
@@ -44,12 +45,17 @@ impl<'a> Encoder<'a> {
                     .into(),
             ));
         };
-        Ok(Self { tokenizer, eos: eos as i32 })
+        Ok(Self { tokenizer, eos: eos as i32, vocab_size: model.vocab_size })
     }
 
     /// The token that ends a text.
     pub fn eos(&self) -> i32 {
         self.eos
+    }
+
+    /// Token ids that the model knows lie below this.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
     }
 
     /// The tokenizer.

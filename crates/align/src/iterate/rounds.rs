@@ -1,0 +1,272 @@
+//! The rounds.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tercet_model::{LoraConfig, Model};
+use tercet_train::config::{Precision, TuneModel, TuneTrain};
+use tercet_train::run::{Place, check_config_in};
+use tercet_train::tune::Encoder;
+use tercet_train::tune::start::{self, Beside};
+use tercet_train::{Control, Error, Event, Result, config, files, newest_checkpoint};
+
+use super::config::IterativeConfig;
+use super::measure::{Worth, worth};
+use super::prompts::{Prompt, Prompts};
+use super::report;
+use super::samples::{Sampler, write_pairs};
+use super::single::said;
+use crate::align;
+use crate::reward::RewardSource;
+use crate::select::PickCounts;
+
+/// What is known of a round when it is done; also kept as `round-K/round.json`. Round 0 is the
+/// policy at its start, which was only measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Its number.
+    pub round: usize,
+    /// What its answers were worth that it was trained on; `None` for round 0.
+    pub sampled: Option<Worth>,
+    /// What became of its prompts.
+    pub picks: PickCounts,
+    /// What the policy is worth on held-out prompts after it; `None` when none are held out.
+    pub held_out: Option<Worth>,
+    /// Loss of the last tenth of its steps.
+    pub train_loss: Option<f64>,
+}
+
+/// How the loop ended.
+#[derive(Clone, Debug)]
+pub struct IterativeReport {
+    /// False when it was interrupted; it can be resumed.
+    pub finished: bool,
+    /// The rounds that are done, round 0 first.
+    pub rounds: Vec<Round>,
+    /// The newest policy: a model folder, or an adapter's.
+    pub policy: Option<PathBuf>,
+    /// The report, when finished.
+    pub report: Option<PathBuf>,
+}
+
+/// What all rounds share.
+struct Loop<'a> {
+    config: &'a IterativeConfig,
+    control: &'a Control<'a>,
+    beside: Beside,
+    prompts: Prompts,
+    reward: RewardSource,
+    /// The policy before the first round, for measuring how far it has moved.
+    first: Model,
+}
+
+/// Runs all rounds, or those that are left.
+pub fn iterate(
+    config: &IterativeConfig,
+    control: &Control,
+    observe: &mut dyn FnMut(Event),
+) -> Result<IterativeReport> {
+    let text = config::to_toml(config)?;
+    check_folder(&config.output, &config.round(0), &text, control.resume)?;
+    let _place = Place::open(&config.output, &text, control.resume, observe)?;
+    let beside = Beside::load(&config.model.path)?;
+    let mut first = start::first(&config.model, config.lora.as_ref(), &config.train)?;
+    start::check_context(config.data.context, &first)?;
+    let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
+    let prompts = Prompts::read(&config.data, &encoder, control.stop)?;
+    if prompts.train.len() < config.iterative.rounds {
+        return Err(crate::config::config_error(
+            "iterative.rounds",
+            &format!(
+                "= {} is more than the {} prompts there are",
+                config.iterative.rounds,
+                prompts.train.len()
+            ),
+        ));
+    }
+    prompts.count.write(&config.output.join("rows.jsonl"))?;
+    said(&prompts.count, observe);
+    observe(Event::Note(&format!(
+        "{} prompts in {} rounds, {} held out",
+        prompts.train.len(),
+        config.iterative.rounds,
+        prompts.held_out.len()
+    )));
+    let reward = RewardSource::new(&config.reward, control.device)?;
+    for (i, prompt) in prompts.train.iter().chain(&prompts.held_out).enumerate() {
+        reward.check_row(i as u64, &prompt.row)?;
+    }
+    first.to_device(control.device)?;
+    Loop { config, control, beside, prompts, reward, first }.run(observe)
+}
+
+impl Loop<'_> {
+    fn run(mut self, observe: &mut dyn FnMut(Event)) -> Result<IterativeReport> {
+        let mut report =
+            IterativeReport { finished: false, rounds: Vec::new(), policy: None, report: None };
+        let (mut model, mut lora) = (self.config.model.clone(), self.config.lora.clone());
+        for round in 0..=self.config.iterative.rounds {
+            let Some(done) = self.round(round, &mut model, &mut lora, observe)? else {
+                return Ok(report);
+            };
+            if round > 0 {
+                report.policy = Some(model.adapter.clone().unwrap_or_else(|| model.path.clone()));
+            }
+            report.rounds.push(done);
+        }
+        report.report = Some(report::write(self.config, &report.rounds)?);
+        report.finished = true;
+        Ok(report)
+    }
+
+    /// One round from samples to the policy after it, which `model` and `lora` then name. `None`
+    /// when stopped.
+    fn round(
+        &mut self,
+        round: usize,
+        model: &mut TuneModel,
+        lora: &mut Option<LoraConfig>,
+        observe: &mut dyn FnMut(Event),
+    ) -> Result<Option<Round>> {
+        let folder = self.config.round(round);
+        let kept = folder.join("round.json");
+        files::create_folder(&folder)?;
+        let mut done =
+            Round { round, sampled: None, picks: PickCounts::default(), held_out: None, train_loss: None };
+        let training = self.config.training(model.clone(), lora.clone(), round);
+        if let Some(known) = read(&kept) {
+            if round > 0 {
+                (*model, *lora) = after(model, lora, &training.output)?;
+            }
+            return Ok(Some(known));
+        }
+        let mut policy = match (round, model.adapter.is_some() || lora.is_some()) {
+            // A new adapter adds nothing yet: the start is the model itself.
+            (0 | 1, _) => self.first.clone(),
+            _ => start::first(model, lora.as_ref(), &self.config.train)?,
+        };
+        if round > 0 {
+            observe(Event::Note(&format!("round {round} of {}", self.config.iterative.rounds)));
+            policy.to_device(self.control.device)?;
+            let part =
+                self.prompts.part(round, self.config.iterative.rounds, self.config.train.seed);
+            let wanted = self.config.sampling.samples;
+            let sampler = self.sampler(&policy, wanted, round as u64);
+            let path = folder.join("samples.jsonl");
+            let Some(samples) = sampler.run(&part, &mut self.reward, &path, observe)? else {
+                return Ok(None);
+            };
+            done.sampled = Some(worth(&part, &samples, wanted, None)?);
+            let pairs = folder.join("pairs.jsonl");
+            done.picks =
+                write_pairs(&pairs, &part, &samples, wanted, &self.config.align.delta)?;
+            if done.picks.pairs == 0 {
+                return Err(Error::Data(format!(
+                    "round {round}: every prompt's answers scored the same, so that there is \
+                     nothing to learn from; look at {}",
+                    path.display()
+                )));
+            }
+            observe(Event::Note(&format!(
+                "mean reward {:.4}; {} pairs, {} prompts tied",
+                done.sampled.map_or(0.0, |worth| worth.reward),
+                done.picks.pairs,
+                done.picks.tied,
+            )));
+            drop(policy);
+            // A round that was begun goes on; one that was not begins.
+            let control = Control { resume: training.output.exists(), ..*self.control };
+            let trained = align(&training, &control, observe)?;
+            if !trained.finished {
+                return Ok(None);
+            }
+            done.train_loss = trained.train_loss;
+            (*model, *lora) = after(model, lora, &training.output)?;
+            policy = start::first(model, lora.as_ref(), &self.config.train)?;
+        }
+        if !self.prompts.held_out.is_empty() {
+            policy.to_device(self.control.device)?;
+            let held_out: Vec<&Prompt> = self.prompts.held_out.iter().collect();
+            let wanted = self.config.iterative.held_out_samples;
+            let sampler = self.sampler(&policy, wanted, u64::MAX);
+            let path = folder.join("held_out.jsonl");
+            let Some(samples) = sampler.run(&held_out, &mut self.reward, &path, observe)? else {
+                return Ok(None);
+            };
+            let start = (&self.first, self.config.train.micro_tokens);
+            let found = worth(&held_out, &samples, wanted, Some(start))?;
+            observe(Event::Note(&format!(
+                "held-out reward {:.4} ± {:.4}, {:.0} tokens an answer, KL from the start {:.3}",
+                found.reward,
+                found.interval,
+                found.length,
+                found.divergence.unwrap_or(0.0)
+            )));
+            done.held_out = Some(found);
+        }
+        let text = serde_json::to_string_pretty(&done)
+            .map_err(|error| Error::Data(format!("a round has no JSON: {error}")))?;
+        files::write_atomic(&kept, text.as_bytes())?;
+        Ok(Some(done))
+    }
+
+    fn sampler<'a>(&'a self, model: &'a Model, samples: usize, part: u64) -> Sampler<'a> {
+        Sampler {
+            model,
+            tokenizer: &self.beside.tokenizer,
+            ends: ends(&self.beside, model),
+            section: &self.config.sampling,
+            samples,
+            context: self.config.data.context,
+            part,
+            stop: self.control.stop,
+        }
+    }
+}
+
+/// The policy after a round's training: an adapter that goes on, or a model folder.
+fn after(
+    model: &TuneModel,
+    lora: &Option<LoraConfig>,
+    training: &Path,
+) -> Result<(TuneModel, Option<LoraConfig>)> {
+    let Some(newest) = newest_checkpoint(training)? else {
+        return Err(Error::Checkpoint(format!(
+            "{} holds no complete checkpoint, though its round is done; restore it from a copy",
+            training.display()
+        )));
+    };
+    let adapter = lora.is_some() || model.adapter.is_some();
+    Ok(match adapter {
+        true => (TuneModel { path: model.path.clone(), adapter: Some(newest) }, None),
+        false => (TuneModel { path: newest, adapter: None }, None),
+    })
+}
+
+/// Refuses a folder that holds an earlier run's `trace` when not told to resume it, and one of
+/// another configuration when told so.
+pub(super) fn check_folder(output: &Path, trace: &Path, text: &str, resume: bool) -> Result<()> {
+    match (trace.exists(), resume) {
+        (true, false) => Err(Error::Checkpoint(format!(
+            "{} already holds a run; --resume goes on with it, or choose another `output`",
+            output.display()
+        ))),
+        (true, true) => check_config_in(output, text),
+        (false, _) => Ok(()),
+    }
+}
+
+/// Tokens that end an answer.
+pub(super) fn ends(beside: &Beside, model: &Model) -> Vec<u32> {
+    beside.generation.eos_token_ids.clone().unwrap_or_else(|| model.config().eos_token_ids.clone())
+}
+
+/// How a model that is not trained is loaded.
+pub(super) fn train_config(dtype: Precision, seed: u64) -> TuneTrain {
+    TuneTrain { dtype, seed, ..TuneTrain::default() }
+}
+
+/// A round that is done; a damaged file counts as none, and its last stage is done again.
+fn read(path: &Path) -> Option<Round> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}

@@ -1,0 +1,102 @@
+//! One model's answers to prompts, with their worth: pairs for offline alignment, or a score.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tercet_train::run::Place;
+use tercet_train::tune::start::{self, Beside};
+use tercet_train::tune::{Encoder, RowCount};
+use tercet_train::{Control, Event, Result, config, files};
+
+use super::config::SampleConfig;
+use super::measure::{Worth, worth};
+use super::prompts::{Prompt, Prompts};
+use super::rounds::{ends, train_config};
+use super::samples::{Sampler, write_pairs};
+use crate::delta::DeltaConfig;
+use crate::reward::RewardSource;
+use crate::select::PickCounts;
+
+/// What sampling came to.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SampleReport {
+    /// False when it was interrupted; run it again with resume.
+    pub finished: bool,
+    /// Figures; `None` when it was interrupted.
+    pub worth: Option<Worth>,
+    /// Prompts that gave a pair, tied, or were too few.
+    pub picks: PickCounts,
+    /// Answers.
+    pub samples: PathBuf,
+    /// Best against worst.
+    pub pairs: PathBuf,
+}
+
+/// Answers every prompt, scores the answers and writes `samples.jsonl`, `pairs.jsonl` and
+/// `summary.json` into the output folder.
+pub fn sample(
+    sample: &SampleConfig,
+    control: &Control,
+    observe: &mut dyn FnMut(Event),
+) -> Result<SampleReport> {
+    let text = config::to_toml(sample)?;
+    let samples = sample.output.join("samples.jsonl");
+    super::rounds::check_folder(&sample.output, &samples, &text, control.resume)?;
+    let _place = Place::open(&sample.output, &text, control.resume, observe)?;
+    let beside = Beside::load(&sample.model.path)?;
+    let train = train_config(sample.sampling.dtype, sample.sampling.seed);
+    let mut model = start::first(&sample.model, None, &train)?;
+    start::check_context(sample.data.context, &model)?;
+    let encoder = Encoder::new(&beside.tokenizer, model.config(), &beside.generation)?;
+    let prompts = Prompts::read(&sample.data, &encoder, control.stop)?;
+    said(&prompts.count, observe);
+    let mut reward = RewardSource::new(&sample.reward, control.device)?;
+    model.to_device(control.device)?;
+    let all: Vec<&Prompt> = prompts.train.iter().chain(&prompts.held_out).collect();
+    let sampler = Sampler {
+        model: &model,
+        tokenizer: &beside.tokenizer,
+        ends: ends(&beside, &model),
+        section: &sample.sampling,
+        samples: sample.sampling.samples,
+        context: sample.data.context,
+        part: 0,
+        stop: control.stop,
+    };
+    let pairs = sample.output.join("pairs.jsonl");
+    let mut report = SampleReport {
+        finished: false,
+        worth: None,
+        picks: PickCounts::default(),
+        samples: samples.clone(),
+        pairs: pairs.clone(),
+    };
+    let Some(answers) = sampler.run(&all, &mut reward, &samples, observe)? else {
+        return Ok(report);
+    };
+    if sample.sampling.samples > 1 {
+        let delta = DeltaConfig::default();
+        report.picks =
+            write_pairs(&pairs, &all, &answers, sample.sampling.samples, &delta)?;
+    }
+    let start = match &sample.start {
+        None => None,
+        Some(start) => {
+            let mut start = start::first(start, None, &train)?;
+            start.to_device(control.device)?;
+            Some(start)
+        }
+    };
+    let start = start.as_ref().map(|model| (model, train.micro_tokens));
+    report.worth = Some(worth(&all, &answers, sample.sampling.samples, start)?);
+    report.finished = true;
+    let summary = serde_json::to_string_pretty(&report)
+        .map_err(|error| tercet_train::Error::Data(format!("no JSON: {error}")))?;
+    files::write_atomic(&sample.output.join("summary.json"), summary.as_bytes())?;
+    Ok(report)
+}
+
+/// Says what became of the rows.
+pub(super) fn said(count: &RowCount, observe: &mut dyn FnMut(Event)) {
+    observe(Event::Note(&format!("prompts: {count}")));
+}
