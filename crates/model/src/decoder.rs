@@ -95,7 +95,7 @@ impl Model {
     }
 
     /// Output of the last norm `[T, C]` and the load-balance losses of the MoE layers.
-    fn hidden<'a>(
+    pub(crate) fn hidden<'a>(
         &'a self,
         tape: &mut Tape<'a>,
         inputs: &Arc<Inputs>,
