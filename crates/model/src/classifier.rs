@@ -148,7 +148,7 @@ fn check_kind(fields: &Value) -> std::result::Result<(), String> {
     let names = fields.get("id2label").and_then(Value::as_object).map(|names| names.len() as u64);
     let number = fields.get("num_labels").and_then(Value::as_u64);
     let labels = match (names, number) {
-        (Some(names), Some(number)) if names == 1 => number,
+        (Some(1), Some(number)) => number,
         (Some(names), _) => names,
         (None, number) => number.unwrap_or(2),
     };

@@ -1,0 +1,3 @@
+//! Alignment: where the rewards of sampled answers come from.
+
+pub mod reward;
