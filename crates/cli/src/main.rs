@@ -20,6 +20,7 @@ mod plan;
 mod pretrain;
 mod progress;
 mod quickstart;
+mod sample;
 mod selftest;
 mod sft;
 mod svg;
@@ -71,6 +72,7 @@ enum Verb {
     Plan(plan::Args),
     Pretrain(pretrain::Args),
     Quickstart(quickstart::Args),
+    Sample(sample::Args),
     Selftest(selftest::Args),
     Sft(sft::Args),
     Tokenizer(tokenizer::Args),
@@ -112,6 +114,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Plan(args) => plan::run(args),
         Verb::Pretrain(args) => pretrain::run(args),
         Verb::Quickstart(args) => quickstart::run(args),
+        Verb::Sample(args) => sample::run(args),
         Verb::Selftest(args) => selftest::run(args),
         Verb::Sft(args) => sft::run(args),
         Verb::Tokenizer(args) => tokenizer::run(args),

@@ -83,6 +83,11 @@ impl WeightFiles {
         if self.entries.values().all(|e| e.dtype == Dtype::BF16) { DType::BF16 } else { DType::F32 }
     }
 
+    /// Whether some file holds a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
     /// Reads the parameters in slot order. Missing, extra, misshapen and non-float tensors are
     /// errors that name the tensor.
     pub fn read(

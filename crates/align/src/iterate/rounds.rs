@@ -55,7 +55,6 @@ struct Loop<'a> {
     control: &'a Control<'a>,
     beside: Beside,
     prompts: Prompts,
-    reward: RewardSource,
     /// The policy before the first round, for measuring how far it has moved.
     first: Model,
 }
@@ -97,16 +96,20 @@ pub fn iterate(
         reward.check_row(i as u64, &prompt.row)?;
     }
     first.to_device(control.device)?;
-    Loop { config, control, beside, prompts, reward, first }.run(observe)
+    Loop { config, control, beside, prompts, first }.run(reward, observe)
 }
 
 impl Loop<'_> {
-    fn run(mut self, observe: &mut dyn FnMut(Event)) -> Result<IterativeReport> {
+    fn run(
+        &self,
+        mut reward: RewardSource,
+        observe: &mut dyn FnMut(Event),
+    ) -> Result<IterativeReport> {
         let mut report =
             IterativeReport { finished: false, rounds: Vec::new(), policy: None, report: None };
         let (mut model, mut lora) = (self.config.model.clone(), self.config.lora.clone());
         for round in 0..=self.config.iterative.rounds {
-            let Some(done) = self.round(round, &mut model, &mut lora, observe)? else {
+            let Some(done) = self.round(round, &mut model, &mut lora, &mut reward, observe)? else {
                 return Ok(report);
             };
             if round > 0 {
@@ -122,10 +125,11 @@ impl Loop<'_> {
     /// One round from samples to the policy after it, which `model` and `lora` then name. `None`
     /// when stopped.
     fn round(
-        &mut self,
+        &self,
         round: usize,
         model: &mut TuneModel,
         lora: &mut Option<LoraConfig>,
+        reward: &mut RewardSource,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Option<Round>> {
         let folder = self.config.round(round);
@@ -153,7 +157,7 @@ impl Loop<'_> {
             let wanted = self.config.sampling.samples;
             let sampler = self.sampler(&policy, wanted, round as u64);
             let path = folder.join("samples.jsonl");
-            let Some(samples) = sampler.run(&part, &mut self.reward, &path, observe)? else {
+            let Some(samples) = sampler.run(&part, reward, &path, observe)? else {
                 return Ok(None);
             };
             done.sampled = Some(worth(&part, &samples, wanted, None)?);
@@ -190,7 +194,7 @@ impl Loop<'_> {
             let wanted = self.config.iterative.held_out_samples;
             let sampler = self.sampler(&policy, wanted, u64::MAX);
             let path = folder.join("held_out.jsonl");
-            let Some(samples) = sampler.run(&held_out, &mut self.reward, &path, observe)? else {
+            let Some(samples) = sampler.run(&held_out, reward, &path, observe)? else {
                 return Ok(None);
             };
             let start = (&self.first, self.config.train.micro_tokens);
