@@ -124,7 +124,14 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 impl Verb {
     /// Whether a closed output pipe must not end the verb.
     fn has_something_to_save(&self) -> bool {
-        matches!(self, Self::Align(_) | Self::Pretrain(_) | Self::Quickstart(_) | Self::Sft(_))
+        matches!(
+            self,
+            Self::Align(_)
+                | Self::Pretrain(_)
+                | Self::Quickstart(_)
+                | Self::Sample(_)
+                | Self::Sft(_)
+        )
     }
 }
 

@@ -41,8 +41,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let device = args.device.choose()?;
     let tensors = device.tensors();
     eprintln!("sampling on {device}");
-    let control =
-        Control { stop: &stop, resume: args.resume, gemm_flops: None, device: &tensors };
+    let control = Control { stop: &stop, resume: args.resume, gemm_flops: None, device: &tensors };
     let mut watcher = Watcher::new(Duration::ZERO);
     let report = sample(&config, &control, &mut |event| watcher.show(&event));
     watcher.finish();

@@ -205,3 +205,22 @@ fn wrong_shapes_and_indices_are_refused_by_name() {
     let ids = Tensor::zeros(DType::F32, &[2]);
     assert_eq!(refusal(ops::embedding(tape, &w, &ids)), "embedding: ids is f32, expected i32");
 }
+
+#[test]
+fn a_constant_head_gives_the_same_gradient_of_x_and_none_of_its_own() {
+    let x = tensor(&[7, 5], 3);
+    let w = tensor(&[11, 5], 4);
+    let targets = ints(&[3, -100, 0, 10, 5, 5, 1]);
+    let slopes = |constant: bool| {
+        let mut tape = Tape::recording();
+        let (x, w) = (tape.param(x.clone(), 0), w.clone());
+        let w = if constant { tape.leaf(w) } else { tape.param(w, 1) };
+        let loss = ops::linear_cross_entropy(&mut tape, &x, &w, &targets).unwrap();
+        let mut grads = Grads::new(2);
+        tape.backward(&loss, &mut grads).unwrap();
+        (grads.get(0).unwrap().to_vec_f32().unwrap(), grads.get(1).is_some())
+    };
+    let ((constant, none), (trained, some)) = (slopes(true), slopes(false));
+    assert_eq!(constant, trained);
+    assert!(!none && some);
+}

@@ -14,7 +14,15 @@ use crate::reward::RewardConfig;
 
 const SAMPLE_SECTIONS: [&str; 6] = ["output", "model", "start", "data", "sampling", "reward"];
 const ITERATE_SECTIONS: [&str; 10] = [
-    "output", "model", "lora", "data", "align", "train", "checkpoint", "sampling", "reward",
+    "output",
+    "model",
+    "lora",
+    "data",
+    "align",
+    "train",
+    "checkpoint",
+    "sampling",
+    "reward",
     "iterative",
 ];
 

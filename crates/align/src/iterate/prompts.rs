@@ -87,8 +87,9 @@ impl Prompt {
 fn prompt(row: &Row, encoder: &Encoder) -> Result<Prompt, String> {
     let ids = encoder.prompt(&part(&row.object, "prompt")?)?;
     if ids.is_empty() {
-        return Err("has an empty prompt, from which a model without a first token cannot write"
-            .into());
+        return Err(
+            "has an empty prompt, from which a model without a first token cannot write".into()
+        );
     }
     let unsigned: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
     let text = encoder.tokenizer().decode(&unsigned).map_err(|error| error.to_string())?;

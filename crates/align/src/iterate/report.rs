@@ -14,7 +14,8 @@ use crate::chart::{Line, lines};
 /// Writes `report.md`, `reward.svg` and `squeezing.svg` into the run's folder; returns the
 /// report's path.
 pub fn write(config: &IterativeConfig, rounds: &[Round]) -> Result<PathBuf> {
-    let save = |name: &str, text: &str| files::write_atomic(&config.output.join(name), text.as_bytes());
+    let save =
+        |name: &str, text: &str| files::write_atomic(&config.output.join(name), text.as_bytes());
     save("reward.svg", &rewards(rounds)?)?;
     save("squeezing.svg", &squeezing(config, rounds)?)?;
     save("report.md", &text(config, rounds))?;
@@ -88,10 +89,7 @@ fn text(config: &IterativeConfig, rounds: &[Round]) -> String {
 fn rewards(rounds: &[Round]) -> Result<String> {
     let line = |name: &str, of: &dyn Fn(&Round) -> Option<f64>| Line {
         name: name.to_owned(),
-        points: rounds
-            .iter()
-            .filter_map(|round| Some((round.round as f64, of(round)?)))
-            .collect(),
+        points: rounds.iter().filter_map(|round| Some((round.round as f64, of(round)?))).collect(),
     };
     lines(
         &[
@@ -125,10 +123,8 @@ fn squeezing(config: &IterativeConfig, rounds: &[Round]) -> Result<String> {
         before += records.len() as u64;
     }
     let names = ["chosen", "rejected", "most probable at the chosen answer's places"];
-    let lines_of = names.iter().zip(points).map(|(name, points)| Line {
-        name: (*name).to_owned(),
-        points,
-    });
+    let lines_of =
+        names.iter().zip(points).map(|(name, points)| Line { name: (*name).to_owned(), points });
     lines(
         &lines_of.collect::<Vec<_>>(),
         "step, round after round",

@@ -135,8 +135,13 @@ impl Loop<'_> {
         let folder = self.config.round(round);
         let kept = folder.join("round.json");
         files::create_folder(&folder)?;
-        let mut done =
-            Round { round, sampled: None, picks: PickCounts::default(), held_out: None, train_loss: None };
+        let mut done = Round {
+            round,
+            sampled: None,
+            picks: PickCounts::default(),
+            held_out: None,
+            train_loss: None,
+        };
         let training = self.config.training(model.clone(), lora.clone(), round);
         if let Some(known) = read(&kept) {
             if round > 0 {
@@ -162,8 +167,7 @@ impl Loop<'_> {
             };
             done.sampled = Some(worth(&part, &samples, wanted, None)?);
             let pairs = folder.join("pairs.jsonl");
-            done.picks =
-                write_pairs(&pairs, &part, &samples, wanted, &self.config.align.delta)?;
+            done.picks = write_pairs(&pairs, &part, &samples, wanted, &self.config.align.delta)?;
             if done.picks.pairs == 0 {
                 return Err(Error::Data(format!(
                     "round {round}: every prompt's answers scored the same, so that there is \

@@ -237,11 +237,8 @@ pub fn write_pairs(
         counts.add(pick);
         let Pick::Pair { best, worst } = pick else { continue };
         let (best, worst) = (&answers[best], &answers[worst]);
-        let pair = PairScores {
-            delta: None,
-            chosen: Some(best.score),
-            rejected: Some(worst.score),
-        };
+        let pair =
+            PairScores { delta: None, chosen: Some(best.score), rejected: Some(worst.score) };
         let mut row = prompt.row.clone();
         for (key, value) in [
             ("chosen", json!(best.answer)),

@@ -76,8 +76,7 @@ pub fn sample(
     };
     if sample.sampling.samples > 1 {
         let delta = DeltaConfig::default();
-        report.picks =
-            write_pairs(&pairs, &all, &answers, sample.sampling.samples, &delta)?;
+        report.picks = write_pairs(&pairs, &all, &answers, sample.sampling.samples, &delta)?;
     }
     let start = match &sample.start {
         None => None,

@@ -5,6 +5,7 @@ use tercet_cuda::{Args, Gpu, Label, Matmul, Number, Source};
 
 use super::linear::weight_gradient;
 use super::{PIECES, at, kernel, number, stale};
+use crate::ops::Wants;
 use crate::{DType, Result, Tensor};
 
 const SOURCE: Source =
@@ -23,15 +24,16 @@ pub(super) fn chunk_rows(vocab: usize) -> usize {
 pub(super) const THREADS: u32 = 512;
 
 /// Mean loss (f32 `[]`), and the gradients of x and of the weight (f32) for a loss gradient of 1
-/// when `grads`. `targets` are on the device, `list` the same on the host, checked.
+/// as far as they are wanted. `targets` are on the device, `list` the same on the host, checked.
 pub(crate) fn run(
     gpu: &Gpu,
     x: &Tensor,
     weight: &Tensor,
     targets: &Tensor,
     list: &[i32],
-    grads: bool,
-) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
+    wants: Wants,
+) -> Result<(Tensor, Option<(Tensor, Option<Tensor>)>)> {
+    let Wants { grads, of_weight } = wants;
     let [tokens, width] = [x.shape()[0], x.shape()[1]];
     let vocab = weight.shape()[0];
     let dtype = x.dtype();
@@ -52,7 +54,13 @@ pub(crate) fn run(
         (true, false) => logits.ptr(),
     };
     let outputs = match grads {
-        true => Some((stale(gpu, dtype, x.shape())?, stale(gpu, DType::F32, &[vocab, width])?)),
+        true => {
+            let d_weight = match of_weight {
+                true => Some(stale(gpu, DType::F32, &[vocab, width])?),
+                false => None,
+            };
+            Some((stale(gpu, dtype, x.shape())?, d_weight))
+        }
         false => None,
     };
     let vector = if vocab.is_multiple_of(4) { "4" } else { "1" };
@@ -89,7 +97,9 @@ pub(crate) fn run(
             turn.launch([count as u32, 1, 1], [THREADS, 1, 1], 0, args)?;
         }
         if let Some((d_x, d_weight)) = &outputs {
-            weight_gradient(gpu, dtype, dz, xs, at(d_weight)?, sizes, filled)?;
+            if let Some(d_weight) = d_weight {
+                weight_gradient(gpu, dtype, dz, xs, at(d_weight)?, sizes, filled)?;
+            }
             let to = at(d_x)? + (first * row_bytes) as u64;
             let back = Matmul::new([count, width, vocab], number(dtype), dz, at(weight)?, to);
             // SAFETY: dz is [count, vocab], the weight [vocab, width], d_x's rows [count, width].
@@ -97,7 +107,7 @@ pub(crate) fn run(
             filled = true;
         }
     }
-    if let (Some((_, d_weight)), false) = (&outputs, filled) {
+    if let (Some((_, Some(d_weight))), false) = (&outputs, filled) {
         // SAFETY: the whole of d_weight.
         unsafe { gpu.fill_at(at(d_weight)?, 0, d_weight.len() * 4)? };
     }

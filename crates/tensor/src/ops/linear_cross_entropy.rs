@@ -35,31 +35,37 @@ pub fn linear_cross_entropy(
     let [tokens, _, vocab] = check::head(OP, x, weight)?;
     let list = check::targets(OP, targets, tokens, vocab)?;
     let inputs = [x, weight];
-    let keeps = tape.keeps(&inputs);
+    let wants = Wants { grads: tape.keeps(&inputs), of_weight: tape.keeps(&[weight]) };
     let places = [("x", x.value()), ("the weight", weight.value()), ("targets", targets)];
     let (to_x, to_weight) = (x.source(), Weight::of(weight));
     if let Device::Cuda(gpu) = check::device(OP, &places)? {
         let (loss, grads) =
-            cuda::cross_entropy::run(&gpu, x.value(), weight.value(), targets, list, keeps)?;
+            cuda::cross_entropy::run(&gpu, x.value(), weight.value(), targets, list, wants)?;
         return tape.record(loss, &inputs, move |seed, walk| {
-            if let Some((mut d_x, mut d_weight)) = grads {
+            if let Some((mut d_x, d_weight)) = grads {
                 cuda::scale::in_place_by(&gpu, &mut d_x, &seed)?;
-                cuda::scale::in_place_by(&gpu, &mut d_weight, &seed)?;
-                walk.give_f32(&to_weight, d_weight)?;
+                if let Some(mut d_weight) = d_weight {
+                    cuda::scale::in_place_by(&gpu, &mut d_weight, &seed)?;
+                    walk.give_f32(&to_weight, d_weight)?;
+                }
                 walk.give(to_x, d_x)?;
             }
             Ok(())
         });
     }
-    let outcome = float_dispatch!(OP, x.dtype(), run(x.value(), weight.value(), list, keeps))?;
+    let outcome = float_dispatch!(OP, x.dtype(), run(x.value(), weight.value(), list, wants))?;
     tape.record(Tensor::scalar(outcome.loss), &inputs, move |grad, walk| {
         let seed = grad.item()?;
-        if let Some((mut d_x, mut d_weight)) = outcome.grads {
+        if let Some((mut d_x, d_weight)) = outcome.grads {
             if seed != 1.0 {
                 float_dispatch!(OP, d_x.dtype(), scale(&mut d_x, seed))?;
-                scale::<f32>(&mut d_weight, seed)?;
             }
-            walk.give_f32(&to_weight, d_weight)?;
+            if let Some(mut d_weight) = d_weight {
+                if seed != 1.0 {
+                    scale::<f32>(&mut d_weight, seed)?;
+                }
+                walk.give_f32(&to_weight, d_weight)?;
+            }
             walk.give(to_x, d_x)?;
         }
         Ok(())
@@ -71,13 +77,24 @@ fn scale<E: Float>(grad: &mut Tensor, factor: f32) -> Result<()> {
     Ok(())
 }
 
+/// What a call has to leave for the walk back. A constant weight, as beside an adapter, costs
+/// neither its product nor the memory of its gradient.
+#[derive(Clone, Copy)]
+pub(crate) struct Wants {
+    /// Any gradient at all.
+    pub(crate) grads: bool,
+    /// That of the weight too.
+    pub(crate) of_weight: bool,
+}
+
 struct Outcome {
     loss: f32,
     /// Of x and of the weight (f32), for a loss gradient of 1.
-    grads: Option<(Tensor, Tensor)>,
+    grads: Option<(Tensor, Option<Tensor>)>,
 }
 
-fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], grads: bool) -> Result<Outcome> {
+fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], wants: Wants) -> Result<Outcome> {
+    let Wants { grads, of_weight } = wants;
     let (tokens, width) = (x.shape()[0], x.shape()[1]);
     let vocab = weight.shape()[0];
     let counted = targets.iter().filter(|&&t| t != IGNORED).count();
@@ -89,7 +106,7 @@ fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], grads: bool) -> R
     let mut logits = Buffer::<f32>::stale(rows.min(tokens) * vocab);
     let mut outputs = grads.then(|| {
         let d_x = Buffer::<E>::stale(tokens * width);
-        (d_x, Tensor::stale(DType::F32, &[vocab, width]))
+        (d_x, of_weight.then(|| Tensor::stale(DType::F32, &[vocab, width])))
     });
     let mut weight_filled = false;
     for (i, targets) in targets.chunks(rows).enumerate() {
@@ -113,15 +130,17 @@ fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], grads: bool) -> R
             .for_each(|((z, losses), targets)| loss_rows(z, losses, targets, factor, grads));
         if let Some((d_x, d_weight)) = &mut outputs {
             let dz = Mat::new(z, count, vocab);
-            let sum = d_weight.view_mut(OP, "the gradient")?;
-            matmul(sum, dz.t(), Mat::new(&x, count, width), weight_filled);
+            if let Some(d_weight) = d_weight {
+                let sum = d_weight.view_mut(OP, "the gradient")?;
+                matmul(sum, dz.t(), Mat::new(&x, count, width), weight_filled);
+            }
             E::write(&mut d_x[at], false, |d_x| {
                 matmul(d_x, dz, Mat::new(&wide, vocab, width), false);
             });
             weight_filled = true;
         }
     }
-    if let (Some((_, d_weight)), false) = (&mut outputs, weight_filled) {
+    if let (Some((_, Some(d_weight))), false) = (&mut outputs, weight_filled) {
         d_weight.as_f32_mut()?.fill(0.0);
     }
     let total: f64 = losses.iter().map(|&l| f64::from(l)).sum();

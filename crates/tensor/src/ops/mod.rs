@@ -38,6 +38,7 @@ pub use gather_rows::gather_rows;
 pub use gelu::{Gelu, gelu};
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub(crate) use linear_cross_entropy::Wants;
 pub use linear_cross_entropy::linear_cross_entropy;
 pub use moe_route::{ExpertPlan, Routing, moe_route};
 pub use rms_norm::rms_norm;
