@@ -39,7 +39,7 @@ const STDERR_BYTES: u64 = 1000;
 /// How often the stop flag is looked at.
 const GLANCE: Duration = Duration::from_millis(100);
 
-/// How long a program that closed a pipe is given to exit, for its status in the message.
+/// How long a program that closed a pipe is given to say why and to exit, for the message.
 const LAST_MOMENT: Duration = Duration::from_millis(500);
 
 /// What the threads tell.
@@ -144,7 +144,7 @@ impl Program {
             }
         }
         let mut scored: Vec<Option<Scored>> = vec![None; answers.len()];
-        let (mut asked, mut got) = (0, 0);
+        let (mut asked, mut got, mut deaf) = (0, 0, false);
         let mut progress = Instant::now();
         while got < answers.len() {
             if stop.load(Ordering::Relaxed) {
@@ -160,7 +160,8 @@ impl Program {
                 self.in_flight += 1;
                 asked = next;
             }
-            let left = self.timeout.saturating_sub(progress.elapsed());
+            let patience = if deaf { LAST_MOMENT } else { self.timeout };
+            let left = patience.saturating_sub(progress.elapsed());
             match self.events.recv_timeout(left.min(GLANCE)) {
                 Ok(Event::Written) => self.in_flight -= 1,
                 Ok(Event::Line(line)) => {
@@ -185,8 +186,10 @@ impl Program {
                     )));
                 }
                 Ok(Event::Closed) => return Err(self.gone("its output", stop, got, answers.len())),
-                Ok(Event::Deaf) => return Err(self.gone("its input", stop, got, answers.len())),
-                Err(RecvTimeoutError::Timeout) if progress.elapsed() < self.timeout => continue,
+                // What it wrote before may say why.
+                Ok(Event::Deaf) => deaf = true,
+                Err(RecvTimeoutError::Timeout) if progress.elapsed() < patience => continue,
+                Err(_) if deaf => return Err(self.gone("its input", stop, got, answers.len())),
                 Err(_) => {
                     return Err(self.error(format!(
                         "did nothing for {} seconds, with {got} of {} answers scored, and was \

@@ -18,6 +18,21 @@ const MAX_WEIGHT: f64 = 1e6;
 /// A rule is a table with `kind` and the keys of its kind, and with `weight` (above 0, 1 when
 /// absent) and `name` (of its part of the score; `KIND_INDEX` when absent). Indices count from 0.
 ///
+/// | kind | value | keys (default) |
+/// |---|---|---|
+/// | `regex` | 1 if the pattern is found, or with `match = false` if not | `pattern`, `whole` (false), `match` (true) |
+/// | `length` | 1 in [min, max], falling linearly to 0 over `slack` beside it | `unit` (characters, words, sentences, tokens), `min` (0), `max` (none), `slack` (0) |
+/// | `json` | the share fulfilled of: it is JSON; each key is there and of its type | `keys` (none), a table from key to any, array, boolean, integer, null, number, object or string |
+/// | `keywords` | `all`: the share found; `any`, `none`: 1 or 0 | `words` or `column`, `need` (all), `ignore_case` (false), `whole_words` (false) |
+/// | `arithmetic` | 1 if the answer's last number is the column's number or expression | `column`, `tolerance` (1e-12; relative, below 1 absolute) |
+/// | `equals` | 1 if the answer is the column's text, number or truth value | `column`, `ignore_case` (false) |
+/// | `starts_with`, `ends_with` | 1 if the answer does | `text`, `ignore_case` (false) |
+/// | `lines` | the share of lines that match; 0 if they are not min to max in number | `pattern`, `min` (0), `max` (none) |
+///
+/// White space around the answer, the column and the text is not looked at by `json`, `equals`,
+/// `starts_with` and `ends_with`; blank lines not by `lines`. Patterns are those of Rust's
+/// `regex`: linear in time, without look-around and back-references.
+///
 /// ```toml
 /// [[reward.rules]]
 /// kind = "length"

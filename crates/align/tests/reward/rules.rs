@@ -153,6 +153,8 @@ fn arithmetic_reads_the_last_number() {
     values(keys, json!({ "expected": "42" }), &cases);
     values(keys, json!({ "expected": "0.1 + 0.2" }), &[("0.3", 1.0), ("0.30001", 0.0)]);
     values(keys, json!({ "expected": "1,234,567" }), &[("$1,234,567.", 1.0), ("1e999", 0.0)]);
+    let near = [("123456789012", 1.0), ("123456789013", 0.0), ("123,456,789,012", 1.0)];
+    values(keys, json!({ "expected": "123456 * 1000000 + 789012" }), &near);
     let keys = "kind = 'arithmetic'\ncolumn = 'expected'\ntolerance = 0.01";
     values(keys, json!({ "expected": "200 / 3" }), &[("66.6", 1.0), ("66.1", 1.0), ("65.9", 0.0)]);
     for (columns, part) in [
