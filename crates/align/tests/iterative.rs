@@ -9,9 +9,8 @@ use tercet_align::iterate::{IterativeConfig, IterativeReport, iterate};
 use tercet_tensor::Device;
 use tercet_train::{Control, Event, Result, RunConfig, pretrain};
 
-const NAMES: [&str; 12] = [
-    "ada", "ben", "cleo", "dan", "eve", "finn", "gus", "hal", "ivy", "jon", "kim", "leo",
-];
+const NAMES: [&str; 12] =
+    ["ada", "ben", "cleo", "dan", "eve", "finn", "gus", "hal", "ivy", "jon", "kim", "leo"];
 
 /// A model that answers "name: ada" with " good" or " poor", about as often, and ends.
 fn base(room: &Path) -> PathBuf {

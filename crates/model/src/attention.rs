@@ -1,9 +1,9 @@
 //! Attention of one layer: projections, positions, and the operator, over a whole batch or over
 //! a cache.
 
-use tercet_tensor::{Mask, Tape, Tensor, Var, ops};
+use tercet_tensor::{Device, Mask, Tape, Tensor, Var, ops};
 
-use crate::cache::NsaNew;
+use crate::cache::{LayerCache, NsaNew, one_by_one};
 use crate::decoder::Site;
 use crate::layout::{AttentionSlots, DenseSlots, KvSlots, LinearSlots, NsaSlots, PhiSlots};
 use crate::{Model, Result};
@@ -74,12 +74,13 @@ impl Model {
         let positions = &site.inputs.positions;
         let q = self.rotate(tape, q, positions)?;
         let k = self.rotate(tape, k, positions)?;
-        if let (Some(cache), Some(_)) = (&site.cache, site.step) {
+        if let ([cache], Some(_)) = (&*site.caches, site.step) {
             let out = cache.step_dense(positions, [q.value(), k.value(), v.value()])?;
             return Ok(tape.leaf(out));
         }
-        if let Some(cache) = site.cache {
-            let out = cache.extend_dense(self.config(), q.value(), k.value(), v.value())?;
+        if !site.caches.is_empty() {
+            let new = [q.value(), k.value(), v.value()];
+            let out = LayerCache::extend_dense(site.caches, self.config(), new)?;
             return Ok(tape.leaf(out));
         }
         let mask = self.mask(site.layer);
@@ -107,41 +108,41 @@ impl Model {
         let gate = ops::sigmoid(tape, &gate)?.reshape(&[x.shape()[0], heads, 3])?;
         let (phi_k, phi_v) = (self.phi(tape, &slots.phi_k), self.phi(tape, &slots.phi_v));
 
-        let Some(cache) = site.cache else {
+        if site.caches.is_empty() {
             let k_cmp = ops::compress(tape, &k_raw, &phi_k, spec, &inputs.cu_seqlens)?;
             let v_cmp = ops::compress(tape, &v_raw, &phi_v, spec, &inputs.cu_seqlens)?;
             let k_cmp = self.rotate(tape, k_cmp, &inputs.block_positions)?;
             let vars = ops::NsaVars { q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate };
             return Ok(ops::attention_nsa(tape, &vars, spec, &inputs.cu_seqlens)?);
-        };
-        if let Some(turns) = site.step {
-            let new = NsaNew {
-                q: q.value(),
-                k_cmp: k_raw.value(),
-                v_cmp: v_raw.value(),
-                k_slc: k_slc.value(),
-                v_slc: v_slc.value(),
-                k_win: k_win.value(),
-                v_win: v_win.value(),
-                gate: gate.value(),
-            };
-            return Ok(tape.leaf(cache.step_nsa(&inputs.positions, &new, turns)?));
         }
-        let (k_cmp, v_cmp, starts) =
-            cache.compress(self.config(), [k_raw.value(), v_raw.value()], [&phi_k, &phi_v])?;
-        let k_cmp = tape.leaf(k_cmp);
-        let k_cmp = self.rotate(tape, k_cmp, &starts)?;
-        let new = NsaNew {
-            q: q.value(),
-            k_cmp: k_cmp.value(),
-            v_cmp: &v_cmp,
-            k_slc: k_slc.value(),
-            v_slc: v_slc.value(),
-            k_win: k_win.value(),
-            v_win: v_win.value(),
-            gate: gate.value(),
+        let new = [&q, &k_raw, &v_raw, &k_slc, &v_slc, &k_win, &v_win, &gate].map(Var::value);
+        if let ([cache], Some(turns)) = (&*site.caches, site.step) {
+            return Ok(tape.leaf(cache.step_nsa(&inputs.positions, &NsaNew::of(new), turns)?));
+        }
+        let phi = [&phi_k, &phi_v];
+        let out = match q.value().device() {
+            Device::Cpu => self.extend_nsa(tape, site.caches, NsaNew::of(new), phi)?,
+            _ => one_by_one(site.caches, new, |cache, new| {
+                self.extend_nsa(tape, cache, NsaNew::of(new), phi)
+            })?,
         };
-        Ok(tape.leaf(cache.extend_nsa(self.config(), &new)?))
+        Ok(tape.leaf(out))
+    }
+
+    /// Appends tokens whose compression rows are raw; returns their output `[T, H, V]`.
+    fn extend_nsa(
+        &self,
+        tape: &mut Tape,
+        caches: &mut [&mut LayerCache],
+        raw: NsaNew,
+        phi: [&ops::Phi; 2],
+    ) -> Result<Tensor> {
+        let config = self.config();
+        let blocks = LayerCache::compress(caches, config, [raw.k_cmp, raw.v_cmp], phi)?;
+        let k_cmp = tape.leaf(blocks.k);
+        let k_cmp = self.rotate(tape, k_cmp, &blocks.starts)?;
+        let new = NsaNew { k_cmp: k_cmp.value(), v_cmp: &blocks.v, ..raw };
+        LayerCache::extend_nsa(caches, config, &new, &blocks.counts)
     }
 
     fn phi(&self, tape: &Tape, slots: &PhiSlots) -> ops::Phi {

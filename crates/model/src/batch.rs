@@ -108,6 +108,32 @@ impl Inputs {
     }
 }
 
+impl Inputs {
+    /// One new token of each of some sequences, `held[i]` tokens of which are in a cache.
+    pub fn one_each(
+        config: &ModelConfig,
+        device: &Device,
+        ids: &[i32],
+        held: &[usize],
+    ) -> Result<Self> {
+        check_ids(config, ids)?;
+        let context = config.max_position_embeddings;
+        if let Some(full) = held.iter().position(|&tokens| tokens >= context) {
+            return Err(Error::Batch(format!(
+                "sequence {full} holds {} tokens, and the model's context of {context} \
+                 (max_position_embeddings) has no room for another",
+                held[full]
+            )));
+        }
+        Ok(Self {
+            ids: tensor_i32(device, ids.to_vec())?,
+            positions: tensor_i32(device, held.iter().map(|&tokens| tokens as i32).collect())?,
+            block_positions: tensor_i32(device, Vec::new())?,
+            cu_seqlens: (0..=ids.len() as i32).collect(),
+        })
+    }
+}
+
 /// First tokens of `count` compressed blocks from block `first` on.
 pub(crate) fn block_starts(
     spec: &NsaSpec,

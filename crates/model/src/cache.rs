@@ -1,11 +1,11 @@
 //! One sequence's keys and values, layer by layer, so that a new token costs one token.
 
 use half::bf16;
-use tercet_attention::Element;
-use tercet_attention::cpu::{CompressTail, DenseCache, NsaCache, NsaStep, Phi};
+use tercet_attention::cpu::DenseCache;
 use tercet_tensor::{DType, Device, Gpu, Tape, Tensor, ops};
 
-use crate::batch::{Inputs, block_starts, tensor_i32};
+use crate::batch::Inputs;
+use crate::cache_cpu::{self, NsaLayer};
 use crate::cache_cuda::{CudaDense, CudaNsa};
 use crate::config::ModelConfig;
 use crate::decode_graph::DecodeGraph;
@@ -21,14 +21,14 @@ const CUDA_PREFILL_CHUNK: usize = 2048;
 
 /// What a model remembers of one sequence.
 pub struct Cache {
-    layers: Vec<LayerCache>,
-    len: usize,
+    pub(crate) layers: Vec<LayerCache>,
+    pub(crate) len: usize,
     /// Set while layers are being extended: after an error they disagree.
-    broken: bool,
+    pub(crate) broken: bool,
     /// Of the weights that what is held was computed with; see [`Model`].
     stamp: u64,
     /// One token's step on a GPU, captured.
-    graph: Option<DecodeGraph>,
+    pub(crate) graph: Option<DecodeGraph>,
 }
 
 impl Cache {
@@ -49,6 +49,14 @@ impl Cache {
         sparse && self.graph.is_some()
     }
 
+    /// A copy that goes on by itself: what is held is copied once, without the model. `None` on a
+    /// GPU, whose caches are not copied; there the tokens have to be read again.
+    pub fn fork(&self) -> Option<Self> {
+        let layers = self.layers.iter().map(LayerCache::fork).collect::<Option<Vec<_>>>()?;
+        let Self { len, broken, stamp, .. } = *self;
+        Some(Self { layers, len, broken, stamp, graph: None })
+    }
+
     /// Bytes of keys and values in use.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerCache::bytes).sum()
@@ -66,17 +74,24 @@ impl Model {
     /// Appends tokens; returns the logits after the last one, `[vocab]`. A long prompt is read
     /// in chunks.
     pub fn extend(&self, cache: &mut Cache, tokens: &[i32]) -> Result<Vec<f32>> {
+        if let (Device::Cuda(gpu), &[token]) = (self.device(), tokens) {
+            Inputs::appended(self.config(), &Device::Cpu, tokens, cache.len)?;
+            if let Some(logits) = self.decode(&gpu, cache, token)? {
+                return Ok(logits);
+            }
+        }
+        self.read(cache, tokens)
+    }
+
+    /// As [`Model::extend`], never by a captured step: what follows may be
+    /// [`Model::extend_many`].
+    pub(crate) fn read(&self, cache: &mut Cache, tokens: &[i32]) -> Result<Vec<f32>> {
         let chunk = if self.device() == Device::Cpu { PREFILL_CHUNK } else { CUDA_PREFILL_CHUNK };
         let Some(last) = tokens.chunks(chunk).next_back() else {
             return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
         };
         // All or nothing: refuse before the first chunk is taken.
         Inputs::appended(self.config(), &Device::Cpu, tokens, cache.len)?;
-        if let (Device::Cuda(gpu), &[token]) = (self.device(), tokens)
-            && let Some(logits) = self.decode(&gpu, cache, token)?
-        {
-            return Ok(logits);
-        }
         // One entry into the thread pool for the whole step: entering it for each of the hundred
         // small operations of one token costs more than they do.
         rayon::scope(|_| {
@@ -101,7 +116,7 @@ impl Model {
     }
 
     /// Refuses a cache of another model, or one that an error left half extended.
-    fn check_cache(&self, cache: &Cache) -> Result<()> {
+    pub(crate) fn check_cache(&self, cache: &Cache) -> Result<()> {
         if cache.stamp != self.stamp {
             return Err(Error::Batch(
                 "the cache was filled under other weights: an adapter was activated, left or \
@@ -155,8 +170,8 @@ impl Model {
         // Memory may move as caches grow.
         cache.graph = None;
         for (layer, held) in cache.layers.iter_mut().enumerate() {
-            let site =
-                Site { layer, inputs: &inputs, cache: Some(held), dropout: None, step: None };
+            let caches = &mut [held];
+            let site = Site { layer, inputs: &inputs, caches, dropout: None, step: None };
             x = self.layer(tape, &x, site)?.swap_remove(0);
         }
         cache.broken = false;
@@ -174,13 +189,9 @@ pub(crate) enum LayerCache {
     NsaBf16(Box<NsaLayer<bf16>>),
 }
 
-pub(crate) struct NsaLayer<E> {
-    cache: NsaCache,
-    k_tail: CompressTail<E>,
-    v_tail: CompressTail<E>,
-}
-
-/// New tokens of one layer; layouts of [`NsaStep`].
+/// New tokens of one layer, layouts of [`tercet_attention::cpu::NsaStep`]: those of the first
+/// sequence, then as many of the next.
+#[derive(Clone, Copy)]
 pub(crate) struct NsaNew<'a> {
     pub q: &'a Tensor,
     pub k_cmp: &'a Tensor,
@@ -190,6 +201,26 @@ pub(crate) struct NsaNew<'a> {
     pub k_win: &'a Tensor,
     pub v_win: &'a Tensor,
     pub gate: &'a Tensor,
+}
+
+impl<'a> NsaNew<'a> {
+    /// From tensors in the order of the fields.
+    pub fn of(tensors: [&'a Tensor; 8]) -> Self {
+        let [q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate] = tensors;
+        Self { q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate }
+    }
+}
+
+/// Compressed blocks that new tokens completed.
+pub(crate) struct Blocks {
+    /// Keys `[n, K, D]`, of one sequence after the other.
+    pub k: Tensor,
+    /// Values `[n, K, V]`.
+    pub v: Tensor,
+    /// Position of each block's first token, I32 `[n]`.
+    pub starts: Tensor,
+    /// How many are each sequence's.
+    pub counts: Vec<usize>,
 }
 
 impl LayerCache {
@@ -216,53 +247,70 @@ impl LayerCache {
             Self::CudaDense(layer) => layer.bytes(),
             Self::CudaNsa(layer) => layer.bytes(),
             Self::Dense(cache) => cache.bytes(),
-            Self::NsaF32(layer) => layer.cache.bytes(),
-            Self::NsaBf16(layer) => layer.cache.bytes(),
+            Self::NsaF32(layer) => layer.bytes(),
+            Self::NsaBf16(layer) => layer.bytes(),
         }
     }
 
-    /// Appends to a dense layer; returns the output `[c, H, V]`.
+    fn fork(&self) -> Option<Self> {
+        Some(match self {
+            Self::CudaDense(_) | Self::CudaNsa(_) => return None,
+            Self::Dense(cache) => Self::Dense(cache.clone()),
+            Self::NsaF32(layer) => Self::NsaF32(layer.clone()),
+            Self::NsaBf16(layer) => Self::NsaBf16(layer.clone()),
+        })
+    }
+
+    /// Appends q, k, v `[B·c, …]` to the dense layer of B sequences, c tokens to each; returns the
+    /// output `[B·c, H, V]`. On the CPU all at once, on a GPU one after the other.
     pub fn extend_dense(
-        &mut self,
+        caches: &mut [&mut Self],
         config: &ModelConfig,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        qkv: [&Tensor; 3],
     ) -> Result<Tensor> {
-        let cache = match self {
-            Self::Dense(cache) => cache,
-            Self::CudaDense(layer) => return layer.extend([q, k, v]),
-            _ => return Err(mismatch()),
-        };
-        match q.dtype() {
-            DType::BF16 => dense::<bf16>(cache, config, [q, k, v]),
-            _ => dense::<f32>(cache, config, [q, k, v]),
+        match (qkv[0].device(), qkv[0].dtype()) {
+            (Device::Cpu, DType::BF16) => cache_cpu::dense::<bf16>(caches, config, qkv),
+            (Device::Cpu, _) => cache_cpu::dense::<f32>(caches, config, qkv),
+            _ => one_by_one(caches, qkv, |cache, qkv| match cache {
+                [Self::CudaDense(layer)] => layer.extend(qkv),
+                _ => Err(mismatch()),
+            }),
         }
     }
 
-    /// Passes raw compression keys and values `[c, K, _]` through φ; returns the completed
-    /// blocks' keys and values `[n, K, _]` and the position of each.
+    /// Passes raw compression keys and values `[B·c, K, _]` through φ; returns the blocks they
+    /// complete. On a GPU of one sequence only.
     pub fn compress(
-        &mut self,
+        caches: &mut [&mut Self],
         config: &ModelConfig,
         raw: [&Tensor; 2],
         phi: [&ops::Phi; 2],
-    ) -> Result<(Tensor, Tensor, Tensor)> {
-        match self {
-            Self::NsaF32(layer) => layer.compress(config, raw, phi),
-            Self::NsaBf16(layer) => layer.compress(config, raw, phi),
-            Self::CudaNsa(layer) => layer.compress(config, raw, phi),
-            Self::Dense(_) | Self::CudaDense(_) => Err(mismatch()),
+    ) -> Result<Blocks> {
+        match (raw[0].device(), raw[0].dtype()) {
+            (Device::Cpu, DType::BF16) => cache_cpu::compress::<bf16>(caches, config, raw, phi),
+            (Device::Cpu, _) => cache_cpu::compress::<f32>(caches, config, raw, phi),
+            _ => match caches {
+                [Self::CudaNsa(layer)] => layer.compress(config, raw, phi),
+                _ => Err(mismatch()),
+            },
         }
     }
 
-    /// Appends to an NSA layer; returns the output `[c, H, V]`.
-    pub fn extend_nsa(&mut self, config: &ModelConfig, new: &NsaNew) -> Result<Tensor> {
-        match self {
-            Self::NsaF32(layer) => layer.extend(config, new),
-            Self::NsaBf16(layer) => layer.extend(config, new),
-            Self::CudaNsa(layer) => layer.extend(new),
-            Self::Dense(_) | Self::CudaDense(_) => Err(mismatch()),
+    /// Appends to the NSA layer of B sequences; `counts` of the compressed blocks are each one's.
+    /// Returns the output `[B·c, H, V]`. On a GPU of one sequence only.
+    pub fn extend_nsa(
+        caches: &mut [&mut Self],
+        config: &ModelConfig,
+        new: &NsaNew,
+        counts: &[usize],
+    ) -> Result<Tensor> {
+        match (new.q.device(), new.q.dtype()) {
+            (Device::Cpu, DType::BF16) => cache_cpu::nsa::<bf16>(caches, config, new, counts),
+            (Device::Cpu, _) => cache_cpu::nsa::<f32>(caches, config, new, counts),
+            _ => match caches {
+                [Self::CudaNsa(layer)] => layer.extend(new),
+                _ => Err(mismatch()),
+            },
         }
     }
 
@@ -289,105 +337,28 @@ pub(crate) fn mismatch() -> Error {
     Error::Batch("the cache is of another kind of attention than the model".into())
 }
 
-fn dense<E: Stored>(
-    cache: &mut DenseCache,
-    config: &ModelConfig,
-    [q, k, v]: [&Tensor; 3],
+/// Calls `append` for each sequence with its share of the rows, and joins the outputs.
+pub(crate) fn one_by_one<const N: usize>(
+    caches: &mut [&mut LayerCache],
+    rows: [&Tensor; N],
+    mut append: impl FnMut(&mut [&mut LayerCache], [&Tensor; N]) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let dims = config.dims();
-    let shape = [q.shape()[0], dims.heads, dims.value_dim];
-    let mut out = vec![E::default(); shape.iter().product()];
-    cache.extend(dims.scale(), E::of(q)?, E::of(k)?, E::of(v)?, &mut out)?;
-    E::tensor(out, &shape)
-}
-
-impl<E: Stored> NsaLayer<E> {
-    fn new(config: &ModelConfig) -> Result<Self> {
-        let spec = config.nsa.as_ref().ok_or_else(mismatch)?;
-        let dims = config.dims();
-        Ok(Self {
-            cache: NsaCache::new(spec, dims)?,
-            k_tail: CompressTail::new(spec, dims.kv_heads, dims.key_dim)?,
-            v_tail: CompressTail::new(spec, dims.kv_heads, dims.value_dim)?,
-        })
+    let sequences = caches.len();
+    if sequences == 1 {
+        return append(caches, rows);
     }
-
-    fn compress(
-        &mut self,
-        config: &ModelConfig,
-        [k, v]: [&Tensor; 2],
-        [phi_k, phi_v]: [&ops::Phi; 2],
-    ) -> Result<(Tensor, Tensor, Tensor)> {
-        let spec = config.nsa.as_ref().ok_or_else(mismatch)?;
-        let dims = config.dims();
-        let first = self.k_tail.blocks();
-        let k = self.k_tail.push(E::of(k)?, slices(phi_k)?)?;
-        let v = self.v_tail.push(E::of(v)?, slices(phi_v)?)?;
-        let blocks = self.k_tail.blocks() - first;
-        let starts = tensor_i32(&Device::Cpu, block_starts(spec, first, blocks).collect())?;
-        let k = E::tensor(k, &[blocks, dims.kv_heads, dims.key_dim])?;
-        let v = E::tensor(v, &[blocks, dims.kv_heads, dims.value_dim])?;
-        Ok((k, v, starts))
-    }
-
-    fn extend(&mut self, config: &ModelConfig, new: &NsaNew) -> Result<Tensor> {
-        let dims = config.dims();
-        let shape = [new.q.shape()[0], dims.heads, dims.value_dim];
-        let mut out = vec![E::default(); shape.iter().product()];
-        let step = NsaStep {
-            scale: dims.scale(),
-            q: E::of(new.q)?,
-            k_cmp: E::of(new.k_cmp)?,
-            v_cmp: E::of(new.v_cmp)?,
-            k_slc: E::of(new.k_slc)?,
-            v_slc: E::of(new.v_slc)?,
-            k_win: E::of(new.k_win)?,
-            v_win: E::of(new.v_win)?,
-            gate: E::of(new.gate)?,
-        };
-        self.cache.extend(&step, &mut out)?;
-        E::tensor(out, &shape)
-    }
-}
-
-/// φ's parameters as the operator takes them.
-fn slices<E: Stored>(phi: &ops::Phi) -> Result<Phi<'_, E>> {
-    Ok(match phi {
-        ops::Phi::Mean => Phi::Mean,
-        ops::Phi::Linear { weight, pe } => {
-            Phi::Linear { weight: E::of(weight.value())?, pe: E::of(pe.value())? }
+    let mut joined: Option<Tensor> = None;
+    for (i, cache) in caches.iter_mut().enumerate() {
+        let mut own = rows.map(Tensor::clone);
+        for tensor in &mut own {
+            let count = tensor.shape()[0] / sequences;
+            *tensor = tensor.rows(i * count..(i + 1) * count)?;
         }
-        ops::Phi::Mlp { weight1, bias1, weight2, bias2, pe } => Phi::Mlp {
-            weight1: E::of(weight1.value())?,
-            bias1: E::of(bias1.value())?,
-            weight2: E::of(weight2.value())?,
-            bias2: E::of(bias2.value())?,
-            pe: E::of(pe.value())?,
-            hidden: bias1.shape()[1],
-        },
-    })
-}
-
-/// The element types a model is stored in, as tensors hold them.
-pub(crate) trait Stored: Element {
-    fn of(tensor: &Tensor) -> Result<&[Self]>;
-    fn tensor(values: Vec<Self>, shape: &[usize]) -> Result<Tensor>;
-}
-
-impl Stored for f32 {
-    fn of(tensor: &Tensor) -> Result<&[f32]> {
-        Ok(tensor.as_f32()?)
+        let out = append(&mut [&mut **cache], own.each_ref())?;
+        joined = Some(match joined {
+            None => out,
+            Some(before) => before.append_rows(&out)?,
+        });
     }
-    fn tensor(values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Ok(Tensor::from_f32(values, shape)?)
-    }
-}
-
-impl Stored for bf16 {
-    fn of(tensor: &Tensor) -> Result<&[bf16]> {
-        Ok(tensor.as_bf16()?)
-    }
-    fn tensor(values: Vec<bf16>, shape: &[usize]) -> Result<Tensor> {
-        Ok(Tensor::from_bf16(values, shape)?)
-    }
+    joined.ok_or_else(mismatch)
 }

@@ -6,7 +6,7 @@ use tercet_tensor::{Compressor, DType, Device, Gpu, Mask, Tape, Tensor, ops};
 
 use crate::Result;
 use crate::batch::{block_starts, tensor_i32};
-use crate::cache::NsaNew as New;
+use crate::cache::{Blocks, NsaNew as New};
 use crate::config::ModelConfig;
 
 /// Tokens there is room for at first; caches grow by doubling.
@@ -80,14 +80,13 @@ impl CudaNsa {
         self.cache.bytes()
     }
 
-    /// Passes raw compression keys and values `[c, K, _]` through φ; returns the completed blocks'
-    /// keys and values `[n, K, _]` and the position of each.
+    /// Passes raw compression keys and values `[c, K, _]` through φ; returns the completed blocks.
     pub fn compress(
         &mut self,
         config: &ModelConfig,
         raw: [&Tensor; 2],
         phi: [&ops::Phi; 2],
-    ) -> Result<(Tensor, Tensor, Tensor)> {
+    ) -> Result<Blocks> {
         let joined = match &self.tail {
             None => raw.map(Tensor::clone),
             Some([k, v]) => [k.append_rows(raw[0])?, v.append_rows(raw[1])?],
@@ -101,7 +100,7 @@ impl CudaNsa {
             let none = |dim| Tensor::zeros_on(&self.device, self.dtype, &[0, dims.kv_heads, dim]);
             let (k, v) = (none(dims.key_dim)?, none(dims.value_dim)?);
             self.tail = Some(joined);
-            return Ok((k, v, starts));
+            return Ok(Blocks { k, v, starts, counts: vec![0] });
         }
         let tape = &mut Tape::inference();
         let mut made = Vec::with_capacity(2);
@@ -116,7 +115,7 @@ impl CudaNsa {
         self.blocks += blocks;
         let v = made.pop().ok_or_else(crate::cache::mismatch)?;
         let k = made.pop().ok_or_else(crate::cache::mismatch)?;
-        Ok((k, v, starts))
+        Ok(Blocks { k, v, starts, counts: vec![blocks] })
     }
 
     /// Appends new tokens; returns the output `[c, H, V]`.

@@ -85,7 +85,8 @@ impl Model {
         let tape = &mut Tape::inference();
         let mut x = self.embed(tape, inputs)?;
         for (layer, held) in layers.iter_mut().enumerate() {
-            let site = Site { layer, inputs, cache: Some(held), dropout: None, step: Some(turns) };
+            let caches = &mut [held];
+            let site = Site { layer, inputs, caches, dropout: None, step: Some(turns) };
             x = self.layer(tape, &x, site)?.swap_remove(0);
         }
         let hidden = self.norm(tape, &self.slots.norm, &x)?;

@@ -33,8 +33,9 @@ pub(crate) struct Site<'s> {
     pub layer: usize,
     /// Positions and offsets of the tokens.
     pub inputs: &'s Inputs,
-    /// The layer's cache, when tokens are appended to one; never while recording.
-    pub cache: Option<&'s mut LayerCache>,
+    /// The layer's caches of the sequences that tokens are appended to, equally many to each;
+    /// never while recording.
+    pub caches: &'s mut [&'s mut LayerCache],
     /// The seed of the adapter's dropout, when there is to be any.
     pub dropout: Option<u64>,
     /// One token whose position only the device knows, and what turns its compressed keys.
@@ -114,12 +115,13 @@ impl Model {
             let mut outputs = if options.recompute {
                 let inputs = inputs.clone();
                 let again = move |tape: &mut Tape<'a>, x: &[Var]| {
-                    let site = Site { layer, inputs: &inputs, cache: None, dropout, step: None };
+                    let inputs = &inputs;
+                    let site = Site { layer, inputs, caches: &mut [], dropout, step: None };
                     self.layer(tape, &x[0], site).map_err(into_tensor_error)
                 };
                 tape.recompute(&[x], again)?
             } else {
-                self.layer(tape, &x, Site { layer, inputs, cache: None, dropout, step: None })?
+                self.layer(tape, &x, Site { layer, inputs, caches: &mut [], dropout, step: None })?
             };
             balances.extend(outputs.drain(1..));
             x = outputs.swap_remove(0);

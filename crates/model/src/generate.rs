@@ -4,24 +4,9 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use crate::cache::Cache;
-use crate::sampling::{Sampler, Sampling};
-use crate::stop::StopFilter;
-use crate::{Error, Model, Result, Tokenizer};
-
-/// Why a text ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// The model wrote an end-of-text token.
-    EndOfText,
-    /// This stop text came.
-    Stop(String),
-    /// `max_tokens` were written.
-    MaxTokens,
-    /// The model's context is full.
-    ContextFull,
-    /// The caller asked to stop.
-    Cancelled,
-}
+use crate::sampling::Sampling;
+use crate::writer::{Finish, Writer, check_prompt};
+use crate::{Model, Result, Tokenizer};
 
 /// A written text and what it took.
 #[derive(Clone, Debug)]
@@ -98,9 +83,12 @@ impl<'m> Generator<'m> {
         sampling: &Sampling,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
-        let mut sampler = Sampler::new(sampling)?;
-        let tokens = self.check_prompt(prompt)?;
-        prompt.iter().for_each(|&token| sampler.see(token));
+        sampling.validate()?;
+        let tokens = check_prompt(self.model, prompt)?;
+        // A copy of the short list, since the cache is changed while the writer reads it.
+        let ends = self.end_of_text.clone();
+        let settings = (sampling, sampling.seed);
+        let mut writer = Writer::new(self.model, self.tokenizer, settings, &ends, prompt)?;
 
         let start = Instant::now();
         // At least one token must be read again to have logits to choose from.
@@ -119,31 +107,19 @@ impl<'m> Generator<'m> {
         let prefill_seconds = start.elapsed().as_secs_f64();
 
         let start = Instant::now();
-        let mut writer = Writer::new(self.tokenizer, sampling, on_text);
-        let (mut written, mut decode_steps) = (Vec::new(), 0);
+        let mut decode_steps = 0;
         let finish = loop {
-            let token = sampler.next(&logits)?;
-            if self.end_of_text.contains(&token) {
-                break Finish::EndOfText;
+            match writer.take(&logits, on_text)? {
+                ControlFlow::Break(finish) => break finish,
+                ControlFlow::Continue(token) => logits = self.extend(&[token as i32])?,
             }
-            written.push(token);
-            if let Some(finish) = writer.push(token)? {
-                break finish;
-            }
-            if written.len() == sampling.max_tokens {
-                break Finish::MaxTokens;
-            }
-            if self.held.len() == self.model.config().max_position_embeddings {
-                break Finish::ContextFull;
-            }
-            logits = self.extend(&[token as i32])?;
             decode_steps += 1;
         };
-        let (text, finish) = writer.finish(finish)?;
+        let answer = writer.finish(finish, on_text)?;
         Ok(Generation {
-            text,
-            tokens: written,
-            finish,
+            text: answer.text,
+            tokens: answer.tokens,
+            finish: answer.finish,
             prompt_tokens: prompt.len(),
             read_tokens,
             prefill_seconds,
@@ -156,82 +132,5 @@ impl<'m> Generator<'m> {
         let logits = self.model.extend(&mut self.cache, tokens)?;
         self.held.extend_from_slice(tokens);
         Ok(logits)
-    }
-
-    fn check_prompt(&self, prompt: &[u32]) -> Result<Vec<i32>> {
-        let context = self.model.config().max_position_embeddings;
-        if prompt.is_empty() {
-            return Err(Error::Generate(
-                "the prompt has no tokens; give some text to continue".into(),
-            ));
-        }
-        if prompt.len() >= context {
-            return Err(Error::Generate(format!(
-                "the prompt has {} tokens, but the model's context of {context} must hold it and \
-                 at least one more; shorten the prompt",
-                prompt.len()
-            )));
-        }
-        let vocab = self.model.config().vocab_size;
-        if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
-            return Err(Error::Generate(format!(
-                "token id {id} is outside the model's vocabulary of {vocab}"
-            )));
-        }
-        Ok(prompt.iter().map(|&id| id as i32).collect())
-    }
-}
-
-/// Turns tokens into text for the caller, holding back what may become a stop text.
-struct Writer<'w> {
-    stream: crate::text_stream::TextStream<'w>,
-    stop: StopFilter<'w>,
-    on_text: &'w mut dyn FnMut(&str) -> ControlFlow<()>,
-    text: String,
-}
-
-impl<'w> Writer<'w> {
-    fn new(
-        tokenizer: &'w Tokenizer,
-        sampling: &'w Sampling,
-        on_text: &'w mut dyn FnMut(&str) -> ControlFlow<()>,
-    ) -> Self {
-        let stop = StopFilter::new(&sampling.stop);
-        Self { stream: tokenizer.stream(), stop, on_text, text: String::new() }
-    }
-
-    fn push(&mut self, token: u32) -> Result<Option<Finish>> {
-        let piece = self.stream.push(token)?;
-        Ok(self.pass(&piece))
-    }
-
-    fn pass(&mut self, piece: &str) -> Option<Finish> {
-        let (certain, stopped) = self.stop.push(piece);
-        if self.write(&certain).is_break() {
-            return Some(Finish::Cancelled);
-        }
-        stopped.map(Finish::Stop)
-    }
-
-    fn write(&mut self, piece: &str) -> ControlFlow<()> {
-        if piece.is_empty() {
-            return ControlFlow::Continue(());
-        }
-        self.text.push_str(piece);
-        (self.on_text)(piece)
-    }
-
-    /// Writes what was held back, unless a stop text ended the answer.
-    fn finish(mut self, finish: Finish) -> Result<(String, Finish)> {
-        if matches!(finish, Finish::Stop(_) | Finish::Cancelled) {
-            return Ok((self.text, finish));
-        }
-        let rest = self.stream.finish()?;
-        if let Some(stopped) = self.pass(&rest) {
-            return Ok((self.text, stopped));
-        }
-        let held = self.stop.finish();
-        let _ = self.write(&held);
-        Ok((self.text, finish))
     }
 }

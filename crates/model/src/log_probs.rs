@@ -10,6 +10,13 @@ use crate::{Model, Result};
 
 pub use tercet_tensor::ops::TokenLogProbs;
 
+/// `ln p` of a token in the distribution of logits `[vocab]`, summed in f64.
+pub(crate) fn log_prob(logits: &[f32], token: u32) -> f64 {
+    let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - most)).sum();
+    f64::from(logits[token as usize]) - most - libm::log(sum)
+}
+
 impl Model {
     /// `ln p` of each target of a batch, f32 `[T]`, 0 where none counts, with what describes the
     /// distribution it was taken from. Slots of the gradients are those of [`Model::trained`].

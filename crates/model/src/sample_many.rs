@@ -1,51 +1,221 @@
-//! Stand-in until batched decoding is merged.
-#![allow(missing_docs)]
+//! Answers to many prompts at once: for alignment, which wants n answers to each of thousands.
+//!
+//! Some answers are written side by side, a token each at a time ([`Model::extend_many`]); as
+//! soon as one ends, the next prompt takes its place. What an answer is depends on its prompt and
+//! seed alone, not on its neighbours.
+
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::{Finish, Generator, Model, Result, Sampling, Tokenizer};
+use rayon::prelude::*;
 
+use crate::cache::Cache;
+use crate::log_probs::log_prob;
+use crate::sampling::Sampling;
+use crate::writer::{Finish, Writer, check_prompt};
+use crate::{Error, Model, Result, Tokenizer};
+
+/// A prompt to be answered once.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ask {
+    /// At least one token, and fewer than the model's context holds.
     pub prompt: Vec<u32>,
+    /// Same prompt, same seed, same answer.
     pub seed: u64,
 }
 
+/// An answer.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Written {
+    /// The tokens, an end-of-text token not included; those of a stop text are.
     pub tokens: Vec<u32>,
+    /// The text, without the stop text.
     pub text: String,
-    pub ended: bool,
+    /// Why it ended; never [`Finish::Cancelled`].
+    pub finish: Finish,
+    /// The end-of-text token, when the model wrote one.
+    pub ended: Option<u32>,
+    /// `Σ ln p` in nats of the tokens, and of the end-of-text token when one was written, under
+    /// the model's own distribution: no temperature, filter or penalty.
     pub log_prob: f64,
 }
 
-pub struct SampleMany<'a> {
+/// How [`sample_many`] works; nothing of it changes an answer on a CPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Together<'s> {
+    /// Answers written side by side, at least 1. Each has a cache, and one more holds the prompt
+    /// that was read last while other asks have the same.
     pub at_once: usize,
-    pub context: usize,
-    pub end_of_text: &'a [u32],
-    pub stop: &'a AtomicBool,
+    /// Looked at before each step: once it is set, answers that are not complete are dropped.
+    pub stop: &'s AtomicBool,
 }
 
+/// Answers every ask, and hands over each answer as soon as it is complete, with the place of its
+/// ask; the order is that of completion. Returns how many were answered: all of them, or fewer
+/// when `stop` was raised.
+///
+/// `sampling.seed` is not used, each ask has its own. `end_of_text` replaces the model's own list
+/// when given. Asks of the same prompt are answered one after the other, so that it is read once
+/// (on a GPU, whose caches are not copied, once for each).
+///
+/// On a CPU an answer depends on its prompt, its seed, `sampling` and the weights alone, and is
+/// that of [`crate::Generator`]. On a GPU products of other sizes may round otherwise, so that
+/// `at_once` may change which of two nearly equal tokens is drawn.
+///
+/// Errors name the ask: a prompt that is empty, leaves no room or has tokens outside the
+/// vocabulary, before anything is written; logits that are not numbers.
 pub fn sample_many(
     model: &Model,
     tokenizer: &Tokenizer,
     asks: &[Ask],
     sampling: &Sampling,
-    options: &SampleMany,
+    end_of_text: Option<&[u32]>,
+    together: Together,
     on_done: &mut dyn FnMut(usize, Written),
-) -> Result<()> {
-    let mut generator = Generator::new(model, tokenizer, Some(options.end_of_text.to_vec()))?;
-    for (i, ask) in asks.iter().enumerate() {
-        if options.stop.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let sampling = Sampling { seed: ask.seed, ..sampling.clone() };
-        let written =
-            generator.generate(&ask.prompt, &sampling, &mut |_| ControlFlow::Continue(()))?;
-        let ended = written.finish == Finish::EndOfText;
-        let mut tokens = written.tokens;
-        if ended {
-            tokens.extend(options.end_of_text.first());
-        }
-        on_done(i, Written { tokens, text: written.text, ended, log_prob: 0.0 });
+) -> Result<usize> {
+    sampling.validate()?;
+    if together.at_once == 0 {
+        return Err(Error::Generate("at_once = 0 answers nothing; give at least 1".into()));
     }
-    Ok(())
+    tokenizer.check_fits(model.config().vocab_size)?;
+    for (at, ask) in asks.iter().enumerate() {
+        check_prompt(model, &ask.prompt).map_err(|error| named(at, error))?;
+    }
+    let end_of_text = end_of_text.unwrap_or(&model.config().eos_token_ids);
+    let order = by_prompt(asks);
+    let mut queue = Queue { model, asks, order: &order, read: None };
+    let mut slots: Vec<Slot> = Vec::new();
+    let mut answered = 0;
+    let stopped = || together.stop.load(Ordering::Relaxed);
+    loop {
+        // An answer may end with its first token, so that its place is free again at once.
+        while slots.len() < together.at_once && !stopped() {
+            let Some((at, cache, logits)) = queue.next()? else { break };
+            let ask = &asks[at];
+            let settings = (sampling, ask.seed);
+            let writer = Writer::new(model, tokenizer, settings, end_of_text, &ask.prompt)?;
+            let mut slot = Slot { at, cache, writer, next: 0, log_prob: 0.0 };
+            match slot.choose(&logits)? {
+                None => slots.push(slot),
+                Some(finish) => {
+                    slot.hand_over(finish, on_done)?;
+                    answered += 1;
+                }
+            }
+        }
+        if slots.is_empty() || stopped() {
+            return Ok(answered);
+        }
+        let tokens: Vec<i32> = slots.iter().map(|slot| slot.next).collect();
+        let mut caches: Vec<&mut Cache> = slots.iter_mut().map(|slot| &mut slot.cache).collect();
+        let logits = model.extend_many(&mut caches, &tokens)?;
+        let rows = logits.par_chunks_exact(model.config().vocab_size);
+        let chosen: Vec<Result<Option<Finish>>> =
+            slots.par_iter_mut().zip(rows).map(|(slot, row)| slot.choose(row)).collect();
+        let mut going_on = Vec::with_capacity(slots.len());
+        for (slot, finish) in slots.into_iter().zip(chosen) {
+            match finish? {
+                None => going_on.push(slot),
+                Some(finish) => {
+                    slot.hand_over(finish, on_done)?;
+                    answered += 1;
+                }
+            }
+        }
+        slots = going_on;
+    }
+}
+
+/// An answer that is being written.
+struct Slot<'w> {
+    at: usize,
+    cache: Cache,
+    writer: Writer<'w>,
+    /// The token to read next.
+    next: i32,
+    log_prob: f64,
+}
+
+impl Slot<'_> {
+    /// Chooses a token; why the answer ends, when it does.
+    fn choose(&mut self, logits: &[f32]) -> Result<Option<Finish>> {
+        let mut go_on = |_: &str| ControlFlow::Continue(());
+        let next = self.writer.take(logits, &mut go_on).map_err(|error| named(self.at, error))?;
+        self.log_prob += self.writer.last().map_or(0.0, |token| log_prob(logits, token));
+        Ok(match next {
+            ControlFlow::Break(finish) => Some(finish),
+            ControlFlow::Continue(token) => {
+                self.next = token as i32;
+                None
+            }
+        })
+    }
+
+    fn hand_over(self, finish: Finish, on_done: &mut dyn FnMut(usize, Written)) -> Result<()> {
+        let mut go_on = |_: &str| ControlFlow::Continue(());
+        let answer = self.writer.finish(finish, &mut go_on)?;
+        on_done(
+            self.at,
+            Written {
+                tokens: answer.tokens,
+                text: answer.text,
+                finish: answer.finish,
+                ended: answer.ended,
+                log_prob: self.log_prob,
+            },
+        );
+        Ok(())
+    }
+}
+
+/// Asks that wait, those of the same prompt one after the other.
+struct Queue<'a> {
+    model: &'a Model,
+    asks: &'a [Ask],
+    order: &'a [usize],
+    /// A prompt that was read and is wanted again, and the logits after it.
+    read: Option<(Cache, Vec<f32>)>,
+}
+
+impl Queue<'_> {
+    /// The next ask, a cache that holds its prompt, and the logits after it.
+    fn next(&mut self) -> Result<Option<(usize, Cache, Vec<f32>)>> {
+        let Some((&at, rest)) = self.order.split_first() else { return Ok(None) };
+        self.order = rest;
+        let prompt = &self.asks[at].prompt;
+        let (cache, logits) = match self.read.take() {
+            Some(read) => read,
+            None => {
+                let mut cache = self.model.cache()?;
+                let tokens = check_prompt(self.model, prompt).map_err(|e| named(at, e))?;
+                let logits = self.model.read(&mut cache, &tokens)?;
+                (cache, logits)
+            }
+        };
+        let again = rest.first().is_some_and(|&next| self.asks[next].prompt == *prompt);
+        if again && let Some(fork) = cache.fork() {
+            self.read = Some((fork, logits.clone()));
+        }
+        Ok(Some((at, cache, logits)))
+    }
+}
+
+/// Places of the asks, prompts in the order they first come in.
+fn by_prompt(asks: &[Ask]) -> Vec<usize> {
+    let mut groups: HashMap<&[u32], usize> = HashMap::new();
+    let mut order: Vec<(usize, usize)> = Vec::with_capacity(asks.len());
+    for (at, ask) in asks.iter().enumerate() {
+        let next = groups.len();
+        order.push((*groups.entry(&ask.prompt).or_insert(next), at));
+    }
+    order.sort_unstable();
+    order.into_iter().map(|(_, at)| at).collect()
+}
+
+fn named(at: usize, error: Error) -> Error {
+    match error {
+        Error::Generate(text) => Error::Generate(format!("ask {at}: {text}")),
+        other => other,
+    }
 }

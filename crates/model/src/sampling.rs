@@ -87,8 +87,13 @@ pub struct Sampler<'s> {
 impl<'s> Sampler<'s> {
     /// A sampler at the start of its seed's stream.
     pub fn new(settings: &'s Sampling) -> Result<Self> {
+        Self::seeded(settings, settings.seed)
+    }
+
+    /// As [`Sampler::new`], with another seed than the settings'.
+    pub(crate) fn seeded(settings: &'s Sampling, seed: u64) -> Result<Self> {
         settings.validate()?;
-        let rng = ChaCha8Rng::seed_from_u64(settings.seed);
+        let rng = ChaCha8Rng::seed_from_u64(seed);
         Ok(Self { settings, rng, seen: Vec::new() })
     }
 

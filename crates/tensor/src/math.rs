@@ -140,6 +140,30 @@ pub(crate) fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
     sum3(a, b, b, |x, y, _| x * y)
 }
 
+/// [`dot`] of `a` with each of `b`, with its bits; `a` is read, and widened, once.
+#[inline(always)]
+pub(crate) fn dots<const N: usize, A: Element>(a: &[A], b: [&[f32]; N]) -> [f32; N] {
+    let mut lanes = [[0f32; LANES]; N];
+    let (a_full, a_rest) = a.as_chunks::<LANES>();
+    let b = b.map(|b| b.as_chunks::<LANES>());
+    let full = b.map(|(full, _)| &full[..a_full.len()]);
+    for (at, a) in a_full.iter().enumerate() {
+        // The sums stay in registers only with the loop over them inside.
+        for i in 0..LANES {
+            let a = a[i].to_f32();
+            for n in 0..N {
+                lanes[n][i] += a * full[n][at][i];
+            }
+        }
+    }
+    for (lanes, (_, b_rest)) in lanes.iter_mut().zip(&b) {
+        for ((lane, a), b) in lanes.iter_mut().zip(a_rest).zip(*b_rest) {
+            *lane += a.to_f32() * b;
+        }
+    }
+    lanes.map(fold)
+}
+
 /// The largest element, −∞ of none; NaN is passed over.
 #[inline(always)]
 pub(crate) fn max(a: &[f32]) -> f32 {
@@ -226,5 +250,6 @@ mod tests {
             assert_eq!(max(&a), if n == 0 { f32::NEG_INFINITY } else { n as f32 });
         }
         assert_eq!(dot(&[1.0f32, 2.0], &[3.0f32, 4.0]), 11.0);
+        assert_eq!(dots(&[1.0f32, 2.0], [&[3.0, 4.0], &[5.0, 6.0]]), [11.0, 17.0]);
     }
 }

@@ -6,12 +6,9 @@
 
 use std::ops::Deref;
 
-use half::bf16;
-use rayon::prelude::*;
-
-use crate::dtype::Float;
+use crate::parallel;
 use crate::pool::Buffer;
-use crate::{math, parallel};
+use half::bf16;
 
 /// A matrix seen through strides.
 #[derive(Clone, Copy)]
@@ -79,44 +76,6 @@ pub(crate) fn matmul(out: &mut [f32], a: Mat, b: Mat, add: bool) {
             false,
             gemm::Parallelism::Rayon(0),
         );
-    }
-}
-
-/// Rows of x up to which [`project`] reads the weights once instead of calling `gemm`.
-const FEW_ROWS: usize = 4;
-
-/// `out = x·Wᵀ` (`+= ` when `add`): x `[rows, inner]`, weight `[outer, inner]`.
-///
-/// With few rows (decoding) the product is bound by reading the weights, so they are read
-/// once, in their own storage type.
-pub(crate) fn project<E: Float>(
-    out: &mut [f32],
-    x: &[f32],
-    weight: &[E],
-    [rows, outer, inner]: [usize; 3],
-    add: bool,
-) {
-    if rows > FEW_ROWS {
-        let weight = E::widen(weight);
-        let (x, weight) = (Mat::new(x, rows, inner), Mat::new(&weight, outer, inner));
-        return matmul(out, x, weight.t(), add);
-    }
-    for (row, x) in out.chunks_exact_mut(outer.max(1)).zip(x.chunks(inner.max(1))) {
-        // A piece takes a few microseconds, more than handing it to a thread does.
-        let per = 4 * parallel::rows_per_chunk(inner);
-        row.par_chunks_mut(per).enumerate().for_each(|(i, piece)| {
-            dots(piece, x, &weight[i * per * inner..][..piece.len() * inner], add);
-        });
-    }
-}
-
-crate::simd::multiversion! {
-    fn dots<E: Float>(out: &mut [f32], x: &[f32], weight: &[E], add: bool) {
-        let inner = x.len().max(1);
-        for (out, weight) in out.iter_mut().zip(weight.chunks_exact(inner)) {
-            let y = math::dot(weight, x);
-            *out = if add { *out + y } else { y };
-        }
     }
 }
 
@@ -210,22 +169,6 @@ mod tests {
                         assert!(one == run(pool, add), "{m}x{n}x{k} add {add}");
                     }
                 }
-            }
-        }
-    }
-
-    #[test]
-    fn few_rows_agree_with_the_product_of_many() {
-        let (outer, inner) = (301, 97);
-        let (x, w) = (numbers(8 * inner, 1), numbers(outer * inner, 2));
-        let mut many = vec![0.0; 8 * outer];
-        project(&mut many, &x, &w, [8, outer, inner], false);
-        for rows in 0..=FEW_ROWS {
-            let mut few = vec![1.0; rows * outer];
-            project(&mut few, &x[..rows * inner], &w, [rows, outer, inner], true);
-            for (few, many) in few.iter().zip(&many) {
-                // Each sum has 97 terms below 1/4: 97·97/8 ulp of 1 bounds any order.
-                assert!((few - 1.0 - many).abs() < 1e-4);
             }
         }
     }

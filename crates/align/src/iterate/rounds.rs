@@ -225,7 +225,6 @@ impl Loop<'_> {
             ends: ends(&self.beside, model),
             section: &self.config.sampling,
             samples,
-            context: self.config.data.context,
             part,
             stop: self.control.stop,
         }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tercet_model::{Ask, Model, SampleMany, Tokenizer, sample_many};
+use tercet_model::{Ask, Model, Together, Tokenizer, sample_many};
 use tercet_train::{Error, Event, Result, files};
 
 use super::config::SamplingSection;
@@ -52,8 +52,6 @@ pub struct Sampler<'a> {
     pub section: &'a SamplingSection,
     /// Answers to each prompt.
     pub samples: usize,
-    /// Longest prompt and answer together.
-    pub context: usize,
     /// Keeps the seeds of different parts apart.
     pub part: u64,
     /// Raised to stop.
@@ -150,18 +148,14 @@ impl Sampler<'_> {
             })
             .collect();
         let mut samples: Vec<Option<Sample>> = vec![None; asks.len()];
-        let options = SampleMany {
-            at_once: self.section.at_once,
-            context: self.context,
-            end_of_text: &self.ends,
-            stop: self.stop,
-        };
+        let together = Together { at_once: self.section.at_once, stop: self.stop };
         sample_many(
             self.model,
             self.tokenizer,
             &asks,
             &self.section.sampling(),
-            &options,
+            Some(&self.ends),
+            together,
             &mut |index, written| {
                 let (i, sample) = (index / self.samples, index % self.samples);
                 samples[index] = Some(Sample {
@@ -169,8 +163,13 @@ impl Sampler<'_> {
                     sample,
                     prompt_text: prompts[i].text.clone(),
                     answer: written.text,
-                    tokens: written.tokens.iter().map(|&id| id as i32).collect(),
-                    ended: written.ended,
+                    tokens: written
+                        .tokens
+                        .iter()
+                        .chain(&written.ended)
+                        .map(|&id| id as i32)
+                        .collect(),
+                    ended: written.ended.is_some(),
                     log_prob: written.log_prob,
                     score: 0.0,
                     parts: Map::new(),

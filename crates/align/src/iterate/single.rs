@@ -59,7 +59,6 @@ pub fn sample(
         ends: ends(&beside, &model),
         section: &sample.sampling,
         samples: sample.sampling.samples,
-        context: sample.data.context,
         part: 0,
         stop: control.stop,
     };

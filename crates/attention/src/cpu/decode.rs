@@ -24,6 +24,7 @@ use crate::{Dims, Element, NsaSpec, Result};
 const DECODE_ROWS: usize = 8;
 
 /// Keys and values of the compression branch not yet absorbed by a block.
+#[derive(Clone)]
 pub struct CompressTail<E> {
     spec: NsaSpec,
     kv_heads: usize,
@@ -98,6 +99,7 @@ pub struct NsaStep<'a, E> {
 
 /// One layer's NSA cache of one sequence: selected K/V in pages of one selection block,
 /// window K/V in a ring, compressed K/V growing by one block every d tokens.
+#[derive(Clone)]
 pub struct NsaCache {
     spec: NsaSpec,
     dims: Dims,
@@ -332,6 +334,7 @@ fn decode_tiles(dims: Dims, queries: usize, rows: usize) -> Vec<Tile> {
 }
 
 /// One layer's dense (or window) cache of one sequence.
+#[derive(Clone)]
 pub struct DenseCache {
     dims: Dims,
     mask: Mask,

@@ -10,6 +10,7 @@ use super::simd::pad;
 use crate::Element;
 
 /// Pages of one sequence, all KV heads.
+#[derive(Clone)]
 pub(super) struct Pages {
     /// Tokens in a page.
     pub tokens: usize,
@@ -30,6 +31,7 @@ pub(super) struct Pages {
     slots: Vec<Page>,
 }
 
+#[derive(Clone)]
 struct Page {
     data: Vec<f32>,
     /// A masked key weighs 0, and 0 · NaN is NaN: such pages take the careful path.

@@ -6,8 +6,9 @@
 use super::check;
 use crate::backward::{Backward, Weight};
 use crate::dtype::{Float, float_dispatch};
-use crate::matmul::{Mat, matmul, project};
+use crate::matmul::{Mat, matmul};
 use crate::pool::Buffer;
+use crate::project::project;
 use crate::tape::Source;
 use crate::{Device, Error, Result, Tape, Tensor, Var, cuda, parallel};
 

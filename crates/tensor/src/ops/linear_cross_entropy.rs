@@ -8,8 +8,9 @@
 use super::check::{self, IGNORED};
 use crate::backward::Weight;
 use crate::dtype::{Float, float_dispatch};
-use crate::matmul::{Mat, matmul, project};
+use crate::matmul::{Mat, matmul};
 use crate::pool::Buffer;
+use crate::project::project;
 use crate::simd::multiversion;
 use crate::{DType, Device, Result, Tape, Tensor, Var, cuda, math, parallel};
 use rayon::prelude::*;
