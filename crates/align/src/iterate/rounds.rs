@@ -109,8 +109,11 @@ impl Loop<'_> {
             IterativeReport { finished: false, rounds: Vec::new(), policy: None, report: None };
         let (mut model, mut lora) = (self.config.model.clone(), self.config.lora.clone());
         for round in 0..=self.config.iterative.rounds {
-            let Some(done) = self.round(round, &mut model, &mut lora, &mut reward, observe)? else {
-                return Ok(report);
+            let done = match self.round(round, &mut model, &mut lora, &mut reward, observe) {
+                // Whatever was under way is on disk as far as it came.
+                Ok(None) | Err(Error::Interrupted) => return Ok(report),
+                Ok(Some(done)) => done,
+                Err(error) => return Err(error),
             };
             if round > 0 {
                 report.policy = Some(model.adapter.clone().unwrap_or_else(|| model.path.clone()));
