@@ -132,46 +132,75 @@ impl<'s> Sampler<'s> {
     }
 
     fn draw(&mut self, logits: &[f32]) -> u32 {
-        let Sampling { temperature, top_k, top_p, min_p, .. } = *self.settings;
-        // Most probable first; ties by id, so that the order is one.
-        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-        let by = |a: &u32, b: &u32| {
-            let (x, y) = (logits[*a as usize], logits[*b as usize]);
-            y.total_cmp(&x).then(a.cmp(b))
-        };
-        if top_k > 0 && top_k < order.len() {
-            order.select_nth_unstable_by(top_k, by);
-            order.truncate(top_k);
+        let Sampling { temperature, top_k, .. } = *self.settings;
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        if top_k > 0 && top_k < ids.len() {
+            ids.select_nth_unstable_by(top_k, |a, b| by_logit(logits, *a, *b));
+            ids.truncate(top_k);
+            ids.sort_unstable();
         }
-        order.sort_unstable_by(by);
-        let most = f64::from(logits[order[0] as usize]);
+        let most = ids.iter().map(|&id| logits[id as usize]).fold(f32::NEG_INFINITY, f32::max);
         let weight = |id: &u32| {
-            let above = f64::from(logits[*id as usize]) - most;
+            let above = f64::from(logits[*id as usize]) - f64::from(most);
             libm::exp(above / f64::from(temperature))
         };
-        let mut weights: Vec<f64> = order.iter().map(weight).collect();
+        let total: f64 = ids.iter().map(weight).sum();
+        let at = unit(&mut self.rng);
+        // Sorting a vocabulary takes longer than a small model's pass: only its head is sorted,
+        // and more of it when that did not decide.
+        for depth in [4.0, 8.0, 16.0, f32::INFINITY] {
+            let least = most - depth * temperature;
+            let near = ids.iter().copied().filter(|&id| logits[id as usize] >= least);
+            let mut head: Vec<u32> = near.collect();
+            // Most probable first; ties by id, so that the order is one.
+            head.sort_unstable_by(|a, b| by_logit(logits, *a, *b));
+            let weights: Vec<f64> = head.iter().map(weight).collect();
+            if let Some(place) = self.place(at, total, &weights, head.len() == ids.len()) {
+                return head[place];
+            }
+        }
+        // The last head was whole.
+        argmax(logits)
+    }
+
+    /// Where `at`, 0 to 1, falls among tokens that weigh `weights`, largest first, of `total`;
+    /// `None` when what follows matters too, unless nothing does (`whole`).
+    fn place(&self, at: f64, total: f64, weights: &[f64], whole: bool) -> Option<usize> {
+        let Sampling { top_p, min_p, .. } = *self.settings;
+        let mut kept = weights.len();
         if top_p < 1.0 {
-            let total: f64 = weights.iter().sum();
             let mut reached = 0.0;
             let enough = weights.iter().position(|w| {
                 reached += w;
                 reached >= f64::from(top_p) * total
             });
-            weights.truncate(enough.map_or(weights.len(), |last| last + 1));
-        }
-        // The most probable token weighs 1.
-        let kept = weights.partition_point(|&w| w >= f64::from(min_p));
-        weights.truncate(kept.max(1));
-
-        let mut left = unit(&mut self.rng) * weights.iter().sum::<f64>();
-        for (id, w) in order.iter().zip(&weights) {
-            left -= w;
-            if left < 0.0 {
-                return *id;
+            kept = enough.map_or(kept, |last| last + 1);
+            if enough.is_none() && !whole {
+                return None;
             }
         }
-        order[weights.len() - 1]
+        // The most probable token weighs 1.
+        let likely = weights.partition_point(|&w| w >= f64::from(min_p)).max(1);
+        let cut = kept.min(likely) < weights.len() || top_p < 1.0;
+        if !cut && !whole && min_p > 0.0 {
+            return None;
+        }
+        let kept = &weights[..kept.min(likely)];
+        let mut left = at * if cut { kept.iter().sum() } else { total };
+        for (place, w) in kept.iter().enumerate() {
+            left -= w;
+            if left < 0.0 {
+                return Some(place);
+            }
+        }
+        // Rounding took the sum past the end.
+        (cut || whole).then(|| kept.iter().rposition(|&w| w > 0.0).unwrap_or(0))
     }
+}
+
+/// The larger logit first, then the smaller id.
+fn by_logit(logits: &[f32], a: u32, b: u32) -> std::cmp::Ordering {
+    logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
 }
 
 /// The index of the largest value, the first of equals.
@@ -183,4 +212,73 @@ pub(crate) fn argmax(values: &[f32]) -> u32 {
         }
     }
     best as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The filters over a sorted vocabulary, as they are defined.
+    fn sorted_whole(settings: &Sampling, logits: &[f32], at: f64) -> u32 {
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        order.sort_by(|a, b| by_logit(logits, *a, *b));
+        if settings.top_k > 0 {
+            order.truncate(settings.top_k);
+        }
+        let of = |id: &u32| {
+            let above = f64::from(logits[*id as usize]) - f64::from(logits[order[0] as usize]);
+            (above / f64::from(settings.temperature)).exp()
+        };
+        let mut weights: Vec<f64> = order.iter().map(of).collect();
+        let total: f64 = weights.iter().sum();
+        let mut reached = 0.0;
+        let mut kept = 0;
+        while kept < weights.len() && reached < f64::from(settings.top_p) * total {
+            reached += weights[kept];
+            kept += 1;
+        }
+        if settings.top_p < 1.0 {
+            weights.truncate(kept);
+        }
+        weights.retain(|&w| w >= f64::from(settings.min_p));
+        let mut left = at * weights.iter().sum::<f64>();
+        let place = weights.iter().position(|w| {
+            left -= w;
+            left < 0.0
+        });
+        order[place.unwrap_or(weights.len() - 1)]
+    }
+
+    /// Flat and steep logits, so that the head that is sorted decides at every depth; sums in
+    /// another order differ in the last places of f64, which none of these draws falls between.
+    #[test]
+    fn a_sorted_head_draws_what_the_sorted_whole_draws() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for spread in [0.5, 6.0, 20.0, 80.0] {
+            for (top_k, top_p, min_p) in [
+                (0, 1.0, 0.0),
+                (0, 0.9, 0.0),
+                (0, 0.999, 0.0),
+                (0, 1.0, 0.01),
+                (0, 1.0, 1e-5),
+                (40, 1.0, 0.0),
+                (40, 0.8, 0.02),
+                (5000, 1.0, 0.0),
+            ] {
+                for temperature in [0.3, 1.0, 3.0] {
+                    let settings =
+                        Sampling { temperature, top_k, top_p, min_p, ..Sampling::default() };
+                    for seed in 0..20 {
+                        let mut logits: Vec<f32> =
+                            (0..700).map(|_| (unit(&mut rng) * spread) as f32).collect();
+                        logits[seed as usize] = f32::NEG_INFINITY;
+                        let mut sampler = Sampler::seeded(&settings, seed).unwrap();
+                        let at = unit(&mut ChaCha8Rng::seed_from_u64(seed));
+                        let want = sorted_whole(&settings, &logits, at);
+                        assert_eq!(sampler.next(&logits).unwrap(), want, "{settings:?}");
+                    }
+                }
+            }
+        }
+    }
 }

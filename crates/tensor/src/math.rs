@@ -140,28 +140,54 @@ pub(crate) fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
     sum3(a, b, b, |x, y, _| x * y)
 }
 
-/// [`dot`] of `a` with each of `b`, with its bits; `a` is read, and widened, once.
+/// `Σᵢ aᵢ·bₙᵢ` for each n, in an order that N has no part in; `a` is read, and widened, once.
 #[inline(always)]
 pub(crate) fn dots<const N: usize, A: Element>(a: &[A], b: [&[f32]; N]) -> [f32; N] {
+    let whole = a.len() - a.len() % LANES;
+    let (a, a_rest) = a.split_at(whole);
+    // One alone has no use for the loop over n, which compiles to slower code.
+    let mut sums = if N == 1 { [dot(a, &b[0][..whole]); N] } else { whole_dots(a, b) };
+    for n in 0..N {
+        for (a, b) in a_rest.iter().zip(&b[n][whole..]) {
+            sums[n] += a.to_f32() * b;
+        }
+    }
+    sums
+}
+
+/// [`dots`] of whole lanes, with the bits of [`dot`].
+#[inline(always)]
+fn whole_dots<const N: usize, A: Element>(a: &[A], b: [&[f32]; N]) -> [f32; N] {
     let mut lanes = [[0f32; LANES]; N];
-    let (a_full, a_rest) = a.as_chunks::<LANES>();
-    let b = b.map(|b| b.as_chunks::<LANES>());
-    let full = b.map(|(full, _)| &full[..a_full.len()]);
-    for (at, a) in a_full.iter().enumerate() {
-        // The sums stay in registers only with the loop over them inside.
+    let a = a.as_chunks::<LANES>().0;
+    let b = b.map(|b| &b.as_chunks::<LANES>().0[..a.len()]);
+    // The sums stay in registers only with the loop over n inside, and no other use of them.
+    for (at, a) in a.iter().enumerate() {
         for i in 0..LANES {
             let a = a[i].to_f32();
             for n in 0..N {
-                lanes[n][i] += a * full[n][at][i];
+                lanes[n][i] += a * b[n][at][i];
             }
         }
     }
-    for (lanes, (_, b_rest)) in lanes.iter_mut().zip(&b) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a_rest).zip(*b_rest) {
-            *lane += a.to_f32() * b;
+    // The tree of `fold`, level by level for all n: alone, each would be summed in scalars.
+    let (mut sixteen, mut eight, mut four) = ([[0f32; 16]; N], [[0f32; 8]; N], [[0f32; 4]; N]);
+    for n in 0..N {
+        for i in 0..16 {
+            sixteen[n][i] = lanes[n][i] + lanes[n][i + 16];
         }
     }
-    lanes.map(fold)
+    for n in 0..N {
+        for i in 0..8 {
+            eight[n][i] = sixteen[n][i] + sixteen[n][i + 8];
+        }
+    }
+    for n in 0..N {
+        for i in 0..4 {
+            four[n][i] = eight[n][i] + eight[n][i + 4];
+        }
+    }
+    four.map(|x| (x[0] + x[2]) + (x[1] + x[3]))
 }
 
 /// The largest element, −∞ of none; NaN is passed over.
@@ -250,6 +276,11 @@ mod tests {
             assert_eq!(max(&a), if n == 0 { f32::NEG_INFINITY } else { n as f32 });
         }
         assert_eq!(dot(&[1.0f32, 2.0], &[3.0f32, 4.0]), 11.0);
-        assert_eq!(dots(&[1.0f32, 2.0], [&[3.0, 4.0], &[5.0, 6.0]]), [11.0, 17.0]);
+        for n in [0, 1, 31, 32, 33, 64, 100] {
+            let of = |step: usize| (0..n).map(|i| (i * step % 17) as f32).collect();
+            let [a, b, c]: [Vec<f32>; 3] = [of(1), of(5), of(7)];
+            // Integers below 2²⁴: exact in any order.
+            assert_eq!(dots(&a, [&b, &c]), [dot(&a, &b), dot(&a, &c)], "{n}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Few rows are what decoding has: one for each sequence that is being written. There the product
 //! is bound by reading the weights, so they are read once for all rows, in their own storage
-//! type, and every number of the output is one [`math::dot`], whatever rows stand beside it: a
+//! type, and every number of the output is one of [`math::dots`], whatever rows stand beside it: a
 //! sequence's bits do not depend on the batch it is decoded in. `gemm` promises no such thing,
 //! since its kernels, and with them the order of the sum, follow from the number of rows.
 
