@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tercet_model::LoraConfig;
-use tercet_train::config::{CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain};
+use tercet_train::config::{CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain, check_lora};
 use tercet_train::{Error, Result};
 
 use crate::delta::DeltaConfig;
@@ -79,6 +79,7 @@ impl AlignConfig {
     /// Checks everything that needs no file.
     pub fn check(&self) -> Result<()> {
         self.model.check()?;
+        check_lora(self.lora.as_ref())?;
         self.data.check()?;
         self.train.check()?;
         self.checkpoint.check()?;
@@ -111,6 +112,13 @@ impl AlignSection {
                     "is set, but no term of align.terms looks at a reference; remove it",
                 ));
             }
+        }
+        if self.precompute && objectives.needs_kto_z() {
+            return Err(config_error(
+                "align.precompute",
+                "cannot be used with kto, which measures other answers at every step; remove one \
+                 of the two",
+            ));
         }
         Ok(())
     }

@@ -207,11 +207,23 @@ fn encode(row: &Row, encoder: &Encoder) -> Result<[Example; 2], String> {
     };
     let answers = [encoder.pair(&prompt, &chosen), encoder.pair(&prompt, &rejected)];
     let [chosen, rejected] = answers;
-    let (chosen, rejected) = (named(chosen, "chosen")?, named(rejected, "rejected")?);
+    let (mut chosen, mut rejected) = (named(chosen, "chosen")?, named(rejected, "rejected")?);
     if chosen.ids == rejected.ids {
         return Err("has a chosen answer equal to the rejected one once tokenized".into());
     }
+    let same = chosen.ids.iter().zip(&rejected.ids).take_while(|(a, b)| a == b).count();
+    learn_from(&mut chosen, same);
+    learn_from(&mut rejected, same);
     Ok([chosen, rejected])
+}
+
+/// Where two answers part inside a token that begins in the prompt, that token is all that tells
+/// them apart, and is learnt.
+fn learn_from(answer: &mut Example, same: usize) {
+    let open = answer.learnt.iter().position(|&learnt| learnt).unwrap_or(0);
+    if same < open {
+        answer.learnt[same..open].fill(true);
+    }
 }
 
 fn named(answer: Result<Example, String>, which: &str) -> Result<Example, String> {

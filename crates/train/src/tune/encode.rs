@@ -44,6 +44,13 @@ impl<'a> Encoder<'a> {
                     .into(),
             ));
         };
+        if eos as usize >= model.vocab_size {
+            return Err(Error::Tokenizer(format!(
+                "the eos_token_id of generation_config.json is {eos}, which the model's vocabulary \
+                 of {} does not have; put it right",
+                model.vocab_size
+            )));
+        }
         Ok(Self { tokenizer, eos: eos as i32 })
     }
 

@@ -13,7 +13,9 @@ use super::encode::{Encoder, Part, messages, part};
 use super::example::{Example, pack, portions};
 use super::order::Order;
 use super::start::{self, Beside};
-use crate::config::{BadRow, CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain};
+use crate::config::{
+    BadRow, CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain, check_lora,
+};
 use crate::data::{Row, read_rows};
 use crate::error::{Error, Result};
 use crate::event::{Control, Event, Report};
@@ -61,6 +63,7 @@ impl SftConfig {
             checkpoint: sections.take("checkpoint")?,
         };
         config.model.check()?;
+        check_lora(config.lora.as_ref())?;
         config.data.check()?;
         config.train.check()?;
         config.checkpoint.check()?;
