@@ -40,6 +40,7 @@ pub fn align(
         needs_delta: objectives.needs_delta(),
     };
     let pairs = read_pairs(&rule, &encoder, control.stop)?;
+    place.check_data(&pairs.key)?;
     pairs.count.write(&config.output.join("rows.jsonl"))?;
     files::write_atomic(
         &config.output.join(DELTAS),

@@ -125,6 +125,17 @@ impl Place {
         files::write_atomic(&output.join("config.toml"), config.as_bytes())?;
         Ok(Self { from, made, _lock })
     }
+
+    /// Refuses to go on with other examples, before anything in the folder is written anew.
+    pub fn check_data(&self, key: &str) -> Result<()> {
+        match &self.from {
+            None => Ok(()),
+            Some(path) => {
+                let (then, step) = checkpoint::data_key(path)?;
+                if then == key { Ok(()) } else { Err(other_data(step)) }
+            }
+        }
+    }
 }
 
 impl Drop for Place {
@@ -443,14 +454,17 @@ impl<'a> Run<'a> {
     }
 }
 
+fn other_data(step: u64) -> Error {
+    Error::Checkpoint(format!(
+        "the text or the tokenizer is not what step {step} was trained on (data.paths, \
+         data.tokenizer); bring it back, or start a new run in another `output`"
+    ))
+}
+
 /// Refuses a checkpoint of other examples.
 fn check_state(plan: &Plan, task: &dyn Task, run: &RunState) -> Result<()> {
     if run.data_key != plan.data_key {
-        return Err(Error::Checkpoint(format!(
-            "the text or the tokenizer is not what step {} was trained on (data.paths, \
-             data.tokenizer); bring it back, or start a new run in another `output`",
-            run.step
-        )));
+        return Err(other_data(run.step));
     }
     if run.data_position != task.position(run.step) {
         return Err(Error::Checkpoint(format!(

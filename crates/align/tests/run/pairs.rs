@@ -2,7 +2,8 @@
 
 use std::sync::atomic::AtomicBool;
 
-use serde_json::{Value, json};
+use proptest::prelude::*;
+use serde_json::{Map, Value, json};
 use tercet_align::delta::{DeltaConfig, DeltaSource, NegativeDelta};
 use tercet_align::pairs::{Pair, PairRule, Pairs, read_pairs};
 use tercet_model::{GenerationConfig, Tokenizer};
@@ -93,6 +94,8 @@ fn prompts_given_or_implicit_of_strings_or_messages_make_the_same_pairs() {
         json!({"prompt": [ask], "chosen": [yes], "rejected": [no]}),
         json!({"prompt": [ask], "chosen": "yes", "rejected": "no"}),
         json!({"chosen": [ask, yes], "rejected": [ask, no]}),
+        // As HuggingFaceH4/ultrafeedback_binarized has it.
+        json!({"prompt": "hi", "chosen": [ask, yes], "rejected": [ask, no]}),
     ] {
         let pair = one(row);
         assert_eq!([pair.chosen, pair.rejected], expected);
@@ -133,6 +136,10 @@ fn pairs_that_teach_nothing_are_refused_by_row_or_dropped_and_counted() {
         (json!({"chosen": [{"role": "user", "content": "a"}],
                 "rejected": [{"role": "user", "content": "b"}]}), "share no first turn"),
         (json!({"prompt": "a", "chosen": [{"role": "user"}], "rejected": "c"}), "message 1"),
+        (json!({"prompt": "else", "chosen": [{"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "c"}]}), "none of the turns"),
         (json!({"prompt": "a", "chosen": "b", "rejected": "c", "delta": "NaN"}), "\"NaN\", not"),
         (json!({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": []}), "not a number"),
     ];
@@ -150,11 +157,11 @@ fn pairs_that_teach_nothing_are_refused_by_row_or_dropped_and_counted() {
     all.push(json!({"prompt": "a", "chosen": format!("b{long}"), "rejected": "c"}));
     let found = read(&all, &Ask { bad_rows: BadRow::Drop, ..Ask::default() }).unwrap();
     let count = &found.count;
-    assert_eq!((count.rows, count.kept, count.dropped(), count.truncated()), (16, 2, 14, 1));
+    assert_eq!((count.rows, count.kept, count.dropped(), count.truncated()), (17, 2, 15, 1));
     assert_eq!(found.train[1].chosen.ids.len(), 64);
     let text = count.to_string();
-    assert!(text.starts_with("2 of 16 rows; dropped 14 ("), "{text}");
-    for (row, said) in [(13, "fills data.context"), (14, "differ only beyond data.context")] {
+    assert!(text.starts_with("2 of 17 rows; dropped 15 ("), "{text}");
+    for (row, said) in [(14, "fills data.context"), (15, "differ only beyond data.context")] {
         let text = refusal(&all[row..=row], &Ask::default());
         assert!(text.contains(said) && text.contains("0 of 1 rows"), "{text}");
     }
@@ -237,6 +244,63 @@ fn negative_deltas_follow_the_policy_and_are_counted() {
         assert_eq!(found.raw_deltas, [0.5, -0.25, 0.0, -0.01]);
     }
     assert_ne!(clip.key, swap.key);
+}
+
+/// Values as rows may hold them, the keys that mean something among them.
+fn anything() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        (-2i64..3).prop_map(Value::from),
+        "[a-c <|_>]{0,8}|NaN|\\PC{0,6}|<.im_end.>".prop_map(Value::from),
+        Just(json!([{"role": "user", "content": "a"}])),
+        Just(json!([{"role": "assistant", "content": [{"type": "text", "text": "b"}]}])),
+    ];
+    let key = prop_oneof![
+        Just("prompt"), Just("chosen"), Just("rejected"), Just("delta"), Just("score_chosen"),
+        Just("score_rejected"), Just("role"), Just("content"),
+    ];
+    leaf.prop_recursive(3, 24, 4, move |inner| {
+        let object = prop::collection::vec((key.clone(), inner.clone()), 0..5).prop_map(|pairs| {
+            Value::Object(pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect())
+        });
+        prop_oneof![prop::collection::vec(inner, 0..4).prop_map(Value::from), object]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn any_row_makes_a_sound_pair_or_is_refused(
+        values in prop::collection::vec(anything(), 6), with in prop::collection::vec(any::<bool>(), 6),
+    ) {
+        let keys = ["prompt", "chosen", "rejected", "delta", "score_chosen", "score_rejected"];
+        let columns = keys.iter().zip(values).zip(with).enumerate();
+        let row: Map<String, Value> = columns
+            .filter(|(i, ((_, _), with))| *with || (1..3).contains(i))
+            .map(|(_, ((key, value), _))| ((*key).to_owned(), value))
+            .collect();
+        let delta = Some(DeltaConfig { negative: NegativeDelta::Clip, ..COLUMN });
+        for delta in [None, delta] {
+            let asks = delta.is_some();
+            let ask = Ask { delta, context: 20, ..Ask::default() };
+            match read(&[Value::Object(row.clone())], &ask) {
+                Err(error) => prop_assert!(error.is_users() && !error.to_string().is_empty()),
+                Ok(pairs) => for pair in pairs.train {
+                    prop_assert!(pair.chosen.ids != pair.rejected.ids);
+                    prop_assert_eq!(pair.delta.is_some(), asks);
+                    prop_assert!(pair.delta.is_none_or(|delta| (0.0..=1.0).contains(&delta)));
+                    for answer in [&pair.chosen, &pair.rejected] {
+                        prop_assert!(answer.counted() > 0 && answer.ids.len() <= 20);
+                        prop_assert_eq!(answer.ids.len(), answer.learnt.len());
+                        prop_assert!(answer.ids.iter().all(|id| (0..259).contains(id)));
+                    }
+                },
+            }
+        }
+    }
 }
 
 #[test]

@@ -76,13 +76,17 @@ fn the_reference_of_an_adapter_that_goes_on_is_that_adapter_as_the_run_began() {
 fn other_pairs_or_another_objective_are_refused_on_resume() {
     let room = Room::new(&rows(8));
     let mappo = "align.terms=[{objective='mappo'}]";
-    let config = room.config("run", &[mappo]);
+    let config = room.config("run", &[mappo, "align.precompute=true", "data.context=17"]);
     let checkpoint = run_with(&config, false, 2, &mut Vec::new()).unwrap().checkpoint.unwrap();
     let before = contents(&checkpoint);
+    let kept = ["rows.jsonl", "delta.svg", "reference.json", "metrics.jsonl", "config.toml"];
+    let files = || kept.map(|name| std::fs::read(config.output.join(name)).unwrap());
+    let all = files();
+    assert!(!all[0].is_empty());
     let refused = |config: &tercet_align::AlignConfig, said: &str| {
         let text = run(config, true).err().unwrap_or_else(|| panic!("{said}: taken")).to_string();
         assert!(text.contains(said), "{text}");
-        assert!(contents(&checkpoint) == before);
+        assert!(contents(&checkpoint) == before && files() == all, "{said}");
     };
     let mut other = rows(8);
     other[5]["delta"] = json!(0.99);
@@ -93,9 +97,13 @@ fn other_pairs_or_another_objective_are_refused_on_resume() {
     write_rows(&room.at("rows.jsonl"), &other);
     refused(&config, "not what step 2 was trained on");
     write_rows(&room.at("rows.jsonl"), &rows(8));
-    refused(&room.config("run", &[]), "align.terms");
-    refused(&room.config("run", &[mappo, "align.precompute=true"]), "align.precompute");
-    refused(&room.config("run", &[mappo, "align.delta.negative='swap'"]), "align.delta.negative");
-    refused(&room.config("run", &[mappo, "lora.r=2"]), "lora");
+    let with = |more: &[&str]| {
+        let same = [mappo, "align.precompute=true", "data.context=17"];
+        room.config("run", &[&same[..], more].concat())
+    };
+    refused(&with(&["align.terms=[{objective='dpo'}]"]), "align.terms");
+    refused(&with(&["align.precompute=false"]), "align.precompute");
+    refused(&with(&["align.delta.negative='swap'"]), "align.delta.negative");
+    refused(&with(&["lora.r=2"]), "lora");
     assert!(run(&config, true).unwrap().finished);
 }

@@ -97,6 +97,7 @@ pub fn sft(
     start::check_context(config.data.context, &first)?;
     let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
     let rows = rows(&config.data, &encoder, control.stop)?;
+    place.check_data(&rows.key)?;
     rows.count.write(&config.output.join("rows.jsonl"))?;
     observe(Event::Note(&said(&rows, &first)));
     let model = match &place.from {

@@ -1,6 +1,8 @@
 //! A folder with a chat model of a few thousand parameters, whose ids are known beforehand: a byte
 //! is its own id, and three special tokens follow. Shared by the tests of three crates.
 
+#![allow(dead_code, reason = "every test binary uses its own part of this")]
+
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -25,12 +27,19 @@ pub const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\\n
 
 /// A fresh model; the same seed gives the same one.
 pub fn model(seed: u64) -> Model {
-    let config: ModelConfig = serde_json::from_value(json!({
+    model_with(&json!({}), seed)
+}
+
+/// The same with further keys of its configuration.
+pub fn model_with(more: &Value, seed: u64) -> Model {
+    let mut config = json!({
         "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
         "max_position_embeddings": CONTEXT, "initializer_range": 0.2, "tie_word_embeddings": true,
-    }))
-    .unwrap();
+    });
+    let more = more.as_object().unwrap().clone();
+    config.as_object_mut().unwrap().extend(more);
+    let config: ModelConfig = serde_json::from_value(config).unwrap();
     Model::new(config, seed, DType::F32).unwrap()
 }
 

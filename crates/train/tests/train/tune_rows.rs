@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use serde_json::{Value, json};
+use proptest::prelude::*;
+use serde_json::{Map, Value, json};
 use tercet_model::{GenerationConfig, ModelConfig, Tokenizer};
 use tercet_train::config::{BadRow, RowsConfig};
 use tercet_train::tune::encode::messages;
@@ -377,6 +378,72 @@ fn a_model_without_an_end_token_or_with_one_it_does_not_have_is_refused() {
         Encoder::new(&room.tokenizer, &smaller, &room.generation).err(),
         Some(Error::Model(_) | Error::Tokenizer(_))
     ));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    /// A byte is a token here, so what is learnt can be read back.
+    #[test]
+    fn of_any_conversation_what_is_learnt_is_what_the_assistant_says(
+        turns in prop::collection::vec((0usize..3, "\\PC{0,12}"), 1..6),
+    ) {
+        prop_assume!(turns.iter().all(|(_, text)| !text.contains("<|")));
+        let roles = ["system", "user", "assistant"];
+        let turns: Vec<(&str, &str)> =
+            turns.iter().map(|(role, text)| (roles[*role], text.as_str())).collect();
+        let room = Room::new();
+        let said: Vec<String> = turns
+            .iter()
+            .filter(|(role, _)| *role == "assistant")
+            .map(|(_, text)| format!("{text}<|im_end|>\n"))
+            .collect();
+        match encode(&room, &turns) {
+            Err(_) => prop_assert!(said.is_empty()),
+            Ok(example) => {
+                let learnt = example.ids.iter().zip(&example.learnt).filter(|(_, is)| **is);
+                let mut bytes = Vec::new();
+                for (id, _) in learnt {
+                    match u8::try_from(*id) {
+                        Ok(byte) => bytes.push(byte),
+                        Err(_) => bytes.extend(b"<|im_end|>"),
+                    }
+                }
+                prop_assert_eq!(String::from_utf8(bytes).unwrap(), said.concat());
+            }
+        }
+    }
+
+    #[test]
+    fn any_row_makes_a_sound_example_or_is_refused(
+        keys in prop::collection::vec(0usize..4, 0..4),
+        texts in prop::collection::vec("[a-c<|>]{0,5}|\\PC{0,30}|<.endoftext.>", 4),
+        shapes in prop::collection::vec(0usize..5, 4),
+    ) {
+        let names = ["messages", "prompt", "completion", "text"];
+        let mut row = Map::new();
+        for key in keys {
+            let text = &texts[key];
+            let value = match shapes[key] {
+                0 => json!(text),
+                1 => json!([{"role": "assistant", "content": text}]),
+                2 => json!([{"role": "user", "content": [{"text": text}]},
+                            {"role": "assistant", "content": text}]),
+                3 => json!([text, null]),
+                _ => json!({"role": "user", "content": 3}),
+            };
+            row.insert(names[key].to_owned(), value);
+        }
+        let room = Room::new();
+        match room.read(&[Value::Object(row)], |config| config.context = 16) {
+            Err(error) => prop_assert!(error.is_users() && !error.to_string().is_empty()),
+            Ok(found) => for example in found.train {
+                prop_assert!(example.counted() > 0 && example.ids.len() <= 16);
+                prop_assert_eq!(example.ids.len(), example.learnt.len());
+                prop_assert!(example.ids.iter().all(|id| (0..259).contains(id)));
+            },
+        }
+    }
 }
 
 #[test]

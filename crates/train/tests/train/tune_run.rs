@@ -10,7 +10,7 @@ use tercet_train::metrics::{self, StepRecord};
 use tercet_train::tune::{Example, SftConfig, pack, sft};
 use tercet_train::{Control, Event, Report, Result};
 
-use crate::tiny_chat::{CONTEXT, model, write_model, write_rows};
+use crate::tiny_chat::{CONTEXT, model_with, write_model, write_rows};
 
 /// Largest difference of two sums of the same terms in another order, as a share of the largest
 /// value: a few thousand terms of f32, each rounded by 2⁻²⁴ at most, which walk apart by the square
@@ -116,8 +116,8 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 /// A model whose adapter, when there is one, does something.
-fn tuned(lora: bool) -> Model {
-    let mut tuned = model(3);
+fn tuned(more: &Value, lora: bool) -> Model {
+    let mut tuned = model_with(more, 3);
     if lora {
         let config = LoraConfig { r: 2, alpha: 4.0, ..LoraConfig::default() };
         tuned.attach("x", Adapter::new(&tuned, config, 5).unwrap()).unwrap();
@@ -159,8 +159,12 @@ fn packed_examples_learn_what_each_would_alone() {
         Example::completion(&ids[..prompt], &ids[prompt..])
     };
     let examples = [example(1, 17, 5), example(2, 1 + 1, 1), example(3, 40, 39), example(4, 23, 0)];
-    for lora in [false, true] {
-        let model = tuned(lora);
+    let sparse = json!({"nsa": {"compress_block": 8, "compress_stride": 4, "select_block": 8,
+                                "select_count": 4, "window": 8}});
+    for (more, lora) in
+        [(&json!({}), false), (&json!({}), true), (&sparse, false), (&sparse, true)]
+    {
+        let model = tuned(more, lora);
         let (loss, grads) = total(&model, &pack(&examples));
         let mut sum = 0.0;
         let mut sums: Vec<Vec<f32>> = grads.iter().map(|g| vec![0.0; g.len()]).collect();
@@ -174,7 +178,7 @@ fn packed_examples_learn_what_each_would_alone() {
         let off = (sum - loss).abs() / loss;
         assert!(off < f64::from(ROUNDING), "loss {loss} packed, {sum} apart");
         let off = apart(&grads, &sums);
-        assert!(off < ROUNDING, "gradients differ by {off:e}, adapter: {lora}");
+        assert!(off < ROUNDING, "gradients differ by {off:e}: {more}, adapter {lora}");
     }
 }
 
