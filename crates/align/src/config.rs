@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tercet_model::LoraConfig;
-use tercet_train::config::{CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain, check_lora};
+use tercet_train::config::{
+    CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain, check_lora,
+};
 use tercet_train::{Error, Result};
 
 use crate::delta::DeltaConfig;
@@ -84,6 +86,13 @@ impl AlignConfig {
         self.train.check()?;
         self.checkpoint.check()?;
         self.align.check()?;
+        if self.train.batch == 1 && self.align.objectives()?.needs_kto_z() {
+            return Err(config_error(
+                "train.batch",
+                "is 1, but kto puts each prompt's answer to another prompt of the step; give it at \
+                 least 2 pairs",
+            ));
+        }
         if self.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0) {
             return Err(config_error(
                 "lora.dropout",

@@ -78,12 +78,8 @@ fn step(
     pairs: &[Pair],
     micro_tokens: usize,
 ) -> (Measured, Vec<f32>) {
-    let train = TuneTrain {
-        steps: Some(1),
-        batch: pairs.len(),
-        micro_tokens,
-        ..TuneTrain::default()
-    };
+    let train =
+        TuneTrain { steps: Some(1), batch: pairs.len(), micro_tokens, ..TuneTrain::default() };
     let mut task = Align {
         train: &train,
         objectives,
@@ -197,7 +193,8 @@ fn the_gradient_is_that_of_the_loss() {
 #[test]
 fn with_delta_0_the_rejected_answer_is_not_pushed_and_with_1_mappo_is_dpo() {
     let models = models(false);
-    let (mappo, dpo) = (objectives("{objective='mappo'}", 1.0), objectives("{objective='dpo'}", 1.0));
+    let (mappo, dpo) =
+        (objectives("{objective='mappo'}", 1.0), objectives("{objective='dpo'}", 1.0));
     let with = |delta: f64| -> Vec<Pair> {
         id_pairs(PAIRS).into_iter().map(|pair| Pair { delta: Some(delta), ..pair }).collect()
     };

@@ -121,7 +121,8 @@ fn a_reference_elsewhere_that_is_the_policy_gives_its_numbers() {
     let room = Room::new(&rows(8));
     let same = format!("align.reference='{}'", room.at("model").display());
     let (own, named) = (room.config("own", &[]), room.config("named", &[same.as_str()]));
-    let [own, named] = [own, named].map(|config| weights(&run(&config, false).unwrap().checkpoint.unwrap()));
+    let [own, named] =
+        [own, named].map(|config| weights(&run(&config, false).unwrap().checkpoint.unwrap()));
     assert!(own == named);
 }
 
@@ -148,6 +149,7 @@ fn nonsense_is_refused_in_the_name_of_its_key_and_leaves_nothing() {
         (&["align.precompute=true", "align.terms=[{objective='simpo'}]"], "align.precompute"),
         (&["align.reference='model'", "align.terms=[{objective='orpo'}]"], "align.reference"),
         (&["align.precompute=true", "align.terms=[{objective='kto'}]"], "align.precompute"),
+        (&["train.batch=1", "align.terms=[{objective='kto'}]"], "train.batch"),
         (&["align.term=[]"], "align.terms"),
         (&["train.steps=-1"], "train.steps"),
         (&["train.batch_tokens=64"], "train.batch"),

@@ -38,7 +38,8 @@ impl Default for Ask {
 fn read(rows: &[Value], ask: &Ask) -> Result<Pairs> {
     let room = tempfile::tempdir().unwrap();
     write_model(room.path(), 1);
-    std::fs::write(room.path().join("tokenizer.json"), tokenizer(ask.merges, &Value::Null)).unwrap();
+    std::fs::write(room.path().join("tokenizer.json"), tokenizer(ask.merges, &Value::Null))
+        .unwrap();
     let path = room.path().join("rows.jsonl");
     write_rows(&path, rows);
     let data = RowsConfig {
@@ -133,15 +134,24 @@ fn pairs_that_teach_nothing_are_refused_by_row_or_dropped_and_counted() {
         (json!({"prompt": "a", "chosen": "b"}), "has no `rejected`"),
         (json!({"prompt": 3, "chosen": "b", "rejected": "c"}), "`prompt` that is neither"),
         (json!({"chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]}), "a string"),
-        (json!({"chosen": [{"role": "user", "content": "a"}],
-                "rejected": [{"role": "user", "content": "b"}]}), "share no first turn"),
+        (
+            json!({"chosen": [{"role": "user", "content": "a"}],
+                "rejected": [{"role": "user", "content": "b"}]}),
+            "share no first turn",
+        ),
         (json!({"prompt": "a", "chosen": [{"role": "user"}], "rejected": "c"}), "message 1"),
-        (json!({"prompt": "else", "chosen": [{"role": "user", "content": "a"},
+        (
+            json!({"prompt": "else", "chosen": [{"role": "user", "content": "a"},
                     {"role": "assistant", "content": "b"}],
                 "rejected": [{"role": "user", "content": "a"},
-                    {"role": "assistant", "content": "c"}]}), "none of the turns"),
+                    {"role": "assistant", "content": "c"}]}),
+            "none of the turns",
+        ),
         (json!({"prompt": "a", "chosen": "b", "rejected": "c", "delta": "NaN"}), "\"NaN\", not"),
-        (json!({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": []}), "not a number"),
+        (
+            json!({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": []}),
+            "not a number",
+        ),
     ];
     for (row, said) in &refused {
         let text = refusal(&[good.clone(), row.clone()], &Ask::default());
@@ -175,7 +185,10 @@ fn delta_comes_from_its_column_from_rewards_or_from_scores() {
         let delta = DeltaConfig { source, scale, offset, ..DeltaConfig::default() };
         let ask = Ask { delta: Some(delta), ..Ask::default() };
         let found = read(std::slice::from_ref(&row), &ask).unwrap();
-        assert_eq!((found.scored, &found.raw_deltas[..]), (1, &[found.train[0].delta.unwrap()][..]));
+        assert_eq!(
+            (found.scored, &found.raw_deltas[..]),
+            (1, &[found.train[0].delta.unwrap()][..])
+        );
         found.raw_deltas[0]
     };
     assert_eq!(with(DeltaSource::Column, None, None), 0.25);
@@ -210,9 +223,8 @@ fn a_pair_without_delta_or_with_nonsense_for_it_is_an_error_that_names_its_row()
         assert!(text.contains(said) && text.contains("rows.jsonl, line 2"), "{bad}: {text}");
     }
     // Half the rows: never trained as if Δ were 1.
-    let half: Vec<Value> = (0..8)
-        .map(|i| if i % 2 == 0 { row(json!(0.5)) } else { without.clone() })
-        .collect();
+    let half: Vec<Value> =
+        (0..8).map(|i| if i % 2 == 0 { row(json!(0.5)) } else { without.clone() }).collect();
     let text = refusal(&half, &ask(BadRow::Error));
     assert!(text.contains("line 2") && text.contains("never guessed"), "{text}");
     let found = read(&half, &ask(BadRow::Drop)).unwrap();
@@ -258,8 +270,14 @@ fn anything() -> impl Strategy<Value = Value> {
         Just(json!([{"role": "assistant", "content": [{"type": "text", "text": "b"}]}])),
     ];
     let key = prop_oneof![
-        Just("prompt"), Just("chosen"), Just("rejected"), Just("delta"), Just("score_chosen"),
-        Just("score_rejected"), Just("role"), Just("content"),
+        Just("prompt"),
+        Just("chosen"),
+        Just("rejected"),
+        Just("delta"),
+        Just("score_chosen"),
+        Just("score_rejected"),
+        Just("role"),
+        Just("content"),
     ];
     leaf.prop_recursive(3, 24, 4, move |inner| {
         let object = prop::collection::vec((key.clone(), inner.clone()), 0..5).prop_map(|pairs| {
@@ -306,8 +324,10 @@ proptest! {
 #[test]
 fn no_prompt_is_on_both_sides_of_the_split() {
     let list: Vec<Value> = (0..60)
-        .map(|i| json!({"prompt": format!("ask {}", i % 20), "chosen": format!("y{i}"),
-                        "rejected": format!("n{i}")}))
+        .map(|i| {
+            json!({"prompt": format!("ask {}", i % 20), "chosen": format!("y{i}"),
+                        "rejected": format!("n{i}")})
+        })
         .collect();
     let found = read(&list, &Ask { validation: 0.4, ..Ask::default() }).unwrap();
     let prompts = |pairs: &[Pair]| -> Vec<Vec<i32>> {

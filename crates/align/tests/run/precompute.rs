@@ -14,12 +14,7 @@ use crate::room::{ROUNDING, Room, disturb, id_pairs, records, rows, run, run_wit
 use crate::tiny_chat::model;
 
 /// The sums, and whether they came from the file.
-fn ask(
-    folder: &Path,
-    model: &Model,
-    pairs: &[Pair],
-    alpha: f64,
-) -> (Vec<ReferenceLogProbs>, bool) {
+fn ask(folder: &Path, model: &Model, pairs: &[Pair], alpha: f64) -> (Vec<ReferenceLogProbs>, bool) {
     let stop = AtomicBool::new(false);
     let rule = Precompute { folder, pairs_key: "pairs", alpha, micro_tokens: 60, stop: &stop };
     let pairs: Vec<&Pair> = pairs.iter().collect();
@@ -114,8 +109,13 @@ fn a_stop_leaves_no_file() {
     let folder = tempfile::tempdir().unwrap();
     let (model, pairs) = (model(3), id_pairs(5));
     let stop = AtomicBool::new(true);
-    let rule =
-        Precompute { folder: folder.path(), pairs_key: "", alpha: 1.0, micro_tokens: 9, stop: &stop };
+    let rule = Precompute {
+        folder: folder.path(),
+        pairs_key: "",
+        alpha: 1.0,
+        micro_tokens: 9,
+        stop: &stop,
+    };
     let pairs: Vec<&Pair> = pairs.iter().collect();
     let stopped = precomputed(&rule, &model, &pairs, &mut |_| {});
     assert!(matches!(stopped, Err(Error::Interrupted)));
@@ -137,7 +137,11 @@ fn a_run_with_a_precomputed_reference_is_one_that_asks_to_rounding() {
         for (name, value) in &a.measures {
             let off = (value - b.measures[name]).abs();
             // Weights walk apart a little with every step: ten times the rounding of one.
-            assert!(off < 10.0 * ROUNDING * value.abs().max(1.0), "step {}: {name} by {off:e}", a.step);
+            assert!(
+                off < 10.0 * ROUNDING * value.abs().max(1.0),
+                "step {}: {name} by {off:e}",
+                a.step
+            );
         }
     }
     // A run that begins again in the folder uses the file.

@@ -72,8 +72,7 @@ pub fn tokenizer(merges: &[&str], post_processor: &Value) -> String {
                "rstrip": false, "normalized": false, "special": true})
     };
     let added = names.map(special);
-    let byte_level =
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
         "normalizer": null, "pre_tokenizer": byte_level, "post_processor": post_processor,
@@ -101,8 +100,7 @@ pub fn ids(text: &str) -> Vec<i32> {
     let mut ids = Vec::new();
     let mut rest = text;
     while let Some(first) = rest.bytes().next() {
-        let special =
-            [(EOS, "<|endoftext|>"), (START, "<|im_start|>"), (END, "<|im_end|>")];
+        let special = [(EOS, "<|endoftext|>"), (START, "<|im_start|>"), (END, "<|im_end|>")];
         match special.into_iter().find_map(|(id, name)| Some((id, rest.strip_prefix(name)?))) {
             Some((id, after)) => {
                 ids.push(id);
