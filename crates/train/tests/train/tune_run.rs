@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::{Value, json};
 use tercet_model::{Adapter, Batch, ForwardOptions, IGNORE, LoraConfig, Model};
 use tercet_tensor::{Device, Grads, Tape};
+use tercet_train::config::TuneTrain;
 use tercet_train::metrics::{self, StepRecord};
+use tercet_train::tune::start::options;
 use tercet_train::tune::{Example, SftConfig, pack, sft};
 use tercet_train::{Control, Event, Report, Result};
 
@@ -308,6 +310,35 @@ fn dropout_changes_a_run_and_recomputation_does_not_change_its_dropout() {
     };
     let again = end("again", &["lora.r=3", "lora.dropout=0.3", "train.recompute=true"]);
     assert!(weights(&kept) == weights(&again));
+}
+
+#[test]
+fn every_step_and_every_portion_drops_other_numbers() {
+    let mut seeds: Vec<Option<u64>> = Vec::new();
+    for seed in [0, 1] {
+        let train = TuneTrain { seed, ..TuneTrain::default() };
+        let grid = (0..200).flat_map(|step| (0..20).map(move |portion| (step, portion)));
+        seeds.extend(grid.map(|(step, portion)| options(&train, step, portion).dropout));
+    }
+    let all = seeds.len();
+    seeds.sort_unstable();
+    seeds.dedup();
+    assert!(seeds.len() == all && seeds[0].is_some());
+
+    // One row again and again, at a rate that moves nothing: only dropout can change its loss.
+    let room = Room::new(1);
+    let first = room.config("first", &["lora={r=2, alpha=64.0, dropout=0.5}", "train.lr=1e-2"]);
+    let folder = run(&first, false).unwrap().checkpoint.unwrap();
+    let on = format!("model.adapter='{}'", folder.display());
+    let losses = |output: &str, batch: &str| -> Vec<f64> {
+        let all = [on.as_str(), "train.lr=1e-30", "train.micro_tokens=1", batch];
+        let config = room.config(output, &all);
+        run(&config, false).unwrap();
+        records(&config).iter().map(|record| record.loss.unwrap()).collect()
+    };
+    let one = losses("one", "train.batch=1");
+    assert!(one.iter().enumerate().all(|(i, loss)| !one[..i].contains(loss)), "{one:?}");
+    assert!(losses("two", "train.batch=2")[0] != one[0], "both portions drop the same");
 }
 
 #[test]
