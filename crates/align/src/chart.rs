@@ -31,18 +31,18 @@ pub struct Line {
 /// Lines over a common x axis.
 pub fn lines(lines: &[Line], x: &str, y: &str) -> Result<String> {
     let mut svg = String::new();
-    draw_lines(&mut svg, lines, x, y).map_err(|error| undrawn(&error))?;
+    draw_lines(&mut svg, lines, x, y).map_err(|error| undrawn(&*error))?;
     Ok(svg)
 }
 
 /// How often Δ falls into each of 40 bars between −1 and 1.
 pub fn delta_histogram(deltas: &[f64]) -> Result<String> {
     let mut svg = String::new();
-    draw_histogram(&mut svg, deltas).map_err(|error| undrawn(&error))?;
+    draw_histogram(&mut svg, deltas).map_err(|error| undrawn(&*error))?;
     Ok(svg)
 }
 
-fn undrawn(error: &Box<dyn std::error::Error>) -> Error {
+fn undrawn(error: &dyn std::error::Error) -> Error {
     Error::Data(format!("a picture cannot be drawn: {error}"))
 }
 

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tercet_model::LoraConfig;
-use tercet_train::config::{CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain};
+use tercet_train::config::{
+    CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain, check_lora,
+};
 use tercet_train::{Error, Result};
 
 use crate::delta::DeltaConfig;
@@ -79,10 +81,18 @@ impl AlignConfig {
     /// Checks everything that needs no file.
     pub fn check(&self) -> Result<()> {
         self.model.check()?;
+        check_lora(self.lora.as_ref())?;
         self.data.check()?;
         self.train.check()?;
         self.checkpoint.check()?;
         self.align.check()?;
+        if self.train.batch == 1 && self.align.objectives()?.needs_kto_z() {
+            return Err(config_error(
+                "train.batch",
+                "is 1, but kto puts each prompt's answer to another prompt of the step; give it at \
+                 least 2 pairs",
+            ));
+        }
         if self.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0) {
             return Err(config_error(
                 "lora.dropout",
@@ -111,6 +121,13 @@ impl AlignSection {
                     "is set, but no term of align.terms looks at a reference; remove it",
                 ));
             }
+        }
+        if self.precompute && objectives.needs_kto_z() {
+            return Err(config_error(
+                "align.precompute",
+                "cannot be used with kto, which measures other answers at every step; remove one \
+                 of the two",
+            ));
         }
         Ok(())
     }

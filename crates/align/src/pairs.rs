@@ -2,8 +2,9 @@
 //! worse, and how much better (Δ).
 //!
 //! A row is `{prompt, chosen, rejected}` or `{chosen, rejected}`, whose prompt is what the two
-//! have in common at their beginning; strings, or lists of messages. `score_chosen` and
-//! `score_rejected`, or `delta`, say what a reward thinks of them.
+//! have in common at their beginning; strings, or lists of messages. Beside two conversations a
+//! `prompt` that is a string must be a turn that they share. `score_chosen` and `score_rejected`,
+//! or `delta`, say what a reward thinks of them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -201,19 +202,35 @@ fn encode(row: &Row, encoder: &Encoder) -> Result<[Example; 2], String> {
     if chosen == rejected {
         return Err("has a chosen answer equal to the rejected one".into());
     }
-    let (prompt, chosen, rejected) = if object.contains_key("prompt") {
-        let prompt = part(object, "prompt")?;
-        let (chosen, rejected) = (as_turn(&prompt, chosen), as_turn(&prompt, rejected));
-        (prompt, chosen, rejected)
-    } else {
-        split_prompt(chosen, rejected)?
+    let prompt = match object.contains_key("prompt") {
+        true => Some(part(object, "prompt")?),
+        false => None,
+    };
+    let whole = matches!((&chosen, &rejected), (Part::Messages(_), Part::Messages(_)));
+    let (prompt, chosen, rejected) = match prompt {
+        // Beside two whole conversations a string repeats a turn that they share.
+        Some(Part::Text(text)) if whole => {
+            let split = split_prompt(chosen, rejected)?;
+            let is_said = |turn: &Message| turn.content.trim() == text.trim();
+            if !matches!(&split.0, Part::Messages(shared) if shared.iter().any(is_said)) {
+                return Err("has a `prompt` that is none of the turns its two conversations \
+                            share; give the prompt as messages"
+                    .into());
+            }
+            split
+        }
+        Some(prompt) => (prompt, chosen, rejected),
+        None => split_prompt(chosen, rejected)?,
     };
     let answers = [encoder.pair(&prompt, &chosen), encoder.pair(&prompt, &rejected)];
     let [chosen, rejected] = answers;
-    let (chosen, rejected) = (named(chosen, "chosen")?, named(rejected, "rejected")?);
+    let (mut chosen, mut rejected) = (named(chosen, "chosen")?, named(rejected, "rejected")?);
     if chosen.ids == rejected.ids {
         return Err("has a chosen answer equal to the rejected one once tokenized".into());
     }
+    let same = chosen.ids.iter().zip(&rejected.ids).take_while(|(a, b)| a == b).count();
+    learn_from(&mut chosen, same);
+    learn_from(&mut rejected, same);
     Ok([chosen, rejected])
 }
 
@@ -251,18 +268,17 @@ fn tokens(
     ids.ok_or_else(wrong).map(Some)
 }
 
-fn named(answer: Result<Example, String>, which: &str) -> Result<Example, String> {
-    answer.map_err(|reason| format!("(its {which} answer) {reason}"))
+/// Where two answers part inside a token that begins in the prompt, that token is all that tells
+/// them apart, and is learnt.
+fn learn_from(answer: &mut Example, same: usize) {
+    let open = answer.learnt.iter().position(|&learnt| learnt).unwrap_or(0);
+    if same < open {
+        answer.learnt[same..open].fill(true);
+    }
 }
 
-/// A string that answers messages is the assistant's turn.
-fn as_turn(prompt: &Part, answer: Part) -> Part {
-    match (prompt, answer) {
-        (Part::Messages(_), Part::Text(text)) => {
-            Part::Messages(vec![Message::new("assistant", &text)])
-        }
-        (_, answer) => answer,
-    }
+fn named(answer: Result<Example, String>, which: &str) -> Result<Example, String> {
+    answer.map_err(|reason| format!("(its {which} answer) {reason}"))
 }
 
 /// The prompt that two whole texts, or conversations, share: their longest common beginning. Of
@@ -281,7 +297,9 @@ fn split_prompt(chosen: Part, rejected: Part) -> Result<(Part, Part, Part), Stri
         (Part::Messages(a), Part::Messages(b)) => {
             let end = a.iter().zip(&b).take_while(|(x, y)| x == y).count();
             if end == 0 {
-                return Err("has no `prompt`, and its conversations share no first turn".into());
+                return Err("has no `prompt` of messages, and its conversations share no first \
+                            turn"
+                    .into());
             }
             let rest = |turns: &[Message]| Part::Messages(turns[end..].to_vec());
             Ok((Part::Messages(a[..end].to_vec()), rest(&a), rest(&b)))

@@ -1,7 +1,7 @@
 //! The frozen model that a policy's answers are measured against.
 //!
 //! It is asked at every step, or once before training: then its sums are kept in a file under a
-//! key of the pairs, of how tokens are weighted, and of every bit of its weights.
+//! key of the pairs, of how tokens are weighted, and of the model to its last bit.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,8 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tercet_model::Model;
-use tercet_tensor::{DType, Device};
-use tercet_train::tune::portions;
+use tercet_train::tune::{portions, start};
 use tercet_train::{Error, Event, Result, files};
 
 use crate::objective::ReferenceLogProbs;
@@ -32,8 +31,30 @@ pub enum Reference {
 #[serde(deny_unknown_fields)]
 struct Kept {
     key: String,
-    chosen: Vec<f64>,
-    rejected: Vec<f64>,
+    /// As IEEE bits: a resumed run must have the same numbers.
+    chosen: Vec<u64>,
+    rejected: Vec<u64>,
+    /// SHA-256 of the rest, which a damaged number does not have.
+    digest: String,
+}
+
+impl Kept {
+    fn of(key: String, sums: &[ReferenceLogProbs]) -> Self {
+        let chosen = sums.iter().map(|sum| sum.chosen.to_bits()).collect();
+        let rejected = sums.iter().map(|sum| sum.rejected.to_bits()).collect();
+        let mut kept = Self { key, chosen, rejected, digest: String::new() };
+        kept.digest = kept.digested();
+        kept
+    }
+
+    fn digested(&self) -> String {
+        let mut hasher = Sha256::new();
+        hasher.update(self.key.as_bytes());
+        for bits in self.chosen.iter().chain(&self.rejected) {
+            hasher.update(bits.to_le_bytes());
+        }
+        files::hex(&hasher.finalize())
+    }
 }
 
 /// What asking a reference once depends on.
@@ -78,13 +99,7 @@ pub fn precomputed(
             observe(Event::Note(&text));
         }
     }
-    let kept = Kept {
-        key,
-        chosen: sums.iter().map(|sum| sum.chosen).collect(),
-        rejected: sums.iter().map(|sum| sum.rejected).collect(),
-    };
-    let text = serde_json::to_vec(&kept)
-        .map_err(|error| Error::Data(format!("the reference's numbers have no JSON: {error}")))?;
+    let text = serde_json::to_vec(&Kept::of(key, &sums)).map_err(|error| no_json(&error))?;
     files::write_atomic(&path, &text)?;
     Ok(sums)
 }
@@ -104,8 +119,17 @@ pub fn ask(model: &Model, pairs: &[&Pair], alpha: f64) -> Result<Vec<ReferenceLo
 fn read(path: &Path, key: &str, pairs: usize) -> Option<Vec<ReferenceLogProbs>> {
     let kept: Kept = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
     let fits = kept.key == key && kept.chosen.len() == pairs && kept.rejected.len() == pairs;
+    let whole = kept.digested() == kept.digest;
     let both = kept.chosen.into_iter().zip(kept.rejected);
-    fits.then(|| both.map(|(chosen, rejected)| ReferenceLogProbs { chosen, rejected }).collect())
+    let sums = both.map(|(chosen, rejected)| ReferenceLogProbs {
+        chosen: f64::from_bits(chosen),
+        rejected: f64::from_bits(rejected),
+    });
+    (fits && whole).then(|| sums.collect())
+}
+
+fn no_json(error: &serde_json::Error) -> Error {
+    Error::Data(format!("what the reference depends on has no JSON: {error}"))
 }
 
 fn key(rule: &Precompute, model: &Model, pairs: &[&Pair]) -> Result<String> {
@@ -116,23 +140,6 @@ fn key(rule: &Precompute, model: &Model, pairs: &[&Pair]) -> Result<String> {
         pair.chosen.absorb(&mut hasher);
         pair.rejected.absorb(&mut hasher);
     }
-    // The weights, and the adapter's where one is active.
-    for params in [model.params(), model.trained()] {
-        for tensor in params.tensors() {
-            let tensor = tensor.to_device(&Device::Cpu)?;
-            match tensor.dtype() {
-                DType::BF16 => {
-                    for value in tensor.as_bf16()? {
-                        hasher.update(value.to_le_bytes());
-                    }
-                }
-                _ => {
-                    for value in tensor.as_f32()? {
-                        hasher.update(value.to_le_bytes());
-                    }
-                }
-            }
-        }
-    }
+    hasher.update(start::fingerprint(model)?);
     Ok(files::hex(&hasher.finalize()))
 }

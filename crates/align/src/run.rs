@@ -40,13 +40,23 @@ pub fn align(
         needs_delta: objectives.needs_delta(),
     };
     let pairs = read_pairs(&rule, &encoder, control.stop)?;
+    let other = match &config.align.reference {
+        Some(folder) if objectives.needs_reference() => Some(other(folder, &first, config)?),
+        _ => None,
+    };
+    // Read anew on every resume, these must be what they were: the start, which an adapter stands
+    // on and answers are measured against, and a reference of its own.
+    let anew = objectives.needs_reference() || first.active_adapter().is_some();
+    let models: Vec<&Model> = anew.then_some(&first).into_iter().chain(&other).collect();
+    let key = start::key(&pairs.key, &models)?;
+    place.check_data(&key)?;
     pairs.count.write(&config.output.join("rows.jsonl"))?;
     files::write_atomic(
         &config.output.join(DELTAS),
         delta_histogram(&pairs.raw_deltas)?.as_bytes(),
     )?;
     said(&pairs, &objectives, &first).iter().for_each(|line| observe(Event::Note(line)));
-    let reference = reference(config, &objectives, &first, &pairs, control, observe)?;
+    let reference = reference(config, &objectives, (&first, other), &pairs, control, observe)?;
     let model = match &place.from {
         Some(checkpoint) => start::resumed(&first, checkpoint, &config.train)?,
         None => first,
@@ -59,7 +69,7 @@ pub fn align(
         train: &train,
         checkpoint: &config.checkpoint,
         steps: config.train.steps(pairs.train.len()),
-        data_key: &pairs.key,
+        data_key: &key,
         sidecars: &beside.sidecars,
         base: &config.model.path.to_string_lossy(),
         flops_per_token: start::flops_per_token(&model, tokens / (2 * pairs.train.len())),
@@ -122,7 +132,7 @@ fn said(pairs: &Pairs, objectives: &Objectives, model: &Model) -> Vec<String> {
 fn reference(
     config: &AlignConfig,
     objectives: &Objectives,
-    first: &Model,
+    (first, other): (&Model, Option<Model>),
     pairs: &Pairs,
     control: &Control,
     observe: &mut dyn FnMut(Event),
@@ -130,10 +140,7 @@ fn reference(
     if !objectives.needs_reference() {
         return Ok(Reference::None);
     }
-    let mut model = match &config.align.reference {
-        None => first.clone(),
-        Some(folder) => other(folder, first, config)?,
-    };
+    let mut model = other.unwrap_or_else(|| first.clone());
     model.to_device(control.device)?;
     let all: Vec<&Pair> = pairs.train.iter().chain(&pairs.validation).collect();
     if config.align.reference.is_none() {

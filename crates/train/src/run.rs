@@ -31,6 +31,8 @@ pub const CHECKPOINTS: &str = "checkpoints";
 /// Below a run's output: one line a step.
 pub const METRICS: &str = "metrics.jsonl";
 const CURVE: &str = "curve.svg";
+/// What stands in a run's folder before its first step, and can be made again at once.
+const BEFORE: [&str; 4] = [".lock", "config.toml", "rows.jsonl", "delta.svg"];
 
 /// What a loop trains on.
 pub trait Task {
@@ -101,6 +103,8 @@ pub struct Plan<'a> {
 pub struct Place {
     /// The checkpoint to go on from.
     pub from: Option<PathBuf>,
+    /// The folder, if it was not there before.
+    made: Option<PathBuf>,
     _lock: FolderLock,
 }
 
@@ -113,12 +117,40 @@ impl Place {
         resume: bool,
         observe: &mut dyn FnMut(Event),
     ) -> Result<Self> {
+        let made = (!output.exists()).then(|| output.to_owned());
         let _lock = FolderLock::take(output)?;
         files::remove_temporary(output)?;
         checkpoint::remove_stale(&output.join(CHECKPOINTS))?;
         let from = starting_point(output, config, resume, observe)?;
         files::write_atomic(&output.join("config.toml"), config.as_bytes())?;
-        Ok(Self { from, _lock })
+        Ok(Self { from, made, _lock })
+    }
+
+    /// Refuses to go on with other examples, before anything in the folder is written anew.
+    pub fn check_data(&self, key: &str) -> Result<()> {
+        match &self.from {
+            None => Ok(()),
+            Some(path) => {
+                let (then, step) = checkpoint::data_key(path)?;
+                if then == key { Ok(()) } else { Err(other_data(step)) }
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    /// A run that was refused before its first step leaves no folder that it made.
+    fn drop(&mut self) {
+        let Some(folder) = &self.made else { return };
+        let Ok(left) = files::read_folder(folder) else { return };
+        let is_early = |path: &PathBuf| {
+            path.file_name().is_some_and(|name| BEFORE.iter().any(|early| name == *early))
+        };
+        if left.iter().all(is_early) {
+            // The error on its way says more than one of tidying up would.
+            left.iter().for_each(|path| drop(std::fs::remove_file(path)));
+            let _ = std::fs::remove_dir(folder);
+        }
     }
 }
 
@@ -430,14 +462,18 @@ impl<'a> Run<'a> {
     }
 }
 
+fn other_data(step: u64) -> Error {
+    Error::Checkpoint(format!(
+        "the text, the tokenizer or the model it starts from is not what step {step} was trained \
+         on (data.paths, data.tokenizer, model.path); bring it back, or start a new run in another \
+         `output`"
+    ))
+}
+
 /// Refuses a checkpoint of other examples.
 fn check_state(plan: &Plan, task: &dyn Task, run: &RunState) -> Result<()> {
     if run.data_key != plan.data_key {
-        return Err(Error::Checkpoint(format!(
-            "the text or the tokenizer is not what step {} was trained on (data.paths, \
-             data.tokenizer); bring it back, or start a new run in another `output`",
-            run.step
-        )));
+        return Err(other_data(run.step));
     }
     if run.data_position != task.position(run.step) {
         return Err(Error::Checkpoint(format!(

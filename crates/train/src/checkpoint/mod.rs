@@ -144,6 +144,12 @@ pub fn check_config(path: &Path, config: &str) -> Result<()> {
     }
 }
 
+/// Key of the examples that a verified checkpoint was trained on, and its step.
+pub fn data_key(path: &Path) -> Result<(String, u64)> {
+    let run = state::read_run(&path.join("state"))?;
+    Ok((run.data_key, run.step))
+}
+
 /// Reads what a verified checkpoint holds besides its weights, which `model` has already.
 pub fn load_state(path: &Path, model: &Model) -> Result<State> {
     let state = path.join("state");

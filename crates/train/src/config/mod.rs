@@ -15,7 +15,7 @@ pub use check::{real, within};
 pub use load::{Sections, to_toml};
 pub use model::{FromData, ModelSource};
 use serde::{Deserialize, Serialize};
-pub use tune::{BadRow, RowsConfig, TuneModel, TuneTrain};
+pub use tune::{BadRow, RowsConfig, TuneModel, TuneTrain, check_lora};
 
 /// Everything that decides a training run.
 #[derive(Clone, Debug, PartialEq)]

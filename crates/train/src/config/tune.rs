@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use tercet_model::LoraConfig;
 
 use super::check::{real, within};
 use super::{Precision, ScheduleKind, TrainConfig};
@@ -212,6 +213,12 @@ impl TuneModel {
         }
         Ok(())
     }
+}
+
+/// Checks `[lora]` as far as that needs no model.
+pub fn check_lora(lora: Option<&LoraConfig>) -> Result<()> {
+    let Some(lora) = lora else { return Ok(()) };
+    lora.validate().map_err(|error| Error::config("lora", format!("cannot be used: {error}")))
 }
 
 impl RowsConfig {

@@ -45,6 +45,13 @@ impl<'a> Encoder<'a> {
                     .into(),
             ));
         };
+        if eos as usize >= model.vocab_size {
+            return Err(Error::Tokenizer(format!(
+                "the eos_token_id of generation_config.json is {eos}, which the model's vocabulary \
+                 of {} does not have; put it right",
+                model.vocab_size
+            )));
+        }
         Ok(Self { tokenizer, eos: eos as i32, vocab_size: model.vocab_size })
     }
 
@@ -70,21 +77,51 @@ impl<'a> Encoder<'a> {
 
     /// A conversation; the assistant's turns are learnt.
     pub fn messages(&self, messages: &[Message]) -> Result<Example, String> {
+        self.turns(messages, 0)
+    }
+
+    /// A prompt and its completion; the completion is learnt, of several turns the assistant's. A
+    /// plain one gets the end token. A string that answers messages is the assistant's turn.
+    pub fn pair(&self, prompt: &Part, completion: &Part) -> Result<Example, String> {
+        let answer = match (prompt, completion) {
+            (Part::Text(prompt), Part::Text(completion)) => {
+                return self.plain(vec![(prompt.clone(), false), (completion.clone(), true)]);
+            }
+            (Part::Messages(_), Part::Text(text)) => vec![Message::new("assistant", text)],
+            (Part::Messages(_), Part::Messages(answer)) => answer.clone(),
+            (Part::Text(_), Part::Messages(_)) => {
+                return Err("answers a string with a list of messages".into());
+            }
+        };
+        let Part::Messages(prompt) = prompt else { return Err("has no messages".into()) };
+        if answer.first().is_none_or(|turn| turn.role != "assistant") {
+            return Err("has an answer whose first message is not the assistant's".into());
+        }
+        self.turns(&[prompt.clone(), answer].concat(), prompt.len())
+    }
+
+    /// A conversation of which the assistant's turns from number `from` on are learnt.
+    fn turns(&self, messages: &[Message], from: usize) -> Result<Example, String> {
         let template = self.template()?;
         let mut segments: Segments = Vec::new();
         let mut covered = String::new();
-        for (i, message) in messages.iter().enumerate() {
+        for (i, message) in messages.iter().enumerate().skip(from) {
             if message.role != "assistant" {
                 continue;
             }
             let before = render(template, &messages[..i], true)?;
             let after = render(template, &messages[..=i], false)?;
-            let (Some(opening), Some(turn)) =
-                (before.strip_prefix(&covered), after.strip_prefix(&before))
-            else {
+            let Some(turn) = after.strip_prefix(&before) else {
                 return Err(format!(
-                    "turn {} is rendered differently once others follow it: this chat template \
-                     cannot say which tokens are the assistant's",
+                    "turn {} does not begin with what this chat template writes before an answer \
+                     (such as <think>), so that its tokens cannot be told from the prompt's",
+                    i + 1
+                ));
+            };
+            let Some(opening) = before.strip_prefix(&covered) else {
+                return Err(format!(
+                    "the turns before number {} are rendered differently once it follows: this \
+                     chat template cannot say which tokens are the assistant's",
                     i + 1
                 ));
             };
@@ -96,28 +133,6 @@ impl<'a> Encoder<'a> {
             return Err("has no turn of the assistant to learn from".into());
         }
         self.marked(&segments, false)
-    }
-
-    /// A prompt and its completion; the completion is learnt. A plain one gets the end token.
-    pub fn pair(&self, prompt: &Part, completion: &Part) -> Result<Example, String> {
-        match (prompt, completion) {
-            (Part::Text(prompt), Part::Text(completion)) => {
-                self.plain(vec![(prompt.clone(), false), (completion.clone(), true)])
-            }
-            (Part::Messages(prompt), Part::Messages(completion)) => {
-                let template = self.template()?;
-                let opening = render(template, prompt, true)?;
-                let whole =
-                    render(template, &[prompt.clone(), completion.clone()].concat(), false)?;
-                let Some(answer) = whole.strip_prefix(&opening) else {
-                    return Err("its answer does not continue its prompt in this chat template; \
-                                the first message of the answer must be the assistant's"
-                        .into());
-                };
-                self.marked(&[(opening.clone(), false), (answer.to_owned(), true)], false)
-            }
-            _ => Err("mixes a string with a list of messages".into()),
-        }
     }
 
     /// The ids of a prompt as generation reads it.

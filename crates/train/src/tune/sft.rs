@@ -13,7 +13,9 @@ use super::encode::{Encoder, Part, messages, part};
 use super::example::{Example, pack, portions};
 use super::order::Order;
 use super::start::{self, Beside};
-use crate::config::{BadRow, CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain};
+use crate::config::{
+    BadRow, CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain, check_lora,
+};
 use crate::data::{Row, read_rows};
 use crate::error::{Error, Result};
 use crate::event::{Control, Event, Report};
@@ -61,6 +63,7 @@ impl SftConfig {
             checkpoint: sections.take("checkpoint")?,
         };
         config.model.check()?;
+        check_lora(config.lora.as_ref())?;
         config.data.check()?;
         config.train.check()?;
         config.checkpoint.check()?;
@@ -94,6 +97,10 @@ pub fn sft(
     start::check_context(config.data.context, &first)?;
     let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
     let rows = rows(&config.data, &encoder, control.stop)?;
+    // An adapter's weights stay beside it and are read anew on every resume.
+    let adapted = first.active_adapter().map(|_| &first);
+    let key = start::key(&rows.key, adapted.as_slice())?;
+    place.check_data(&key)?;
     rows.count.write(&config.output.join("rows.jsonl"))?;
     observe(Event::Note(&said(&rows, &first)));
     let model = match &place.from {
@@ -109,7 +116,7 @@ pub fn sft(
         train: &train,
         checkpoint: &config.checkpoint,
         steps: config.train.steps(rows.train.len()),
-        data_key: &rows.key,
+        data_key: &key,
         sidecars: &beside.sidecars,
         base: &config.model.path.to_string_lossy(),
         flops_per_token: start::flops_per_token(&model, mean),

@@ -2,10 +2,15 @@
 
 use std::path::Path;
 
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 use tercet_model::{Adapter, ForwardOptions, GenerationConfig, LoraConfig, Model, Tokenizer};
+
+use tercet_tensor::{DType, Device, Tensor};
 
 use crate::config::{TuneModel, TuneTrain};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::prepare::sidecars;
 
 /// The name of the adapter that is trained.
@@ -74,6 +79,44 @@ impl Beside {
             sidecars: sidecars(folder)?,
         })
     }
+}
+
+/// SHA-256 in hexadecimal of everything that decides what a model computes: its configuration,
+/// that of its active adapter, and every bit of their weights.
+pub fn fingerprint(model: &Model) -> Result<String> {
+    let adapter = model.active_adapter().and_then(|name| model.adapter(name));
+    let shape = serde_json::to_vec(&(model.config(), adapter.map(|adapter| adapter.config())))
+        .map_err(|error| Error::Data(format!("the model's configuration has no JSON: {error}")))?;
+    let digest = |tensor: &Tensor| -> Result<[u8; 32]> {
+        let tensor = tensor.to_device(&Device::Cpu)?;
+        let mut hasher = Sha256::new();
+        match tensor.dtype() {
+            DType::BF16 => tensor.as_bf16()?.iter().for_each(|x| hasher.update(x.to_le_bytes())),
+            _ => tensor.as_f32()?.iter().for_each(|x| hasher.update(x.to_le_bytes())),
+        }
+        Ok(hasher.finalize().into())
+    };
+    let mut hasher = Sha256::new();
+    hasher.update(shape);
+    // The weights, and the adapter's where one is active.
+    for params in [model.params(), model.trained()] {
+        let digests: Vec<Result<[u8; 32]>> = params.tensors().par_iter().map(digest).collect();
+        for digest in digests {
+            hasher.update(digest?);
+        }
+    }
+    Ok(files::hex(&hasher.finalize()))
+}
+
+/// A key of examples and of the models that a resumed run reads anew: its checkpoints hold
+/// neither.
+pub fn key(examples: &str, models: &[&Model]) -> Result<String> {
+    let mut hasher = Sha256::new();
+    hasher.update(examples);
+    for model in models {
+        hasher.update(fingerprint(model)?);
+    }
+    Ok(files::hex(&hasher.finalize()))
 }
 
 /// Refuses a context that the model does not have.

@@ -10,4 +10,7 @@ mod logs;
 mod resume;
 mod run;
 mod schedule;
+mod tiny_chat;
 mod tokenizer;
+mod tune_rows;
+mod tune_run;
