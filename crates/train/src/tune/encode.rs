@@ -111,20 +111,24 @@ impl<'a> Encoder<'a> {
             }
             let before = render(template, &messages[..i], true)?;
             let after = render(template, &messages[..=i], false)?;
+            let rewritten = || {
+                format!(
+                    "the turns before number {} are rendered differently once others follow: this \
+                     chat template cannot say which tokens are the assistant's",
+                    i + 1
+                )
+            };
             let Some(turn) = after.strip_prefix(&before) else {
+                if !after.starts_with(&render(template, &messages[..i], false)?) {
+                    return Err(rewritten());
+                }
                 return Err(format!(
                     "turn {} does not begin with what this chat template writes before an answer \
                      (such as <think>), so that its tokens cannot be told from the prompt's",
                     i + 1
                 ));
             };
-            let Some(opening) = before.strip_prefix(&covered) else {
-                return Err(format!(
-                    "the turns before number {} are rendered differently once it follows: this \
-                     chat template cannot say which tokens are the assistant's",
-                    i + 1
-                ));
-            };
+            let opening = before.strip_prefix(&covered).ok_or_else(rewritten)?;
             segments.push((opening.to_owned(), false));
             segments.push((turn.to_owned(), true));
             covered = after;

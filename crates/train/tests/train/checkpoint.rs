@@ -127,5 +127,5 @@ fn a_checkpoint_of_another_configuration_is_refused_by_the_differing_key() {
         .unwrap();
     fs::write(moved.join("part-00.rs"), "other text").unwrap();
     let text = run(&tiny(&moved, &output, &[]), true).unwrap_err().to_string();
-    assert!(text.contains("not what step 3 was trained on (data.paths, data.tokenizer)"), "{text}");
+    assert!(text.contains("not what step 3 was trained on (data.paths, data.tokenizer"), "{text}");
 }

@@ -225,7 +225,10 @@ fn a_bad_row_stops_with_its_file_and_line_or_is_dropped_counted_and_listed() {
         (json!({"prompt": "a", "completion": 4}), "neither a string nor a list"),
         (json!({"prompt": "a", "completion": null}), "neither a string nor a list"),
         (json!({"prompt": "a", "completion": "  "}), "has an empty completion"),
-        (json!({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}), "mixes"),
+        (
+            json!({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}),
+            "answers a string",
+        ),
         (json!({"text": ["a"]}), "has neither"),
         (json!({}), "has neither"),
         (json!({"messages": []}), "no turn of the assistant"),
@@ -323,10 +326,14 @@ fn templates_that_rewrite_loop_or_raise_fail_at_the_row() {
     let rewriting = "{% for m in messages %}<|im_start|>{{ m.role }} \
         {% if loop.last %}{{ m.content }}{% else %}…{% endif %}<|im_end|>{% endfor %}\
         {% if add_generation_prompt %}<|im_start|>assistant {% endif %}";
+    // Opens thoughts before an answer that an answer of the past does not have.
+    let thinking = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>\
+        {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant <think>{% endif %}";
     let looping = "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}";
     let raising = "{{ raise_exception('roles must alternate') }}";
     for (template, said) in [
-        (rewriting, "is rendered differently once others follow"),
+        (rewriting, "are rendered differently once others follow"),
+        (thinking, "does not begin with what"),
         (looping, "limit of steps"),
         (raising, "roles must alternate"),
         ("{{ messages[0].content.nothing() }}", "nothing"),
