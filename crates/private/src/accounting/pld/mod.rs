@@ -1,1 +1,7 @@
 //! placeholder
+
+mod cells;
+mod fft;
+mod lower;
+mod pmf;
+mod upper;
