@@ -86,7 +86,8 @@ impl Curve {
             }
             Bound::Lower => {
                 // What was wrapped into the window from outside counts at most with its tilted mass.
-                let inside = self.scaled[i] - f.above - f.below;
+                let outside = (f.above + f.below) * (1.0 + 4.0 * relative);
+                let inside = self.scaled[i] - outside;
                 let total = libm::exp(log - relative) * inside * (1.0 - 4.0 * EPS);
                 if total > 0.0 { total } else { 0.0 }
             }
