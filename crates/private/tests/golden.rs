@@ -121,18 +121,20 @@ fn epsilon_agrees_with_four_accountants_and_brackets_the_truth() {
                 seen.check(row, relative(found.epsilon, value), 1e-6);
             }
             // dp-accounting adds the absolute values of an alternating series at fractional orders:
-            // an upper bound that is never below ours, and equal at whole orders.
+            // an upper bound that is never below ours, equal at whole orders, and up to some 3 %
+            // larger at small fractional ones (see the rows of one order).
             "eps_rdp" => {
                 let found = rdp::epsilon(&phases, delta, &orders).unwrap();
                 let whole = found.order == found.order.floor();
                 assert!(found.epsilon <= value * (1.0 + 1e-9), "{}", row.case);
-                seen.check(row, relative(found.epsilon, value), if whole { 1e-6 } else { 1e-2 });
+                seen.check(row, relative(found.epsilon, value), if whole { 1e-6 } else { 0.04 });
             }
             "eps_rdp_best_alpha" => {
                 let found = rdp::epsilon(&phases, delta, &orders).unwrap();
                 // Two neighbouring orders may give the same ε to more digits than either is worth.
                 let theirs = rdp::epsilon(&phases, delta, &[value]).unwrap().epsilon;
-                seen.check(row, relative(found.epsilon, theirs), 1e-8);
+                // dp-accounting's series shifts its choice where it is looser.
+                seen.check(row, relative(found.epsilon, theirs), if opacus { 1e-8 } else { 0.04 });
             }
             "eps_rdp_classic" => {
                 // Mironov 2017: ε = ρ + log(1/δ)/(α−1).
@@ -243,11 +245,16 @@ fn calibrated_noise_is_what_others_found_and_never_above_the_target() {
         let accountant = if by_pld { Accountant::Pld } else { Accountant::Rdp };
         let found = calibrate::sigma(accountant, (target, delta), rate, steps).unwrap();
         assert!(found.epsilon <= target, "{}: {found:?}", row.case);
-        // Theirs stops at 10⁻³ (RDP, in ε) or 10⁻⁴ (PLD): compared by what theirs costs, in ε.
-        // The PLD's grid of 10⁻⁴ adds its own pessimism of up to 2·10⁻⁴ at small ε.
-        let theirs = Phase::new(row.value(), rate, steps).unwrap();
-        let cost = accountant.epsilon(&[theirs], delta).unwrap();
-        seen.check(row, (cost - target).abs(), if by_pld { 5e-4 } else { 1.1e-3 });
+        if by_pld {
+            // Theirs stops within 10⁻⁴ of σ; its grid's pessimism of up to 10⁻⁴ in ε is less than
+            // that again in σ, since |dε/dσ| > 1 in every row.
+            seen.check(row, (found.sigma - row.value()).abs(), 2e-4);
+        } else {
+            // Theirs stops within 10⁻³ of ε: compared by what its σ costs.
+            let theirs = Phase::new(row.value(), rate, steps).unwrap();
+            let cost = accountant.epsilon(&[theirs], delta).unwrap();
+            seen.check(row, (cost - target).abs(), 1.001e-3);
+        }
     }
     seen.finish(rows.len());
 }

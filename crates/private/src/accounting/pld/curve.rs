@@ -89,7 +89,7 @@ impl Curve {
                 let outside = (f.above + f.below) * (1.0 + 4.0 * relative);
                 let inside = self.scaled[i] - outside;
                 let total = libm::exp(log - relative) * inside * (1.0 - 4.0 * EPS);
-                if total > 0.0 { total } else { 0.0 }
+                if total > 0.0 && total <= 1.0 { total } else { 0.0 }
             }
         }
     }
@@ -114,7 +114,13 @@ impl Curve {
             self.loss(low - 1) + libm::log1p(share * libm::expm1(self.frame.h))
         };
         let slop = self.total_slop(epsilon);
-        (if upper { epsilon + slop } else { epsilon - slop }).max(0.0)
+        let rounded = if upper { epsilon + slop } else { epsilon - slop };
+        // Numbers too large to be told leave what is always true: 0 ≤ ε ≤ ∞.
+        match (rounded.is_finite(), upper) {
+            (true, _) => rounded.max(0.0),
+            (false, true) => f64::INFINITY,
+            (false, false) => 0.0,
+        }
     }
 
     /// The bound on δ at ε.
