@@ -5,13 +5,15 @@
 //! the losses around ε, so that an absolute error of the transform is a small *relative* error of δ,
 //! be δ 10⁻⁵ or 10⁻⁴⁰.
 //!
-//! # The error of one frequency
+//! # The transform's error
 //!
 //! The forward transform errs by E ≤ fft.error()·Σw at every frequency. With R = |F̃| + E,
 //! |F̃^T − F^T| ≤ T·R^{T−1}·E; a power by repeated squaring is a tree of T − 1 multiplications, each
-//! off by √5·u, which adds R^T·3uT. A product of phases errs by err·|A| + |G|·err_A + 3u|G||A|. The
-//! backward transform adds fft.error()·Σ|G|. So each composed mass errs by at most
-//! κ = (Σ_j err_j + fft.error()·Σ_j|G_j|)/N.
+//! off by √5·u, which adds R^T·3uT. A product of phases errs by err·|A| + |G|·err_A + 3u|G||A|. By
+//! Parseval the composed masses are then off by sqrt(Σ_j err_j²/N) in the 2-norm, and the backward
+//! transform adds [`Fft::error_of_norm`]·sqrt(Σ_j|G_j|²/N). A mass that came out negative is set to 0,
+//! which can only bring it nearer. A sum of masses times weights errs by at most the product of both
+//! 2-norms (Cauchy–Schwarz; the weights are in [`super::curve`]).
 //!
 //! # Wrapping around
 //!
@@ -134,12 +136,12 @@ impl Composition {
     /// The composed curve δ(ε).
     pub(super) fn finish(mut self, bound: Bound) -> Curve {
         let len = self.re.len();
-        let moduli = self.re.iter().zip(&self.im).map(|(x, y)| (x * x + y * y).sqrt());
-        let moduli: f64 = moduli.sum();
-        let errors: f64 = self.error.iter().sum();
-        // The sums of N positive numbers err by N·ε of themselves.
+        let squares: f64 = self.re.iter().zip(&self.im).map(|(x, y)| x * x + y * y).sum();
+        let errors: f64 = self.error.iter().map(|e| e * e).sum();
+        // Sums of N positive numbers err by N·ε of themselves.
         let sums = 1.0 + 2.0 * EPS * len as f64;
-        let kappa = (errors + self.fft.error() * moduli) / len as f64 * sums;
+        let norm = errors.sqrt() + self.fft.error_of_norm() * squares.sqrt();
+        let noise = norm / (len as f64).sqrt() * sums;
         self.fft.backward(&mut self.re, &mut self.im);
 
         let tilt = self.window.lambda * self.h;
@@ -147,13 +149,8 @@ impl Composition {
         let turn = lowest.rem_euclid(len as i64) as usize;
         self.re.rotate_left(turn);
         let per_len = 1.0 / len as f64;
-        for mass in &mut self.re {
-            let x = *mass * per_len;
-            *mass = match bound {
-                Bound::Upper => (x + kappa).max(0.0) * (1.0 + 2.0 * EPS),
-                Bound::Lower => (x - kappa).max(0.0) * (1.0 - 2.0 * EPS),
-            };
-        }
+        // Dividing by a power of two is exact.
+        self.re.iter_mut().for_each(|mass| *mass = (*mass * per_len).max(0.0));
         let edge_low = lowest as f64 * self.h;
         let edge_high = (lowest + len as i64) as f64 * self.h;
         // Tilted masses outside, in the units of w; the sums' own rounding is far below 10⁻³.
@@ -174,6 +171,7 @@ impl Composition {
             scale: self.scale,
             relative: self.relative + self.scale_error,
             infinite: self.infinite,
+            noise,
             above,
             below,
         })

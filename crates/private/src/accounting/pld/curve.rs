@@ -28,6 +28,8 @@ pub(super) struct Frame {
     pub(super) relative: f64,
     /// Mass at +∞.
     pub(super) infinite: f64,
+    /// 2-norm of the errors of the tilted masses.
+    pub(super) noise: f64,
     /// Tilted masses above and below the window.
     pub(super) above: f64,
     pub(super) below: f64,
@@ -38,15 +40,20 @@ pub(super) struct Curve {
     bound: Bound,
     /// Tilted δ: `D_k = Σ_{j>k} w_j·e^{−λ(j−k)h}·(1 − e^{−(j−k)h})`
     scaled: Vec<f64>,
+    /// The largest error of any D that comes from the transform.
+    noise: f64,
     frame: Frame,
 }
 
 impl Curve {
-    /// From tilted masses, rounded to the bound's side already.
+    /// From tilted masses.
     ///
     /// With `E_k = Σ_{j≥k} w_j·e^{−(λ+1)(j−k)h}`, going down,
     /// `D_k = e^{−λh}(D_{k+1} + (1 − e^{−h})·E_{k+1})`: sums of positive numbers only. Each level
     /// multiplies the relative error by at most (1+ε)⁴.
+    ///
+    /// The weights of D are at most e^{−λx}·min(1, x), x = (j−k)h. With r = e^{−2λh} the squares add
+    /// up to at most min(N, h²·Σ j²r^j) = min(N, h²·r(1+r)/(1−r)³).
     pub(super) fn new(bound: Bound, mut tilted: Vec<f64>, mut frame: Frame) -> Self {
         let keep = libm::exp(-frame.tilt);
         let keep_both = libm::exp(-(frame.tilt + frame.h));
@@ -58,7 +65,12 @@ impl Curve {
             *value = d;
         }
         frame.relative += 8.0 * EPS * tilted.len() as f64;
-        Self { bound, scaled: tilted, frame }
+        let r = libm::exp(-2.0 * frame.tilt);
+        let less = -libm::expm1(-2.0 * frame.tilt);
+        let squares = frame.h * frame.h * r * (1.0 + r) / (less * less * less);
+        let weights = squares.min(tilted.len() as f64).sqrt();
+        let noise = frame.noise * weights * (1.0 + 64.0 * EPS);
+        Self { bound, scaled: tilted, noise, frame }
     }
 
     /// The loss at point `i` of the window.
@@ -76,7 +88,7 @@ impl Curve {
         let (log, relative) = detilt(f.lowest + i as i64);
         match self.bound {
             Bound::Upper => {
-                let inside = libm::exp(log + relative) * self.scaled[i];
+                let inside = libm::exp(log + relative) * (self.scaled[i] + self.noise);
                 // Above the window e^{−λkh} is at most its value at the edge.
                 let (edge, relative) = detilt(f.lowest + self.scaled.len() as i64);
                 let outside = libm::exp(edge + relative) * f.above;
@@ -86,7 +98,7 @@ impl Curve {
             }
             Bound::Lower => {
                 // What was wrapped into the window from outside counts at most with its tilted mass.
-                let outside = (f.above + f.below) * (1.0 + 4.0 * relative);
+                let outside = (f.above + f.below + self.noise) * (1.0 + 4.0 * relative);
                 let inside = self.scaled[i] - outside;
                 let total = libm::exp(log - relative) * inside * (1.0 - 4.0 * EPS);
                 if total > 0.0 && total <= 1.0 { total } else { 0.0 }

@@ -13,6 +13,10 @@
 //! cosine once each (√2·u), so μ < 8u. Every output is a sum over inputs, each passed through L levels
 //! and multiplied there by a factor of modulus 1 with relative error at most
 //! η = (1+u)(1+√5u)(1+8u) − 1 < 12u. By induction |error of any output| ≤ ((1+η)^L − 1)·Σ|inputs|.
+//!
+//! In the 2-norm: a level is √2 times a unitary matrix with two entries a row, off by η of each entry,
+//! hence by √2η of its norm, so that all together err by ((1+√2η)^L − 1)·sqrt(N)·‖inputs‖₂ (Higham
+//! 2002, Theorem 24.2).
 
 use std::f64::consts::PI;
 
@@ -51,6 +55,11 @@ impl Fft {
         let levels = f64::from(self.len.trailing_zeros());
         // (1+12u)^L − 1 ≤ 12uL·exp(12uL) < 12.1·u·L
         12.1 * U * levels
+    }
+
+    /// `(1+√2η)^L − 1`: the 2-norm of all errors over sqrt(N) times that of the inputs.
+    pub(super) fn error_of_norm(&self) -> f64 {
+        1.42 * self.error()
     }
 
     /// Σ_k x_k exp(−2πijk/N), in bit-reversed order.

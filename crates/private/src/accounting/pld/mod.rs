@@ -9,7 +9,7 @@
 //! | tails of one step cut off | [`cells`] | to +∞ or up (upper), down or dropped (lower) |
 //! | rounding of Φ, exp, log | [`cells`] | an error bound beside each mass; `slop` for each edge |
 //! | losses rounded to a grid | [`upper`], [`lower`] | a dominating pair, a dominated pair |
-//! | the transform and the power | [`fft`], [`compose`] | an a-priori bound, κ on each mass |
+//! | the transform and the power | [`fft`], [`compose`] | an a-priori bound in the 2-norm |
 //! | the convolution's wrap-around | [`compose`] | Chernoff on the masses themselves |
 //! | sums and the undoing of the tilt | [`curve`] | a relative error on all |
 //!

@@ -19,7 +19,7 @@ pub(super) enum Target {
 /// Half the distance wanted between the two bounds on ε, over ε.
 const CLOSENESS: f64 = 1e-4;
 /// Fewest grid points across the window: cheap, and fine enough for one step.
-const LEAST_POINTS: f64 = 16384.0;
+const LEAST_POINTS: f64 = 32768.0;
 /// Most grid points across the window, which bounds memory (some 100 MB) and time (some seconds);
 /// bounds get wider instead.
 const MOST_POINTS: f64 = 1_048_576.0;
@@ -48,6 +48,8 @@ pub(super) struct Window {
     /// Tilts beyond λ whose moments bound the mass outside: λ + above, λ − below.
     pub(super) above: f64,
     pub(super) below: f64,
+    /// About the ε in question.
+    epsilon: f64,
     /// Lowest and highest total loss looked at.
     pub(super) low: f64,
     pub(super) high: f64,
@@ -92,8 +94,8 @@ fn cut(delta: f64, steps: f64) -> f64 {
 /// Rounding moves log E[e^{λ·loss}] of each step by about λ(λ+1)h²/12, hence ε by T(λ+1)h²/12.
 fn wanted_step(window: &Window, steps: f64) -> f64 {
     let width = window.high - window.low;
-    // At a small tilt ε is smaller than what the losses spread over, and not the measure.
-    let closeness = CLOSENESS * (window.low + 0.5 * width).max(width / 40.0);
+    // Where ε is smaller than what the losses spread over it is not the measure.
+    let closeness = CLOSENESS * window.epsilon.max(width / 100.0);
     libm::sqrt(12.0 * closeness / (steps * (window.lambda + 1.0)))
 }
 
@@ -150,14 +152,15 @@ impl Moments {
         let room = self.most + lambda;
         let below = smallest(room, |nu| (total(lambda - nu) - here + OUTSIDE) / nu);
         let low = (here - total(lambda - below) - OUTSIDE) / below;
-        // δ lies below Chernoff's bound by a factor of some tens: ε is lower by a few 1/λ.
-        let low = match target {
+        let (epsilon, low) = match target {
             Target::Delta(delta) => {
-                low.min((here + (-libm::log(delta)).max(1.0)) / lambda - 8.0 / lambda)
+                let epsilon = (here - libm::log(delta)) / lambda;
+                // δ lies below Chernoff's bound by a factor of some tens: ε is lower by a few 1/λ.
+                (epsilon, low.min(epsilon - 8.0 / lambda))
             }
-            Target::Epsilon(_) => low,
+            Target::Epsilon(epsilon) => (epsilon, low),
         };
-        Window { lambda, above, below, low, high }
+        Window { lambda, above, below, epsilon, low, high }
     }
 }
 
