@@ -16,6 +16,7 @@ mod machine;
 mod picture;
 mod plan;
 mod pretrain;
+mod private;
 mod progress;
 mod quickstart;
 mod selftest;
@@ -65,6 +66,7 @@ enum Verb {
     Picture(picture::Args),
     Plan(plan::Args),
     Pretrain(pretrain::Args),
+    Private(private::Args),
     Quickstart(quickstart::Args),
     Selftest(selftest::Args),
     Tokenizer(tokenizer::Args),
@@ -103,6 +105,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Picture(args) => picture::run(args),
         Verb::Plan(args) => plan::run(args),
         Verb::Pretrain(args) => pretrain::run(args),
+        Verb::Private(args) => private::run(args),
         Verb::Quickstart(args) => quickstart::run(args),
         Verb::Selftest(args) => selftest::run(args),
         Verb::Tokenizer(args) => tokenizer::run(args),
