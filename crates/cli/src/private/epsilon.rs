@@ -13,9 +13,12 @@ use tercet_private::accounting::{Phase, gaussian, gdp, pld, rdp};
 /// limit theorem's guess: information, often below the truth, never a guarantee. At rate 1 the exact
 /// value is given as well.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  \
+#[command(
+    allow_negative_numbers = true,
+    after_help = "Examples:\n  \
     tercet private epsilon --sigma 1.1 --rate 256/60000 --steps 14062 --delta 1e-5\n  \
-    tercet private epsilon --sigma 0.7 --rate 0.001 --steps 5000 --delta 1e-6 --accountant all")]
+    tercet private epsilon --sigma 0.7 --rate 0.001 --steps 5000 --delta 1e-6 --accountant all"
+)]
 pub struct Args {
     /// Noise multiplier: standard deviation of the noise over the clipping norm
     #[arg(long, value_name = "S")]

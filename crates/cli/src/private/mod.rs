@@ -46,7 +46,9 @@ mod tests {
     fn a_rate_is_a_number_or_a_fraction() {
         assert_eq!(parse_rate("0.01"), Ok(0.01));
         assert_eq!(parse_rate("256/60000"), Ok(256.0 / 60000.0));
-        assert!(parse_rate("1/2/3").is_err() && parse_rate("").is_err() && parse_rate("x").is_err());
+        assert!(
+            parse_rate("1/2/3").is_err() && parse_rate("").is_err() && parse_rate("x").is_err()
+        );
         // What the number means is for the accountant to judge.
         assert!(parse_rate("1/0").is_ok_and(f64::is_infinite));
     }

@@ -9,9 +9,12 @@ use tercet_private::accounting::calibrate::{self, Accountant};
 /// The epsilon meant is the accountant's upper bound, for adding or removing one person. `gdp` is
 /// not among the accountants: it is no bound, and noise set by it spends up to several times the target.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  \
+#[command(
+    allow_negative_numbers = true,
+    after_help = "Examples:\n  \
     tercet private sigma --epsilon 4 --rate 64/81412 --steps 3816 --delta 1e-5\n  \
-    tercet private sigma --epsilon 4 --rate 64/81412 --steps 3816 --delta 1e-5 --accountant rdp")]
+    tercet private sigma --epsilon 4 --rate 64/81412 --steps 3816 --delta 1e-5 --accountant rdp"
+)]
 pub struct Args {
     /// The epsilon not to pass
     #[arg(long, value_name = "E")]

@@ -143,7 +143,7 @@ impl Curve {
         let place = libm::floor((epsilon - self.loss(0)) / self.frame.h);
         let last = self.scaled.len() - 1;
         // Outside the window the curve still falls.
-        if !(place >= 0.0) {
+        if place < 0.0 || place.is_nan() {
             return if upper { 1.0 } else { self.at(0) };
         }
         if place >= last as f64 {
@@ -161,7 +161,8 @@ impl Curve {
     /// Slop of the losses, and the rounding of grid points and of the interpolation between them.
     fn total_slop(&self, epsilon: f64) -> f64 {
         let edge = self.loss(0).abs().max(self.frame.offset.abs());
-        self.frame.slop + 16.0 * EPS * (edge + if epsilon.is_finite() { epsilon } else { 0.0 })
+        self.frame.slop
+            + 16.0 * EPS * (edge + if epsilon.is_finite() { epsilon } else { 0.0 })
             + 1e-9 * self.frame.h
     }
 }
