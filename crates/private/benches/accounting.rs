@@ -19,7 +19,7 @@ fn accounting(criterion: &mut Criterion) {
         b.iter(|| pld::epsilon(black_box(&rare), 1e-6));
     });
     let orders = rdp::default_orders();
-    group.bench_function("rdp, 146 orders", |b| {
+    group.bench_function("rdp, default orders", |b| {
         b.iter(|| rdp::epsilon(black_box(&long), 1e-7, &orders));
     });
     group.bench_function("sigma by pld, T = 3816", |b| {

@@ -8,6 +8,8 @@ const LEAST_SIGMA: f64 = 0.01;
 const MOST_SIGMA: f64 = 1e6;
 /// σ is found to this share of itself, or ε to this share of the target.
 const CLOSENESS: f64 = 1e-6;
+/// More than any search took; each round ends with a valid σ.
+const MOST_ROUNDS: usize = 100;
 
 /// An accountant whose ε is an upper bound. (The central limit theorem's is not one; nothing is
 /// calibrated by it.)
@@ -65,22 +67,24 @@ pub fn sigma(
         Ok(Calibrated { sigma, epsilon })
     };
     let (mut low, mut high) = bracket(at, target)?;
-    // Regula falsi on log ε over log σ, with bisection whenever an end stays for long (Illinois).
+    // Regula falsi on log ε over log σ, weighing down an end that stays (Illinois), and bisection
+    // where there is no logarithm.
     let (mut low_weight, mut high_weight) = (1.0, 1.0);
-    while high.sigma / low.sigma - 1.0 > CLOSENESS && high.epsilon < target * (1.0 - CLOSENESS) {
+    for _ in 0..MOST_ROUNDS {
+        let near = high.epsilon >= target * (1.0 - CLOSENESS) && target > 0.0;
+        if near || high.sigma / low.sigma - 1.0 <= CLOSENESS {
+            break;
+        }
         let above = low_weight * libm::log(low.epsilon / target);
         let below = high_weight * libm::log(high.epsilon / target);
-        let share = above / (above - below);
-        let share = if share.is_finite() { share.clamp(0.01, 0.99) } else { 0.5 };
+        let usable = above.is_finite() && below.is_finite();
+        let share = if usable { (above / (above - below)).clamp(0.01, 0.99) } else { 0.5 };
         let width = libm::log(high.sigma / low.sigma);
         let next = at(low.sigma * libm::exp(share * width))?;
         if next.epsilon <= target {
             (high, high_weight, low_weight) = (next, 1.0, 0.5 * low_weight);
         } else {
             (low, low_weight, high_weight) = (next, 1.0, 0.5 * high_weight);
-        }
-        if next.sigma == low.sigma && next.sigma == high.sigma {
-            break;
         }
     }
     Ok(high)
@@ -125,7 +129,9 @@ mod tests {
         let error = sigma(Accountant::Rdp, (1e-4, 1e-5), 0.01, 1000).unwrap_err();
         let Error::Unreachable { reachable, .. } = &error else { panic!("{error}") };
         assert!(*reachable > 1e-4 && error.to_string().contains("smallest epsilon"), "{error}");
-        // The PLD reaches it.
+        // The PLD reaches it, and even 0: δ then covers all that is given away.
+        let none = sigma(Accountant::Pld, (0.0, 1e-5), 0.01, 1000).unwrap();
+        assert_eq!(none.epsilon, 0.0);
         let found = sigma(Accountant::Pld, (1e-4, 1e-5), 0.01, 1000).unwrap();
         assert!(found.epsilon <= 1e-4 && found.sigma < 1e6);
     }

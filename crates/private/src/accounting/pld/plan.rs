@@ -19,10 +19,10 @@ pub(super) enum Target {
 /// Half the distance wanted between the two bounds on ε, over ε.
 const CLOSENESS: f64 = 1e-4;
 /// Fewest grid points across the window: cheap, and fine enough for one step.
-const LEAST_POINTS: f64 = 32768.0;
-/// Most grid points across the window, which bounds memory (some 100 MB) and time (some seconds);
-/// bounds get wider instead.
-const MOST_POINTS: f64 = 1_048_576.0;
+const LEAST_POINTS: f64 = 32_000.0;
+/// Most grid points across the window, just below a power of two. It bounds memory (some 130 MB) and
+/// time (a second or two); bounds get wider instead.
+const MOST_POINTS: f64 = 1_048_000.0;
 /// Largest exponent of the tilt over one step's losses.
 const MOST_TILT: f64 = 600.0;
 /// −log of the tilted mass left outside the window, on each side.
