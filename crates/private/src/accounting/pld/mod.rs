@@ -13,6 +13,11 @@
 //! | the convolution's wrap-around | [`compose`] | Chernoff on the masses themselves |
 //! | sums and the undoing of the tilt | [`curve`] | a relative error on all |
 //!
+//! How close the bounds are: some 10⁻⁴ of ε in the usual regimes. They are wider, and still bounds, when
+//! the grid is at its largest (losses that range over far more than ε, or T past 10⁶), and for δ
+//! below some 10⁻⁹ when ε comes from rare large losses (tiny rates at small noise): the tilt then
+//! gains little, and the transform's error bound of about T·10⁻¹⁴ is not small beside δ.
+//!
 //! What is relied on: IEEE double arithmetic, and `libm`'s `exp`, `expm1`, `log`, `log1p`, `erfc`,
 //! `sin`, `cos` to within one unit in the last place (its stated accuracy).
 

@@ -25,8 +25,9 @@ const LEAST_POINTS: f64 = 32_000.0;
 const MOST_POINTS: f64 = 1_048_000.0;
 /// Largest exponent of the tilt over one step's losses.
 const MOST_TILT: f64 = 600.0;
-/// −log of the tilted mass left outside the window, on each side.
-const OUTSIDE: f64 = 23.0;
+/// −log of the tilted mass left outside the window, on each side: as little as what rounding leaves,
+/// since a δ that Chernoff's bound misses by far is little in these units.
+const OUTSIDE: f64 = 36.0;
 /// Share of δ that all steps' cut tails may take.
 const CUT: f64 = 1e-6;
 
@@ -156,7 +157,10 @@ impl Moments {
             Target::Delta(delta) => {
                 let epsilon = (here - libm::log(delta)) / lambda;
                 // δ lies below Chernoff's bound by a factor of some tens: ε is lower by a few 1/λ.
-                (epsilon, low.min(epsilon - 8.0 / lambda))
+                // Where rare and large losses make the bound poor, ε lies outside the tilted bulk,
+                // but not below the mean loss.
+                let little = 1e-6 * self.most;
+                (epsilon, low.min(epsilon - 8.0 / lambda).min(total(little) / little))
             }
             Target::Epsilon(epsilon) => (epsilon, low),
         };
