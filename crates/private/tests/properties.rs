@@ -17,7 +17,7 @@ fn question() -> impl Strategy<Value = (f64, f64, u64, f64)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::default() })]
 
     #[test]
     fn the_bounds_hold_the_truth_between_them_and_stay_below_renyi((s, q, t, d) in question()) {

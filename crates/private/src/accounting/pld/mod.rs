@@ -82,10 +82,11 @@ enum Direction {
 /// # Errors
 /// [`Error::Parameter`] for a δ out of range, [`Error::TooManySteps`], [`Error::TooManyPhases`].
 pub fn epsilon(phases: &[Phase], delta: f64) -> Result<Directions> {
-    check_delta(delta)?;
-    let [upper, lower] = [Bound::Upper, Bound::Lower]
-        .map(|bound| read(phases, Target::Delta(delta), bound, |curve| curve.epsilon(delta)));
-    Ok(directions(lower?, upper?))
+    let Some((phases, plan, upper)) = uppers(phases, delta)? else {
+        return Ok(directions([0.0; 2], [0.0; 2]));
+    };
+    let lower = read(&phases, &plan, Bound::Lower, |curve| curve.epsilon(delta));
+    Ok(directions(lower, upper))
 }
 
 /// The upper bound on ε at `delta`, for both directions; half the work of [`epsilon`].
@@ -93,9 +94,29 @@ pub fn epsilon(phases: &[Phase], delta: f64) -> Result<Directions> {
 /// # Errors
 /// As [`epsilon`].
 pub fn epsilon_upper(phases: &[Phase], delta: f64) -> Result<f64> {
+    Ok(uppers(phases, delta)?.map_or(0.0, |(_, _, [remove, add])| remove.max(add)))
+}
+
+/// The upper bounds on ε, with the joined phases and the plan that gave them; nothing without a step.
+///
+/// Rare and large losses make Chernoff's ε several times the true one. Then all is done again with a
+/// tilt for the ε that was found; both are bounds, and the smaller counts.
+fn uppers(phases: &[Phase], delta: f64) -> Result<Option<(Vec<Phase>, Plan, [f64; 2])>> {
     check_delta(delta)?;
-    let [remove, add] = read(phases, Target::Delta(delta), Bound::Upper, |c| c.epsilon(delta))?;
-    Ok(remove.max(add))
+    let phases = checked(phases)?;
+    if phases.is_empty() {
+        return Ok(None);
+    }
+    let plan = Plan::new(&phases, Target::Delta(delta));
+    let number = |curve: &Curve| curve.epsilon(delta);
+    let upper = read(&phases, &plan, Bound::Upper, number);
+    if !plan.is_far_from(upper) {
+        return Ok(Some((phases, plan, upper)));
+    }
+    let plan = Plan::around(&phases, delta, upper);
+    let again = read(&phases, &plan, Bound::Upper, number);
+    let upper = [upper[0].min(again[0]), upper[1].min(again[1])];
+    Ok(Some((phases, plan, upper)))
 }
 
 /// Bounds on δ at `epsilon`.
@@ -104,9 +125,23 @@ pub fn epsilon_upper(phases: &[Phase], delta: f64) -> Result<f64> {
 /// [`Error::Parameter`] for an ε out of range, [`Error::TooManySteps`], [`Error::TooManyPhases`].
 pub fn delta(phases: &[Phase], epsilon: f64) -> Result<Directions> {
     check_epsilon(epsilon)?;
+    let phases = checked(phases)?;
+    if phases.is_empty() {
+        return Ok(directions([0.0; 2], [0.0; 2]));
+    }
+    let plan = Plan::new(&phases, Target::Epsilon(epsilon));
     let [upper, lower] = [Bound::Upper, Bound::Lower]
-        .map(|bound| read(phases, Target::Epsilon(epsilon), bound, |curve| curve.delta(epsilon)));
-    Ok(directions(lower?, upper?))
+        .map(|bound| read(&phases, &plan, bound, |curve| curve.delta(epsilon)));
+    Ok(directions(lower, upper))
+}
+
+/// The phases joined, unless they are too many.
+fn checked(phases: &[Phase]) -> Result<Vec<Phase>> {
+    let phases = merged(phases)?;
+    if phases.len() > MOST_PHASES {
+        return Err(Error::TooManyPhases { phases: phases.len(), most: MOST_PHASES });
+    }
+    Ok(phases)
 }
 
 fn directions(lower: [f64; 2], upper: [f64; 2]) -> Directions {
@@ -115,20 +150,7 @@ fn directions(lower: [f64; 2], upper: [f64; 2]) -> Directions {
 }
 
 /// Composes both directions' curves of one side and reads a number from each.
-fn read(
-    phases: &[Phase],
-    target: Target,
-    bound: Bound,
-    number: impl Fn(&Curve) -> f64,
-) -> Result<[f64; 2]> {
-    let phases = merged(phases)?;
-    if phases.len() > MOST_PHASES {
-        return Err(Error::TooManyPhases { phases: phases.len(), most: MOST_PHASES });
-    }
-    if phases.is_empty() {
-        return Ok([0.0; 2]);
-    }
-    let plan = Plan::new(&phases, target);
+fn read(phases: &[Phase], plan: &Plan, bound: Bound, number: impl Fn(&Curve) -> f64) -> [f64; 2] {
     // The widest step decides the length of the transform.
     let masses = phases.iter().map(|p| {
         let (low, high) = cells::range(p, plan.tail);
@@ -136,12 +158,12 @@ fn read(
     });
     let masses = masses.max().unwrap_or(0);
     let mut compositions = plan.windows.map(|w| Composition::new(w, plan.h, masses));
-    for phase in &phases {
-        for (composition, pmf) in compositions.iter_mut().zip(rounded(phase, &plan, bound)) {
+    for phase in phases {
+        for (composition, pmf) in compositions.iter_mut().zip(rounded(phase, plan, bound)) {
             composition.add(&pmf, phase.steps());
         }
     }
-    Ok(compositions.map(|composition| number(&composition.finish(bound))))
+    compositions.map(|composition| number(&composition.finish(bound)))
 }
 
 /// One step, rounded to the grid: remove, add.

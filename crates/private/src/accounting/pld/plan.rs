@@ -59,23 +59,39 @@ pub(super) struct Window {
 impl Plan {
     /// For phases that are not empty.
     pub(super) fn new(phases: &[Phase], target: Target) -> Self {
-        let steps: f64 = phases.iter().map(|p| p.steps() as f64).sum();
-        // The δ that cut tails are measured by is not known yet when ε is asked for.
-        let rough = match target {
-            Target::Delta(delta) => delta,
-            Target::Epsilon(_) => 1e-30,
-        };
-        let moments = Moments::new(phases, cut(rough, steps));
-        let windows = [Direction::Remove, Direction::Add].map(|d| moments.window(d, target));
+        let steps = total_steps(phases);
         let delta = match target {
             Target::Delta(delta) => delta,
-            // Chernoff's bound, and a bit less.
+            // Chernoff's bound in either direction, and a bit less.
             Target::Epsilon(epsilon) => {
-                let best = [Direction::Remove, Direction::Add].into_iter().zip(&windows);
-                let best = best.map(|(d, w)| moments.total(d, w.lambda) - w.lambda * epsilon);
-                libm::exp(best.fold(f64::NEG_INFINITY, f64::max).clamp(-230.0, 0.0)) / 30.0
+                let moments = Moments::new(phases, cut(1e-30, steps));
+                let best = DIRECTIONS.map(|direction| {
+                    let lambda = moments.window(direction, target).lambda;
+                    moments.total(direction, lambda) - lambda * epsilon
+                });
+                libm::exp(best[0].max(best[1]).clamp(-230.0, 0.0)) / 30.0
             }
         };
+        Self::with(phases, delta, [target; 2])
+    }
+
+    /// For δ when ε is about known for each direction: the tilt that makes δ largest beside what the
+    /// transform errs.
+    pub(super) fn around(phases: &[Phase], delta: f64, epsilon: [f64; 2]) -> Self {
+        Self::with(phases, delta, epsilon.map(Target::Epsilon))
+    }
+
+    /// Whether Chernoff's ε, which the tilt was chosen by, is far from what came out.
+    pub(super) fn is_far_from(&self, epsilon: [f64; 2]) -> bool {
+        let far = |(w, e): (&Window, f64)| e.is_finite() && e < 0.8 * w.epsilon;
+        self.windows.iter().zip(epsilon).any(far)
+    }
+
+    fn with(phases: &[Phase], delta: f64, targets: [Target; 2]) -> Self {
+        let steps = total_steps(phases);
+        let moments = Moments::new(phases, cut(delta, steps));
+        let [remove, add] = DIRECTIONS;
+        let windows = [moments.window(remove, targets[0]), moments.window(add, targets[1])];
         let tail = cut(delta, steps);
         let h = windows.iter().map(|w| wanted_step(w, steps)).fold(f64::INFINITY, f64::min);
         let mut widest = windows.iter().map(|w| w.high - w.low).fold(0.0, f64::max);
@@ -86,6 +102,12 @@ impl Plan {
         let points = (widest / h).clamp(LEAST_POINTS, MOST_POINTS);
         Self { h: widest / points, tail, windows }
     }
+}
+
+const DIRECTIONS: [Direction; 2] = [Direction::Remove, Direction::Add];
+
+fn total_steps(phases: &[Phase]) -> f64 {
+    phases.iter().map(|p| p.steps() as f64).sum()
 }
 
 fn cut(delta: f64, steps: f64) -> f64 {
