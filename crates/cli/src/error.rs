@@ -52,6 +52,9 @@ fn is_users(cause: &(dyn std::error::Error + 'static)) -> Option<bool> {
     if let Some(error) = cause.downcast_ref::<tercet_cuda::Error>() {
         return Some(error.is_users());
     }
+    if let Some(error) = cause.downcast_ref::<tercet_private::Error>() {
+        return Some(error.is_users());
+    }
     if let Some(error) = cause.downcast_ref::<io::Error>() {
         return Some(is_users_io(error));
     }

@@ -18,6 +18,7 @@ mod merge;
 mod picture;
 mod plan;
 mod pretrain;
+mod private;
 mod progress;
 mod quickstart;
 mod sample;
@@ -71,6 +72,7 @@ enum Verb {
     Picture(picture::Args),
     Plan(plan::Args),
     Pretrain(pretrain::Args),
+    Private(private::Args),
     Quickstart(quickstart::Args),
     Sample(sample::Args),
     Selftest(selftest::Args),
@@ -113,6 +115,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Picture(args) => picture::run(args),
         Verb::Plan(args) => plan::run(args),
         Verb::Pretrain(args) => pretrain::run(args),
+        Verb::Private(args) => private::run(args),
         Verb::Quickstart(args) => quickstart::run(args),
         Verb::Sample(args) => sample::run(args),
         Verb::Selftest(args) => selftest::run(args),
