@@ -82,9 +82,12 @@ enum Direction {
 /// # Errors
 /// [`Error::Parameter`] for a δ out of range, [`Error::TooManySteps`], [`Error::TooManyPhases`].
 pub fn epsilon(phases: &[Phase], delta: f64) -> Result<Directions> {
-    let Some((phases, plan, upper)) = uppers(phases, delta)? else {
+    let phases = checked(phases)?;
+    check_delta(delta)?;
+    if phases.is_empty() {
         return Ok(directions([0.0; 2], [0.0; 2]));
-    };
+    }
+    let (upper, plan) = uppers(&phases, delta);
     let lower = read(&phases, &plan, Bound::Lower, |curve| curve.epsilon(delta));
     Ok(directions(lower, upper))
 }
@@ -94,29 +97,29 @@ pub fn epsilon(phases: &[Phase], delta: f64) -> Result<Directions> {
 /// # Errors
 /// As [`epsilon`].
 pub fn epsilon_upper(phases: &[Phase], delta: f64) -> Result<f64> {
-    Ok(uppers(phases, delta)?.map_or(0.0, |(_, _, [remove, add])| remove.max(add)))
+    let phases = checked(phases)?;
+    check_delta(delta)?;
+    if phases.is_empty() {
+        return Ok(0.0);
+    }
+    let ([remove, add], _) = uppers(&phases, delta);
+    Ok(remove.max(add))
 }
 
-/// The upper bounds on ε, with the joined phases and the plan that gave them; nothing without a step.
+/// The upper bounds on ε and the plan that gave them.
 ///
 /// Rare and large losses make Chernoff's ε several times the true one. Then all is done again with a
 /// tilt for the ε that was found; both are bounds, and the smaller counts.
-fn uppers(phases: &[Phase], delta: f64) -> Result<Option<(Vec<Phase>, Plan, [f64; 2])>> {
-    check_delta(delta)?;
-    let phases = checked(phases)?;
-    if phases.is_empty() {
-        return Ok(None);
-    }
-    let plan = Plan::new(&phases, Target::Delta(delta));
+fn uppers(phases: &[Phase], delta: f64) -> ([f64; 2], Plan) {
+    let plan = Plan::new(phases, Target::Delta(delta));
     let number = |curve: &Curve| curve.epsilon(delta);
-    let upper = read(&phases, &plan, Bound::Upper, number);
-    if !plan.is_far_from(upper) {
-        return Ok(Some((phases, plan, upper)));
+    let first = read(phases, &plan, Bound::Upper, number);
+    if !plan.is_far_from(first) {
+        return (first, plan);
     }
-    let plan = Plan::around(&phases, delta, upper);
-    let again = read(&phases, &plan, Bound::Upper, number);
-    let upper = [upper[0].min(again[0]), upper[1].min(again[1])];
-    Ok(Some((phases, plan, upper)))
+    let plan = Plan::around(phases, delta, first);
+    let again = read(phases, &plan, Bound::Upper, number);
+    ([first[0].min(again[0]), first[1].min(again[1])], plan)
 }
 
 /// Bounds on δ at `epsilon`.
