@@ -5,7 +5,7 @@ use tercet_cuda::{Args, Gpu, Label, Matmul, Number, Source};
 
 use super::linear::weight_gradient;
 use super::{PIECES, at, kernel, number, stale};
-use crate::ops::Wants;
+use crate::ops::{HeadGrads, Wants};
 use crate::{DType, Result, Tensor};
 
 const SOURCE: Source =
@@ -32,7 +32,7 @@ pub(crate) fn run(
     targets: &Tensor,
     list: &[i32],
     wants: Wants,
-) -> Result<(Tensor, Option<(Tensor, Option<Tensor>)>)> {
+) -> Result<(Tensor, Option<HeadGrads>)> {
     let Wants { grads, of_weight } = wants;
     let [tokens, width] = [x.shape()[0], x.shape()[1]];
     let vocab = weight.shape()[0];

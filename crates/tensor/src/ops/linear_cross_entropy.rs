@@ -88,10 +88,13 @@ pub(crate) struct Wants {
     pub(crate) of_weight: bool,
 }
 
+/// Gradients of x and, where it is wanted, of the weight (f32), for a loss gradient of 1.
+pub(crate) type HeadGrads = (Tensor, Option<Tensor>);
+
 struct Outcome {
     loss: f32,
     /// Of x and of the weight (f32), for a loss gradient of 1.
-    grads: Option<(Tensor, Option<Tensor>)>,
+    grads: Option<HeadGrads>,
 }
 
 fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], wants: Wants) -> Result<Outcome> {
