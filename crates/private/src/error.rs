@@ -1,0 +1,66 @@
+//! What can be wrong with a question about privacy.
+
+/// Errors of this crate. Messages say what was wrong, what was expected and what to do.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// A number outside its range.
+    #[error("{name} = {value} is refused: {expected}")]
+    Parameter {
+        /// The parameter, such as `sigma`.
+        name: &'static str,
+        /// What was given.
+        value: f64,
+        /// What is allowed and why.
+        expected: &'static str,
+    },
+    /// More steps than the accountants are made for.
+    #[error(
+        "{steps} steps are refused: at most {most} are accounted, past that rounding would spoil \
+         the bounds"
+    )]
+    TooManySteps {
+        /// Steps asked for, all phases together.
+        steps: u128,
+        /// The limit.
+        most: u64,
+    },
+    /// More different noise levels than one composition may have.
+    #[error(
+        "{phases} different (sigma, rate) pairs are refused: at most {most} can be composed; round \
+         sigma up to fewer values"
+    )]
+    TooManyPhases {
+        /// Different pairs given.
+        phases: usize,
+        /// The limit.
+        most: usize,
+    },
+    /// No noise within the searched range reaches the target.
+    #[error(
+        "epsilon = {target} cannot be reached with sigma up to {most_sigma}: the smallest epsilon \
+         there is {reachable:.6}; take fewer steps, a smaller rate or a larger delta"
+    )]
+    Unreachable {
+        /// The epsilon asked for.
+        target: f64,
+        /// The epsilon at the largest sigma searched.
+        reachable: f64,
+        /// The largest sigma searched.
+        most_sigma: f64,
+    },
+}
+
+/// Result of every fallible call of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Whether the user's input is at fault (exit code 2) and not this program (1): always, since
+    /// the crate reads no file and asks nothing of the machine.
+    pub fn is_users(&self) -> bool {
+        true
+    }
+
+    pub(crate) fn parameter(name: &'static str, value: f64, expected: &'static str) -> Self {
+        Self::Parameter { name, value, expected }
+    }
+}
