@@ -158,7 +158,9 @@ fn epsilon_agrees_with_four_accountants_and_brackets_the_truth() {
                 let exact = gaussian::epsilon(gaussian::mu(&phases).unwrap(), delta).unwrap();
                 seen.check(row, relative(exact, value), 1e-9);
             }
-            "mu_gdp_exact" => seen.check(row, relative(gaussian::mu(&phases).unwrap(), value), 1e-9),
+            "mu_gdp_exact" => {
+                seen.check(row, relative(gaussian::mu(&phases).unwrap(), value), 1e-9)
+            }
             "mu_gdp_clt" => seen.check(row, relative(gdp::mu_clt(&phases).unwrap(), value), 1e-9),
             "eps_gdp_clt" => {
                 let found = gdp::epsilon_clt(&phases, delta).unwrap();

@@ -86,8 +86,7 @@ pub(crate) fn composed(phases: &[Phase], order: f64) -> Result<f64> {
 fn to_epsilon(rho: f64, order: f64, delta: f64) -> f64 {
     let less = order - 1.0;
     // log((α−1)/α) = log1p(−1/α)
-    let epsilon =
-        rho + libm::log1p(-1.0 / order) - (libm::log(delta) + libm::log(order)) / less;
+    let epsilon = rho + libm::log1p(-1.0 / order) - (libm::log(delta) + libm::log(order)) / less;
     (epsilon + SLACK * (rho + epsilon.abs())).max(0.0)
 }
 

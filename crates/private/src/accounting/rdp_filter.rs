@@ -120,8 +120,8 @@ mod tests {
 
     #[test]
     fn the_filter_lets_through_exactly_the_steps_that_fit() {
-        let (order, most) = best_order((4.0, 1e-5), (0.5, 64.0 / 81412.0), &rdp::default_orders())
-            .unwrap();
+        let (order, most) =
+            best_order((4.0, 1e-5), (0.5, 64.0 / 81412.0), &rdp::default_orders()).unwrap();
         let mut filter = RdpFilter::new(4.0, 1e-5, order).unwrap();
         let taken = (0..10_000).filter(|_| filter.try_step(0.5, 64.0 / 81412.0).unwrap()).count();
         assert_eq!(taken as u64, most);

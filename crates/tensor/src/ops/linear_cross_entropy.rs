@@ -37,7 +37,7 @@ pub fn linear_cross_entropy(
     let inputs = [x, weight];
     let wants = Wants { grads: tape.keeps(&inputs), of_weight: tape.keeps(&[weight]) };
     let places = [("x", x.value()), ("the weight", weight.value()), ("targets", targets)];
-    let (to_x, to_weight) = (x.source(), Weight::of(weight));
+    let (to_x, to_weight) = (x.source(), Weight::of(OP, weight));
     if let Device::Cuda(gpu) = check::device(OP, &places)? {
         let (loss, grads) =
             cuda::cross_entropy::run(&gpu, x.value(), weight.value(), targets, list, wants)?;

@@ -161,7 +161,8 @@ impl Place {
         let value = upper_tail(size);
         // See `upper_tail`; a displacement d of y adds φ(y)·d ≤ (|y|+1)·tail·d. Twice that covers
         // the change of φ over the displacement.
-        let error = value * (EPS * (2.0 + 2.0 * size * (size + 1.0)) + 2.0 * (size + 1.0) * displaced);
+        let error =
+            value * (EPS * (2.0 + 2.0 * size * (size + 1.0)) + 2.0 * (size + 1.0) * displaced);
         Self { y, tail: Mass { value, error: error + f64::MIN_POSITIVE } }
     }
 
@@ -225,10 +226,7 @@ fn between(low: Place, high: Place) -> Mass {
     } else if high.y <= 0.0 {
         high.tail.value - low.tail.value
     } else {
-        return Mass {
-            value: 1.0 - low.tail.value - high.tail.value,
-            error: error + 2.0 * EPS,
-        };
+        return Mass { value: 1.0 - low.tail.value - high.tail.value, error: error + 2.0 * EPS };
     };
     let value = value.max(0.0);
     Mass { value, error: error + EPS * value }

@@ -124,7 +124,8 @@ impl Composition {
             let power = libm::exp((times - 1.0) * libm::log(largest)) * (1.0 + 1e-6);
             let own = power * times * (error + 3.0 * U * largest) * (1.0 + 1e-6);
             let most = power * largest;
-            self.error[j] = (self.error[j] * (most + own) + before * (own + 3.0 * U * most)) * (1.0 + 1e-6);
+            self.error[j] =
+                (self.error[j] * (most + own) + before * (own + 3.0 * U * most)) * (1.0 + 1e-6);
             let (px, py) = raise(x, y, steps);
             let (gx, gy) = (self.re[j], self.im[j]);
             (self.re[j], self.im[j]) = (gx * px - gy * py, gx * py + gy * px);
@@ -165,18 +166,22 @@ impl Composition {
         let size = self.scale.abs() + self.above.abs() + self.below.abs();
         let above = outside(above, size + (self.window.above * edge_high).abs());
         let below = outside(below, size + (self.window.below * edge_low).abs());
-        Curve::new(bound, self.re, super::curve::Frame {
-            h: self.h,
-            tilt,
-            lowest,
-            offset: self.offset,
-            slop: self.slop,
-            scale: self.scale,
-            relative: self.relative + self.scale_error,
-            infinite: self.infinite,
-            above,
-            below,
-        })
+        Curve::new(
+            bound,
+            self.re,
+            super::curve::Frame {
+                h: self.h,
+                tilt,
+                lowest,
+                offset: self.offset,
+                slop: self.slop,
+                scale: self.scale,
+                relative: self.relative + self.scale_error,
+                infinite: self.infinite,
+                above,
+                below,
+            },
+        )
     }
 }
 

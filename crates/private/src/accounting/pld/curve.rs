@@ -143,7 +143,8 @@ impl Curve {
     /// Slop of the losses, and the rounding of grid points and of the interpolation between them.
     fn total_slop(&self, epsilon: f64) -> f64 {
         let edge = self.loss(0).abs().max(self.frame.offset.abs());
-        self.frame.slop + 16.0 * EPS * (edge + if epsilon.is_finite() { epsilon } else { 0.0 })
+        self.frame.slop
+            + 16.0 * EPS * (edge + if epsilon.is_finite() { epsilon } else { 0.0 })
             + 1e-9 * self.frame.h
     }
 }

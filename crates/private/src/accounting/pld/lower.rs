@@ -39,9 +39,7 @@ pub(super) fn lower(cells: &Cells) -> Pmf {
     // The cell with index i has its edges half a step below and above point first + 1 + i.
     let first = cells.first + 1;
     let atoms: Vec<Atom> = (cells.a.iter().zip(&cells.b).enumerate())
-        .map(|(i, (a, b))| {
-            Atom { p: a.down(), r: scaled(b.up(), (first + i as i64) as f64 * h) }
-        })
+        .map(|(i, (a, b))| Atom { p: a.down(), r: scaled(b.up(), (first + i as i64) as f64 * h) })
         .collect();
     let heaviest = (0..atoms.len()).max_by(|&i, &j| atoms[i].p.total_cmp(&atoms[j].p));
     let heaviest = heaviest.unwrap_or(0);

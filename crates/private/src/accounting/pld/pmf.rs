@@ -43,8 +43,7 @@ mod tests {
     fn delta(pmf: &Pmf, epsilon: f64) -> f64 {
         let losses = (pmf.first..).map(|k| k as f64 * pmf.h + pmf.offset);
         let terms = pmf.mass.iter().zip(losses);
-        pmf.infinite
-            + terms.map(|(m, t)| m * (-libm::expm1(epsilon - t)).max(0.0)).sum::<f64>()
+        pmf.infinite + terms.map(|(m, t)| m * (-libm::expm1(epsilon - t)).max(0.0)).sum::<f64>()
     }
 
     /// The hockey-stick divergence over a partition 500 times finer, from below: cells are joined
@@ -79,7 +78,8 @@ mod tests {
                 let (up, low) = (upper(&points), lower(&halves));
                 for i in 0..60 {
                     let epsilon = 0.07 * f64::from(i);
-                    let (u, l, e) = (delta(&up, epsilon), delta(&low, epsilon), fine(&exact, epsilon));
+                    let (u, l, e) =
+                        (delta(&up, epsilon), delta(&low, epsilon), fine(&exact, epsilon));
                     let own = (h / 500.0) * (h / 500.0) / 8.0 + 1e-12;
                     assert!(u >= e, "{sigma} {rate}: upper {u:e} at {epsilon} below {e:e}");
                     assert!(l <= e + own, "{sigma} {rate}: lower {l:e} at {epsilon} above {e:e}");

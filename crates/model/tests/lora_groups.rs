@@ -1,0 +1,163 @@
+//! Each person's gradient from one walk back over a packed batch: what that person alone gives.
+
+mod common;
+
+use std::ops::Range;
+
+use common::{config, golden, ids, model, nsa, train_by_chance};
+use serde_json::json;
+use tercet_model::{Adapter, Batch, ForwardOptions, LoraConfig, Model, ModelConfig};
+use tercet_tensor::{Grads, Tape, Tensor};
+
+/// A choice of blocks jumps, so that rounding could change it: all blocks are selected.
+fn everything_selected(mut config: ModelConfig) -> ModelConfig {
+    if let Some(spec) = &mut config.nsa {
+        spec.select_count = 16;
+    }
+    config
+}
+
+fn bases() -> Vec<(String, Model)> {
+    let own = [("mean", nsa("mean")), ("mlp", nsa("mlp")), ("dense", config(json!({})))];
+    let own = own.map(|(name, config)| (name.to_owned(), model(everything_selected(config))));
+    let shared = ["llama", "qwen2", "gpt2"].into_iter().filter_map(|name| {
+        let dir = golden(name)?;
+        Some((name.to_owned(), Model::load(&dir).unwrap()))
+    });
+    own.into_iter().chain(shared).collect()
+}
+
+/// The lengths of each person's sequences.
+const PERSONS: [&[usize]; 5] = [&[25], &[12, 9], &[40], &[3], &[2, 2, 30]];
+
+fn persons(vocab: usize) -> Vec<Vec<Vec<i32>>> {
+    let all = ids(PERSONS.iter().flat_map(|lengths| lengths.iter()).sum(), vocab);
+    let mut rest = &all[..];
+    let mut take = |count: &usize| {
+        let (first, after) = rest.split_at(*count);
+        rest = after;
+        first.to_vec()
+    };
+    PERSONS.iter().map(|lengths| lengths.iter().map(&mut take).collect()).collect()
+}
+
+/// The gradients of Σ over persons of the mean loss of that person's tokens.
+fn walk(model: &Model, persons: &[Vec<Vec<i32>>], recompute: bool, grouped: bool) -> Grads {
+    let sequences: Vec<&[i32]> = persons.iter().flatten().map(Vec::as_slice).collect();
+    let batch = Batch::next_token(&sequences);
+    let mut rows: Vec<Range<usize>> = Vec::new();
+    let mut slopes = Vec::new();
+    for person in persons {
+        let start = rows.last().map_or(0, |last| last.end);
+        let tokens: usize = person.iter().map(Vec::len).sum();
+        rows.push(start..start + tokens);
+        slopes.extend(vec![-1.0 / (tokens - person.len()) as f32; tokens]);
+    }
+    let slots = model.trained().len();
+    let mut grads = match grouped {
+        true => Grads::by_group(slots, rows).unwrap(),
+        false => Grads::new(slots),
+    };
+    let mut tape = Tape::recording();
+    let options = ForwardOptions { recompute, ..ForwardOptions::default() };
+    let found = model.token_log_probs(&mut tape, &batch, &options).unwrap();
+    let len = slopes.len();
+    let seed = Tensor::from_f32(slopes, &[len]).unwrap();
+    tape.backward_from(&[(&found.log_probs, seed)], &mut grads).unwrap();
+    grads
+}
+
+fn adapted(base: &Model, targets: &[&str]) -> Model {
+    let targets = targets.iter().map(|target| (*target).to_owned()).collect();
+    let config = LoraConfig { r: 4, alpha: 6.0, targets, ..LoraConfig::default() };
+    train_by_chance(Adapter::new(base, config, 3).unwrap(), base, "a")
+}
+
+/// The same f32 sums over other neighbours: a few hundred terms, 2⁻²⁴ each, and as they fall in
+/// either direction about their root: 1e-5 of the largest is five such sums in a row. The largest
+/// is that of all persons, since of one it may cancel to nothing: a key that stands alone in a
+/// softmax has no gradient but rounding.
+const CLOSE: f32 = 1e-5;
+
+#[test]
+fn a_persons_gradient_is_that_of_the_person_alone() {
+    for (what, base) in bases() {
+        let some: &[&str] = if what == "gpt2" { &["c_attn"] } else { &["q_proj", "v_proj"] };
+        // In NSA models each branch has its own values.
+        let some: &[&str] = if base.config().nsa.is_some() { &["q_proj"] } else { some };
+        for targets in [&["all-linear"], some] {
+            let model = adapted(&base, targets);
+            let persons = persons(base.config().vocab_size);
+            for recompute in [false, true] {
+                let all = walk(&model, &persons, recompute, true);
+                for (at, person) in persons.iter().enumerate() {
+                    let alone = walk(&model, std::slice::from_ref(person), recompute, false);
+                    for slot in 0..model.trained().len() {
+                        let name = model.trained().name(slot);
+                        let (all, alone) = (all.get(slot).unwrap(), alone.get(slot).unwrap());
+                        assert_eq!(all.shape()[0], persons.len());
+                        assert_eq!(&all.shape()[1..], alone.shape());
+                        let (all, alone) = (all.as_f32().unwrap(), alone.as_f32().unwrap());
+                        let size = all.iter().fold(0f32, |most, x| most.max(x.abs()));
+                        let all = &all[at * alone.len()..][..alone.len()];
+                        let off = all.iter().zip(alone).map(|(a, b)| (a - b).abs());
+                        let off = off.fold(0f32, f32::max);
+                        assert!(size > 0.0, "{what} {name}: nothing is learnt");
+                        assert!(
+                            off <= CLOSE * size,
+                            "{what} {targets:?} {name}, person {at}: {off:e} of {size:e}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_of_persons_gradients_do_not_depend_on_threads() {
+    for (what, base) in bases() {
+        let model = adapted(&base, &["all-linear"]);
+        let persons = persons(base.config().vocab_size);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let grads = walk(&model, &persons, false, true);
+                let bits = grads.iter().map(|g| g.unwrap().to_vec_f32().unwrap());
+                bits.map(|g| g.into_iter().map(f32::to_bits).collect()).collect::<Vec<Vec<u32>>>()
+            })
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(3), "{what}");
+    }
+}
+
+#[test]
+fn pairs_hold_every_parameter_of_an_adapter_once() {
+    for (what, base) in bases() {
+        let model = adapted(&base, &["all-linear"]);
+        let adapter = model.adapter("a").unwrap();
+        let mut seen: Vec<usize> = Vec::new();
+        for (name, slots) in adapter.pairs() {
+            for slot in &slots {
+                assert!(adapter.params().name(*slot).starts_with(name), "{what}");
+            }
+            seen.extend(slots);
+        }
+        assert_eq!(seen, (0..adapter.params().len()).collect::<Vec<_>>(), "{what}");
+    }
+}
+
+/// Without an adapter everything is trained, and norms cannot tell persons apart.
+#[test]
+fn full_training_by_person_is_refused_by_name() {
+    for (what, base) in bases() {
+        let persons = persons(base.config().vocab_size);
+        let batch = Batch::next_token(&[&persons[0][0]]);
+        let mut tape = Tape::recording();
+        let parts = base.forward_loss(&mut tape, &batch, &ForwardOptions::default()).unwrap();
+        let mut grads = Grads::by_group(base.params().len(), vec![0..25]).unwrap();
+        let error = tape.backward(&parts.loss, &mut grads).unwrap_err().to_string();
+        assert!(error.contains("tell groups of rows apart"), "{what}: {error}");
+    }
+}
