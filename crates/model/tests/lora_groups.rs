@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use common::{config, golden, ids, model, nsa, train_by_chance};
 use serde_json::json;
-use tercet_model::{Adapter, Batch, ForwardOptions, LoraConfig, Model, ModelConfig};
+use tercet_model::{Adapter, Batch, ForwardOptions, IGNORE, LoraConfig, Model, ModelConfig};
 use tercet_tensor::{Grads, Tape, Tensor};
 
 /// A choice of blocks jumps, so that rounding could change it: all blocks are selected.
@@ -41,10 +41,35 @@ fn persons(vocab: usize) -> Vec<Vec<Vec<i32>>> {
     PERSONS.iter().map(|lengths| lengths.iter().map(&mut take).collect()).collect()
 }
 
+/// Rows of a filled batch: enough for products to leave their paths for few rows.
+const ROWS: usize = 1100;
+
+/// Rows that are nobody's and have no loss, up to [`ROWS`].
+fn filled(mut batch: Batch, slopes: &mut Vec<f32>, rows: &mut Vec<Range<usize>>) -> Batch {
+    let own = batch.input_ids.len();
+    rows.push(own..ROWS);
+    slopes.resize(ROWS, 0.0);
+    batch.input_ids.resize(ROWS, 0);
+    batch.targets.resize(ROWS, IGNORE);
+    batch.cu_seqlens.extend((own + 40..ROWS).step_by(40).map(|at| at as i32));
+    batch.cu_seqlens.push(ROWS as i32);
+    batch
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    /// One gradient.
+    Summed,
+    /// One for each person.
+    Grouped,
+    /// One for each person and one for rows that are nobody's.
+    Filled,
+}
+
 /// The gradients of Σ over persons of the mean loss of that person's tokens.
-fn walk(model: &Model, persons: &[Vec<Vec<i32>>], recompute: bool, grouped: bool) -> Grads {
+fn walk(model: &Model, persons: &[Vec<Vec<i32>>], recompute: bool, way: Way) -> Grads {
     let sequences: Vec<&[i32]> = persons.iter().flatten().map(Vec::as_slice).collect();
-    let batch = Batch::next_token(&sequences);
+    let mut batch = Batch::next_token(&sequences);
     let mut rows: Vec<Range<usize>> = Vec::new();
     let mut slopes = Vec::new();
     for person in persons {
@@ -53,10 +78,13 @@ fn walk(model: &Model, persons: &[Vec<Vec<i32>>], recompute: bool, grouped: bool
         rows.push(start..start + tokens);
         slopes.extend(vec![-1.0 / (tokens - person.len()) as f32; tokens]);
     }
+    if way == Way::Filled {
+        batch = filled(batch, &mut slopes, &mut rows);
+    }
     let slots = model.trained().len();
-    let mut grads = match grouped {
-        true => Grads::by_group(slots, rows).unwrap(),
-        false => Grads::new(slots),
+    let mut grads = match way {
+        Way::Summed => Grads::new(slots),
+        _ => Grads::by_group(slots, rows).unwrap(),
     };
     let mut tape = Tape::recording();
     let options = ForwardOptions { recompute, ..ForwardOptions::default() };
@@ -89,9 +117,9 @@ fn a_persons_gradient_is_that_of_the_person_alone() {
             let model = adapted(&base, targets);
             let persons = persons(base.config().vocab_size);
             for recompute in [false, true] {
-                let all = walk(&model, &persons, recompute, true);
+                let all = walk(&model, &persons, recompute, Way::Grouped);
                 for (at, person) in persons.iter().enumerate() {
-                    let alone = walk(&model, std::slice::from_ref(person), recompute, false);
+                    let alone = walk(&model, std::slice::from_ref(person), recompute, Way::Summed);
                     for slot in 0..model.trained().len() {
                         let name = model.trained().name(slot);
                         let (all, alone) = (all.get(slot).unwrap(), alone.get(slot).unwrap());
@@ -122,13 +150,39 @@ fn bits_of_persons_gradients_do_not_depend_on_threads() {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
-                let grads = walk(&model, &persons, false, true);
+                let grads = walk(&model, &persons, false, Way::Grouped);
                 let bits = grads.iter().map(|g| g.unwrap().to_vec_f32().unwrap());
                 bits.map(|g| g.into_iter().map(f32::to_bits).collect()).collect::<Vec<Vec<u32>>>()
             })
         };
         let one = run(1);
         assert!(one == run(2) && one == run(3), "{what}");
+    }
+}
+
+/// What the sensitivity of a private step rests on: nobody's gradient may depend on who else is in
+/// the batch, not even in its last bits. Products choose their order of summing by the number of
+/// rows; with that fixed, nothing is left to choose. The wide model's inner sums are longer than
+/// one run of the products'.
+#[test]
+fn in_batches_of_equal_rows_others_change_no_bit() {
+    let wide = config(json!({
+        "hidden_size": 640, "intermediate_size": 1100, "num_hidden_layers": 1, "head_dim": 160,
+    }));
+    let choosing = ("choosing".to_owned(), model(nsa("mlp")));
+    for (what, base) in bases().into_iter().chain([("wide".to_owned(), model(wide)), choosing]) {
+        let model = adapted(&base, &["all-linear"]);
+        let persons = persons(base.config().vocab_size);
+        let all = walk(&model, &persons, false, Way::Filled);
+        for (at, person) in persons.iter().enumerate() {
+            let alone = walk(&model, std::slice::from_ref(person), false, Way::Filled);
+            for slot in 0..model.trained().len() {
+                let [all, alone] = [&all, &alone].map(|g| g.get(slot).unwrap().as_f32().unwrap());
+                let size = alone.len() / 2;
+                let same = all[at * size..][..size] == alone[..size];
+                assert!(same, "{what} {}, person {at}", model.trained().name(slot));
+            }
+        }
     }
 }
 
