@@ -1,8 +1,9 @@
 //! What persons' gradients cost: forward and backward of LoRA over packed batches, plain (one sum),
 //! grouped (a gradient for each person, clipped and summed) and each (a person at a time), at equal
-//! portions. One way a run, so that the peak of memory is its own:
+//! portions. The peak of memory is that of the ways of one run; times are compared within one,
+//! round by round:
 //!
-//! `cargo run --release -p tercet-private --example grouped -- plain|grouped|each [r] [tokens]`
+//! `cargo run --release -p tercet-private --example grouped -- plain,grouped,each [r] [tokens]`
 
 use std::time::Instant;
 
@@ -18,7 +19,7 @@ const ROUNDS: usize = 9;
 
 fn main() -> Fallible<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let way = args.first().map_or("grouped", String::as_str);
+    let ways: Vec<&str> = args.first().map_or("plain,grouped", String::as_str).split(',').collect();
     let number = |at: usize, default| args.get(at).map_or(Ok(default), |text| text.parse());
     let (r, tokens): (usize, usize) = (number(1, 8)?, number(2, 128)?);
     let config = serde_json::from_value(json!({
@@ -40,8 +41,9 @@ fn main() -> Fallible<()> {
         .map(|p| (0..tokens).map(|t| ((t * 31 + p * 977 + t * t * 7) % 8192) as i32).collect())
         .collect();
 
-    let mut times = Vec::new();
-    for _ in 0..ROUNDS {
+    let mut times = vec![Vec::new(); ways.len()];
+    for round in 0..ROUNDS * ways.len() {
+        let way = ways[round % ways.len()];
         let start = Instant::now();
         let mut clipping = 0.0;
         match way {
@@ -60,21 +62,22 @@ fn main() -> Fallible<()> {
             }
             other => return Err(format!("{other:?} is not plain, grouped or each").into()),
         }
-        times.push((start.elapsed().as_secs_f64(), clipping));
+        times[round % ways.len()].push((1e3 * start.elapsed().as_secs_f64(), 1e3 * clipping));
     }
-    times.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let (median, clipping) = times[ROUNDS / 2];
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or("VmHWM: unknown");
     println!(
-        "{way}: {PERSONS} persons of {tokens} tokens, r = {r}, {} parameters of {}: {:.1} ms a \
-         step, of which clipping {:.1} ms; fastest {:.1} ms; {peak}",
+        "{PERSONS} persons of {tokens} tokens, r = {r}, {} parameters of {}; {peak}",
         params.elements(),
         model.params().elements(),
-        1e3 * median,
-        1e3 * clipping,
-        1e3 * times[0].0,
     );
+    for (way, mut times) in ways.iter().zip(times) {
+        times.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let ((median, clipping), fastest) = (times[ROUNDS / 2], times[0].0);
+        println!(
+            "{way}: {median:.0} ms a step ({fastest:.0} at best), clipping {clipping:.0} ms of it"
+        );
+    }
     Ok(())
 }
 

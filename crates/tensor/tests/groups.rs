@@ -1,6 +1,8 @@
 //! Gradients kept apart by groups of rows: each is what its rows alone would give, and an op that
 //! cannot tell rows apart says so.
 
+#![allow(clippy::single_range_in_vec_init)] // one group is a range, not its numbers
+
 mod common;
 
 use std::ops::Range;

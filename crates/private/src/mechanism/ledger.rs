@@ -120,6 +120,8 @@ pub struct Ledger {
     path: PathBuf,
     file: File,
     entries: Vec<Entry>,
+    /// How often each step was written, from step 0 on.
+    attempts: Vec<u64>,
     hash: String,
     /// A write failed: what is in the file is not known.
     broken: bool,
@@ -157,7 +159,7 @@ impl Ledger {
         written.map_err(Error::io("write", path))?;
         sync_folder(path)?;
         let file = locked(path)?;
-        Ok(Self { path: path.into(), file, entries: Vec::new(), hash, broken: false })
+        Ok(Self { path: path.into(), file, entries: vec![], attempts: vec![], hash, broken: false })
     }
 
     /// Goes on with a ledger, after `mark` when a checkpoint has one.
@@ -200,17 +202,18 @@ impl Ledger {
                 )));
             }
         }
-        let mut entries: Vec<Entry> = Vec::new();
+        let (mut entries, mut attempts) = (Vec::<Entry>::new(), Vec::new());
         let mut marked = mark.is_none_or(|mark| mark.attempts == 0 && mark.hash == hash);
         for (at, line) in lines {
             let (line, own) =
                 opened::<Line>(line, &hash).map_err(|p| refuse(changed(at + 1, &p)))?;
             let entry = line.entry;
-            let next = next(&entries, entry.step);
+            let next = next(&attempts, entry.step);
             if entry.stream != entries.len() as u64 || next != Some(entry.attempt) {
                 return Err(refuse(changed(at + 1, "is out of turn")));
             }
             hash = own;
+            count(&mut attempts, entry.step);
             entries.push(entry);
             marked |= mark.is_some_and(|m| m.attempts == entries.len() as u64 && m.hash == hash);
         }
@@ -226,7 +229,7 @@ impl Ledger {
             )));
         }
         file.set_len(whole).and_then(|()| file.sync_all()).map_err(Error::io("write", path))?;
-        Ok(Self { path: path.into(), file, entries, hash, broken: false })
+        Ok(Self { path: path.into(), file, entries, attempts, hash, broken: false })
     }
 
     /// The stream of the next line: what coins of the next attempt are drawn from.
@@ -250,10 +253,10 @@ impl Ledger {
         }
         // The accountant's own rules.
         Phase::new(if sigma == 0.0 { 1.0 } else { sigma }, rate, 1)?;
-        let Some(attempt) = next(&self.entries, step) else {
+        let Some(attempt) = next(&self.attempts, step) else {
             return Err(Error::Step(format!(
                 "step {step} was to be spent, but no step was left out before: {} come first",
-                steps(&self.entries)
+                self.attempts.len()
             )));
         };
         let stream = self.next_stream();
@@ -265,6 +268,7 @@ impl Ledger {
             return Err(Error::io("write", &self.path)(error));
         }
         self.hash = hash;
+        count(&mut self.attempts, step);
         self.entries.push(entry);
         Ok(Spent { stream, sigma })
     }
@@ -296,25 +300,19 @@ impl Ledger {
     }
 }
 
-/// How many steps have begun.
-fn steps(entries: &[Entry]) -> u64 {
-    entries.iter().map(|entry| entry.step + 1).max().unwrap_or(0)
+/// The attempt that a step would be, given how often each was written; `None` when one before it is
+/// missing.
+fn next(attempts: &[u64], step: u64) -> Option<u64> {
+    let step = usize::try_from(step).ok()?;
+    if step == attempts.len() { Some(0) } else { attempts.get(step).copied() }
 }
 
-/// The attempt that a step would be; `None` when one before it is missing.
-fn next(entries: &[Entry], step: u64) -> Option<u64> {
-    let last = entries.last().map(|entry| (entry.step, entry.attempt));
-    match last {
-        // The usual case without a search.
-        Some((last, _)) if step == last + 1 && steps_end_here(entries) => Some(0),
-        _ if step > steps(entries) => None,
-        _ => Some(entries.iter().filter(|entry| entry.step == step).count() as u64),
+/// Counts an attempt that [`next`] has let through.
+fn count(attempts: &mut Vec<u64>, step: u64) {
+    match attempts.get_mut(step as usize) {
+        Some(count) => *count += 1,
+        None => attempts.push(1),
     }
-}
-
-/// Whether no step after the last line's has begun; false where that takes a search.
-fn steps_end_here(entries: &[Entry]) -> bool {
-    entries.last().is_some_and(|entry| entry.step + 1 == entries.len() as u64)
 }
 
 fn changed(line: usize, problem: &str) -> String {
