@@ -30,7 +30,7 @@ fn bases() -> Vec<(String, Model)> {
 }
 
 /// The lengths of each person's sequences.
-const PERSONS: [&[usize]; 5] = [&[25], &[12, 9], &[40], &[3], &[2, 2, 30]];
+const PERSONS: [&[usize]; 6] = [&[25], &[12, 9], &[40], &[3], &[2, 2, 30], &[35, 40]];
 
 fn persons(vocab: usize) -> Vec<Vec<Vec<i32>>> {
     let all = ids(PERSONS.iter().flat_map(|lengths| lengths.iter()).sum(), vocab);
@@ -43,20 +43,8 @@ fn persons(vocab: usize) -> Vec<Vec<Vec<i32>>> {
     PERSONS.iter().map(|lengths| lengths.iter().map(&mut take).collect()).collect()
 }
 
-/// Rows of a filled batch: enough for products to leave their paths for few rows.
-const ROWS: usize = 1100;
-
-/// Rows that are nobody's and have no loss, up to [`ROWS`].
-fn filled(mut batch: Batch, slopes: &mut Vec<f32>, rows: &mut Vec<Range<usize>>) -> Batch {
-    let own = batch.input_ids.len();
-    rows.push(own..ROWS);
-    slopes.resize(ROWS, 0.0);
-    batch.input_ids.resize(ROWS, 0);
-    batch.targets.resize(ROWS, IGNORE);
-    batch.cu_seqlens.extend((own + 40..ROWS).step_by(40).map(|at| at as i32));
-    batch.cu_seqlens.push(ROWS as i32);
-    batch
-}
+/// Rows of a filled batch: more than one chunk of logits.
+const ROWS: usize = 1152;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
@@ -81,7 +69,10 @@ fn walk(model: &Model, persons: &[Vec<Vec<i32>>], recompute: bool, way: Way) -> 
         slopes.extend(vec![-1.0 / (tokens - person.len()) as f32; tokens]);
     }
     if way == Way::Filled {
-        batch = filled(batch, &mut slopes, &mut rows);
+        let own = batch.fill_up(ROWS, 40).unwrap();
+        assert_eq!(batch.input_ids.len(), ROWS);
+        rows.push(own..ROWS);
+        slopes.resize(ROWS, 0.0);
     }
     let slots = model.trained().len();
     let mut grads = match way {
@@ -165,11 +156,11 @@ fn bits_of_persons_gradients_do_not_depend_on_threads() {
 /// What the sensitivity of a private step rests on: nobody's gradient may depend on who else is in
 /// the batch, not even in its last bits. Products choose their order of summing by the number of
 /// rows; with that fixed, nothing is left to choose. The wide model's inner sums are longer than
-/// one run of the products'.
+/// one run of the products', and its logits come in chunks of 128, whose edge a person crosses.
 #[test]
 fn in_batches_of_equal_rows_others_change_no_bit() {
     let wide = config(json!({
-        "hidden_size": 640, "intermediate_size": 1100, "num_hidden_layers": 1, "head_dim": 160,
+        "vocab_size": 20000, "hidden_size": 640, "intermediate_size": 1100, "num_hidden_layers": 1, "head_dim": 160,
     }));
     let choosing = ("choosing".to_owned(), model(nsa("mlp")));
     for (what, base) in bases().into_iter().chain([("wide".to_owned(), model(wide)), choosing]) {
@@ -185,6 +176,23 @@ fn in_batches_of_equal_rows_others_change_no_bit() {
                 assert!(same, "{what} {}, person {at}", model.trained().name(slot));
             }
         }
+    }
+}
+
+#[test]
+fn filling_up_adds_whole_sequences_without_targets() {
+    let mut batch = Batch::next_token(&[&[1, 2, 3]]);
+    assert_eq!(batch.fill_up(128, 100).unwrap(), 3);
+    assert_eq!(batch.cu_seqlens, [0, 3, 103, 128]);
+    assert!(batch.input_ids.len() == 128 && batch.targets[2..].iter().all(|&t| t == IGNORE));
+    let full = batch.clone();
+    assert_eq!(batch.fill_up(128, 100).unwrap(), 128);
+    assert_eq!(batch, full);
+    let mut empty = Batch::next_token(&[]);
+    assert_eq!(empty.fill_up(256, 128).unwrap(), 0);
+    assert_eq!(empty.cu_seqlens, [0, 128, 256]);
+    for (rows, context) in [(0, 1), (100, 1), (128, 0), (usize::MAX / 128 * 128, 9)] {
+        assert!(batch.fill_up(rows, context).is_err(), "{rows} {context}");
     }
 }
 

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use serde_json::json;
-use tercet_model::{Adapter, Batch, ForwardOptions, IGNORE, LoraConfig, Model};
+use tercet_model::{Adapter, Batch, ForwardOptions, LoraConfig, Model};
 use tercet_private::mechanism::clip::{Blocks, ClippedSum, Grid, Rule};
 use tercet_private::mechanism::key::Key;
 use tercet_private::mechanism::ledger::{Identity, Ledger, Mark};
@@ -64,13 +64,10 @@ const ROWS: usize = 1024;
 /// The gradients of Σ `weight` · mean loss of a person's tokens. After the persons come rows that
 /// are nobody's and have no loss.
 fn walk(model: &Model, persons: &[&Person], weight: f32, mut grads: Grads) -> Grads {
-    let mut sequences: Vec<&[i32]> =
-        persons.iter().flat_map(|p| p.iter()).map(|s| &s[..]).collect();
-    let own: usize = sequences.iter().map(|s| s.len()).sum();
-    let nobody = vec![0; ROWS - own];
-    sequences.extend(nobody.chunks(500));
+    let sequences: Vec<&[i32]> = persons.iter().flat_map(|p| p.iter()).map(|s| &s[..]).collect();
     let mut batch = Batch::next_token(&sequences);
-    batch.targets[own..].fill(IGNORE);
+    batch.fill_up(ROWS, 500).unwrap();
+    assert_eq!(batch.input_ids.len(), ROWS);
     let mut slopes = Vec::new();
     for person in persons {
         let tokens: usize = person.iter().map(Vec::len).sum();
