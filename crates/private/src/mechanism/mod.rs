@@ -16,6 +16,9 @@
 //!
 //! The result is `(Σ clipped + noise) / B` with the *expected* batch B, which is public: neither the
 //! number of persons drawn nor anything else that depends on a person leaves but through the noise.
+//! A person's gradient must be a function of that person alone, to the last bit: no dropout, no
+//! load-balance loss, and batches that all have the same number of rows, since products choose the
+//! order of their sums by it (`Batch::fill_up` of the model crate).
 //! What does not hide is time: how long a step takes says something of how many were drawn.
 
 pub mod clip;

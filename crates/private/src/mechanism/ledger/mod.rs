@@ -16,21 +16,21 @@
 //!
 //! The stream of a step is the number of its line, so that under one key no two lines have one.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{BufRead, BufReader, Read, Write};
+mod chain;
+
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use super::key::{Key, hex};
+use self::chain::{Previous, changed, lines, locked, opened, sealed, sync_folder};
+use super::key::Key;
 use crate::accounting::Phase;
 use crate::{Error, Result};
 
 /// Version of the file's form.
 const FORM: u32 = 1;
-/// No line is longer.
-const MOST_LINE: u64 = 1 << 16;
 /// No name of a run, key of data or digest is longer.
 const MOST_NAME: usize = 1 << 12;
 
@@ -87,6 +87,18 @@ struct Line {
     #[serde(flatten)]
     entry: Entry,
     previous: String,
+}
+
+impl Previous for First {
+    fn previous(&self) -> &str {
+        &self.previous
+    }
+}
+
+impl Previous for Line {
+    fn previous(&self) -> &str {
+        &self.previous
+    }
 }
 
 /// The receipt for a step that is on disk: what opens [`super::clip::ClippedSum::release`], once.
@@ -315,12 +327,6 @@ fn count(attempts: &mut Vec<u64>, step: u64) {
     }
 }
 
-fn changed(line: usize, problem: &str) -> String {
-    format!(
-        "was changed: line {line} {problem}. Bring it back from a copy; what was spent is not known"
-    )
-}
-
 fn check_identity(identity: &Identity) -> Result<()> {
     for text in [&identity.run, &identity.data, &identity.config] {
         if text.is_empty() || text.len() > MOST_NAME {
@@ -328,101 +334,6 @@ fn check_identity(identity: &Identity) -> Result<()> {
                 "a ledger's run, data and config are 1 to 4096 bytes each".into(),
             ));
         }
-    }
-    Ok(())
-}
-
-/// Opens with the system's lock, which ends with the process, however it ends.
-fn locked(path: &Path) -> Result<File> {
-    let file = OpenOptions::new().read(true).append(true).open(path);
-    let file = file.map_err(Error::io("open", path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::Ledger {
-            path: path.into(),
-            problem: "is held by another process; two runs must not spend from one".into(),
-        }),
-        Err(TryLockError::Error(error)) => Err(Error::io("lock", path)(error)),
-    }
-}
-
-/// Every line that has its end, and the bytes up to there.
-fn lines(path: &Path, file: &File) -> Result<(Vec<String>, u64)> {
-    let mut reader = BufReader::new(file);
-    let (mut lines, mut whole) = (Vec::new(), 0);
-    loop {
-        let mut line = Vec::new();
-        let read = (&mut reader).take(MOST_LINE).read_until(b'\n', &mut line);
-        let read = read.map_err(Error::io("read", path))? as u64;
-        if line.pop() != Some(b'\n') {
-            if read == MOST_LINE {
-                let problem = changed(lines.len() + 1, "has no end");
-                return Err(Error::Ledger { path: path.into(), problem });
-            }
-            return Ok((lines, whole));
-        }
-        whole += read;
-        let line = String::from_utf8(line).map_err(|_| Error::Ledger {
-            path: path.into(),
-            problem: changed(lines.len() + 1, "is no text"),
-        })?;
-        lines.push(line);
-    }
-}
-
-const SEAL: &str = ",\"hash\":\"";
-
-/// A line with its hash at its end, and the hash.
-fn sealed(line: &impl Serialize) -> Result<(String, String)> {
-    let text = serde_json::to_string(line).map_err(|error| Error::Step(error.to_string()))?;
-    let hash = hex(&Sha256::digest(&text));
-    Ok((format!("{}{SEAL}{hash}\"}}\n", &text[..text.len() - 1]), hash))
-}
-
-/// A line whose own hash is right and which follows `previous`, and its hash.
-fn opened<L: for<'a> Deserialize<'a> + Previous>(
-    line: &str,
-    previous: &str,
-) -> Result<(L, String), String> {
-    let split =
-        line.rsplit_once(SEAL).and_then(|(body, rest)| Some((body, rest.strip_suffix("\"}")?)));
-    let Some((body, hash)) = split else { return Err("has no hash".into()) };
-    let body = format!("{body}}}");
-    if hex(&Sha256::digest(&body)) != hash {
-        return Err("does not have the hash it says".into());
-    }
-    let parsed: L =
-        serde_json::from_str(&body).map_err(|error| format!("is not understood ({error})"))?;
-    if parsed.previous() != previous {
-        return Err("does not follow the line before it".into());
-    }
-    Ok((parsed, hash.to_owned()))
-}
-
-/// The hash that a line says the one before it has.
-trait Previous {
-    fn previous(&self) -> &str;
-}
-
-impl Previous for First {
-    fn previous(&self) -> &str {
-        &self.previous
-    }
-}
-
-impl Previous for Line {
-    fn previous(&self) -> &str {
-        &self.previous
-    }
-}
-
-fn sync_folder(path: &Path) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    if cfg!(unix) {
-        File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io("sync", folder))?;
     }
     Ok(())
 }
