@@ -36,6 +36,36 @@ impl Batch {
         }
         batch
     }
+
+    /// Fills up with sequences of at most `context` tokens (of id 0) that predict nothing, to the
+    /// next multiple of `rows`, itself a multiple of 128, and returns how many rows were there.
+    ///
+    /// Products choose the order of their sums by the number of rows, so that in the last bits a
+    /// sequence's numbers depend on what else is in the batch. In batches that all have the same,
+    /// large number of rows they do not: from 1024 rows on none of the paths for few rows is
+    /// taken. Private training needs that, since whoever else is drawn must change nothing.
+    pub fn fill_up(&mut self, rows: usize, context: usize) -> Result<usize> {
+        let own = self.input_ids.len();
+        if rows == 0 || !rows.is_multiple_of(128) || context == 0 {
+            return Err(Error::Batch(format!(
+                "cannot fill up to a multiple of {rows} rows with sequences of {context}; expected \
+                 a multiple of 128 and at least one token"
+            )));
+        }
+        let all = own.max(1).checked_next_multiple_of(rows).filter(|&all| all <= i32::MAX as usize);
+        let Some(all) = all else {
+            return Err(Error::Batch(format!(
+                "a batch of {own} rows cannot be filled up to {rows}s"
+            )));
+        };
+        self.input_ids.resize(all, 0);
+        self.targets.resize(all, IGNORE);
+        self.cu_seqlens.extend((own..all).step_by(context).skip(1).map(|at| at as i32));
+        if all > own {
+            self.cu_seqlens.push(all as i32);
+        }
+        Ok(own)
+    }
 }
 
 /// Token ids and positions as the ops want them, checked against the model.

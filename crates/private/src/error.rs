@@ -1,4 +1,6 @@
-//! What can be wrong with a question about privacy.
+//! What can be wrong with a question about privacy, or with a private step.
+
+use std::path::{Path, PathBuf};
 
 /// Errors of this crate. Messages say what was wrong, what was expected and what to do.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -48,16 +50,47 @@ pub enum Error {
         /// The largest sigma searched.
         most_sigma: f64,
     },
+    /// Rows that cannot be told apart by person.
+    #[error("people: {0}")]
+    People(String),
+    /// Sizes or numbers of a private step that do not fit one another.
+    #[error("private step: {0}")]
+    Step(String),
+    /// A ledger that cannot be gone on from.
+    #[error("the privacy ledger {} {problem}", path.display())]
+    Ledger {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        problem: String,
+    },
+    /// A file that could not be read or written.
+    #[error("cannot {action} {}: {reason}", path.display())]
+    Io {
+        /// What was tried, such as `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// The system gives no random numbers.
+    #[error("the system gives no random numbers ({0}); noise that can be guessed protects nobody")]
+    Entropy(String),
 }
 
 /// Result of every fallible call of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// Whether the user's input is at fault (exit code 2) and not this program (1): always, since
-    /// the crate reads no file and asks nothing of the machine.
+    /// Whether the user's input is at fault (exit code 2) and not this program or the machine (1).
     pub fn is_users(&self) -> bool {
-        true
+        !matches!(self, Self::Step(_) | Self::Entropy(_))
+    }
+
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |error| Self::Io { action, path, reason: error.to_string() }
     }
 
     pub(crate) fn parameter(name: &'static str, value: f64, expected: &'static str) -> Self {

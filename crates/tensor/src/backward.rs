@@ -1,5 +1,9 @@
 //! The walk back: gradients on their way from an op's outputs to its inputs.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
 use crate::dtype::Float;
 use crate::parallel;
 use crate::pool::Buffer;
@@ -43,7 +47,9 @@ impl<'g> Backward<'g> {
     pub(crate) fn give(&mut self, to: Source, gradient: Tensor) -> Result<()> {
         match to {
             Source::Constant => Ok(()),
-            Source::Param(slot) => self.grads.give(slot, gradient.to_dtype(DType::F32)?),
+            Source::Param(slot) => {
+                self.grads.give("an op on activations", slot, gradient.to_dtype(DType::F32)?)
+            }
             Source::Value { tape, index } => {
                 let slot = self.pending(tape, index)?;
                 let sum = match slot.take() {
@@ -141,7 +147,7 @@ impl<'g> Backward<'g> {
             Source::Constant => Ok(()),
             Source::Param(slot) => {
                 let device = Device::Cuda(gpu.clone());
-                let (sum, filled) = self.grads.accumulate_on(&device, slot, &to.shape)?;
+                let (sum, filled) = self.grads.accumulate_on(to.op, &device, slot, &to.shape)?;
                 f(cuda::at_mut(sum)?, filled)
             }
             Source::Value { .. } => {
@@ -169,8 +175,9 @@ impl<'g> Backward<'g> {
     /// Adds a whole f32 gradient of a weight; the first one is moved in.
     pub(crate) fn give_f32(&mut self, to: &Weight, gradient: Tensor) -> Result<()> {
         match to.source {
+            Source::Constant => Ok(()),
             Source::Value { .. } => self.give(to.source, gradient.to_dtype(to.dtype)?),
-            _ => self.give(to.source, gradient),
+            Source::Param(slot) => self.grads.give(to.op, slot, gradient),
         }
     }
 
@@ -184,8 +191,9 @@ impl<'g> Backward<'g> {
         match to.source {
             Source::Constant => Ok(()),
             Source::Param(slot) => {
-                let (sum, filled) = self.grads.accumulate(slot, &to.shape)?;
-                f(sum, filled)
+                let (sum, filled) =
+                    self.grads.accumulate_on(to.op, &Device::Cpu, slot, &to.shape)?;
+                f(sum.as_f32_mut()?, filled)
             }
             Source::Value { .. } => {
                 let mut buffer = Buffer::<f32>::stale(to.shape.iter().product());
@@ -194,18 +202,73 @@ impl<'g> Backward<'g> {
             }
         }
     }
+
+    /// As [`Backward::accumulate_f32`] of a gradient that is a sum over `rows` rows:
+    /// `f(sum, rows, add)` is called for all of them, or, where groups are kept apart, for each
+    /// group with its own `sum`, on several threads.
+    pub(crate) fn accumulate_rows(
+        &mut self,
+        to: &Weight,
+        rows: usize,
+        f: impl Fn(&mut [f32], Range<usize>, bool) + Sync,
+    ) -> Result<()> {
+        if let Source::Param(slot) = to.source
+            && let Some(groups) = self.grads.groups_of(to.op, rows)?
+        {
+            let (sum, filled) =
+                self.grads.accumulate_groups_on(&Device::Cpu, slot, &to.shape, groups.len())?;
+            let len = to.shape.iter().product::<usize>();
+            if len > 0 {
+                let sums = sum.as_f32_mut()?.par_chunks_exact_mut(len);
+                sums.zip(&groups[..]).for_each(|(sum, group)| f(sum, group.clone(), filled));
+            }
+            return Ok(());
+        }
+        self.accumulate_f32(to, |sum, add| {
+            f(sum, 0..rows, add);
+            Ok(())
+        })
+    }
+
+    /// As [`Backward::accumulate_rows`] on a device, group after group: `f(sum, rows, add)` is
+    /// given the address of f32 numbers.
+    pub(crate) fn accumulate_rows_cuda(
+        &mut self,
+        gpu: &Gpu,
+        to: &Weight,
+        rows: usize,
+        f: impl Fn(u64, Range<usize>, bool) -> Result<()>,
+    ) -> Result<()> {
+        if let Source::Param(slot) = to.source
+            && let Some(groups) = self.grads.groups_of(to.op, rows)?
+        {
+            let device = Device::Cuda(gpu.clone());
+            let (sum, filled) =
+                self.grads.accumulate_groups_on(&device, slot, &to.shape, groups.len())?;
+            let bytes = (4 * to.shape.iter().product::<usize>()) as u64;
+            let mut at = cuda::at_mut(sum)?;
+            for group in groups.iter() {
+                f(at, group.clone(), filled)?;
+                at += bytes;
+            }
+            return Ok(());
+        }
+        self.accumulate_f32_cuda(gpu, to, |sum, add| f(sum, 0..rows, add))
+    }
 }
 
 /// What the backward of an op must know of a weight to give it its gradient.
 pub(crate) struct Weight {
+    op: &'static str,
     source: Source,
     shape: Vec<usize>,
     dtype: DType,
 }
 
 impl Weight {
-    pub(crate) fn of(var: &Var) -> Self {
-        Weight { source: var.source(), shape: var.shape().to_vec(), dtype: var.dtype() }
+    /// `op` is who asks, for messages.
+    pub(crate) fn of(op: &'static str, var: &Var) -> Self {
+        Weight { op, source: var.source(), shape: var.shape().to_vec(), dtype: var.dtype() }
     }
 
     pub(crate) fn wants_grad(&self) -> bool {

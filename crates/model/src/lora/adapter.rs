@@ -100,6 +100,15 @@ impl Adapter {
         self.modules.iter().map(|module| module.name.as_str())
     }
 
+    /// The slots of each module's parameters, A before its Bs, with the module's name: what changes
+    /// one product, and is measured and clipped together where persons' gradients are.
+    pub fn pairs(&self) -> impl Iterator<Item = (&str, Vec<usize>)> {
+        self.modules.iter().map(|module| {
+            let slots = std::iter::once(module.a).chain(module.b.iter().copied());
+            (module.name.as_str(), slots.collect())
+        })
+    }
+
     /// Checks that the adapter fits a model, takes its storage type and device, and finds its
     /// weights.
     pub(super) fn seat(&mut self, model: &Model) -> Result<()> {

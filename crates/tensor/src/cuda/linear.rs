@@ -42,12 +42,16 @@ pub(crate) struct Call<'a> {
 pub(crate) fn backward(gpu: &Gpu, call: &Call, grad: &Tensor, walk: &mut Backward) -> Result<()> {
     let [rows, outer, inner] = call.sizes;
     let (dtype, dy) = (grad.dtype(), at(grad)?);
-    walk.accumulate_f32_cuda(gpu, call.to_weight, |sum, add| {
-        weight_gradient(gpu, dtype, dy, at(call.x)?, sum, call.sizes, add)
+    let bytes = dtype.bytes() as u64;
+    walk.accumulate_rows_cuda(gpu, call.to_weight, rows, |sum, range, add| {
+        let first = range.start as u64 * bytes;
+        let (dy, x) = (dy + first * outer as u64, at(call.x)? + first * inner as u64);
+        weight_gradient(gpu, dtype, dy, x, sum, [range.len(), outer, inner], add)
     })?;
     if let Some(to_bias) = call.to_bias {
-        walk.accumulate_f32_cuda(gpu, to_bias, |sum, add| {
-            column_sums(gpu, dtype, dy, sum, [rows, outer], add)
+        walk.accumulate_rows_cuda(gpu, to_bias, rows, |sum, range, add| {
+            let dy = dy + range.start as u64 * bytes * outer as u64;
+            column_sums(gpu, dtype, dy, sum, [range.len(), outer], add)
         })?;
     }
     walk.accumulate_cuda(gpu, call.to_x, dtype, call.x.shape(), |sum, add| {

@@ -99,7 +99,7 @@ pub fn compress(
     };
     let mut inputs = vec![x];
     inputs.extend(named.iter().map(|(_, var, _)| *var));
-    let to_params: Vec<Weight> = named.iter().map(|(_, var, _)| Weight::of(var)).collect();
+    let to_params: Vec<Weight> = named.iter().map(|(_, var, _)| Weight::of(OP, var)).collect();
     let to_x = x.source();
     tape.record(value, &inputs, move |grad, walk| {
         let (d_x, d_params) = match &device {

@@ -25,7 +25,7 @@ pub fn embedding(tape: &mut Tape, table: &Var, ids: &Tensor) -> Result<Var> {
     }
     if let Device::Cuda(gpu) = check::device(OP, &[("the table", table.value()), ("ids", ids)])? {
         let value = cuda::embedding::forward(&gpu, table.value(), ids, width)?;
-        let (weight, ids) = (Weight::of(table), ids.clone());
+        let (weight, ids) = (Weight::of(OP, table), ids.clone());
         return tape.record(value, &[table], move |grad, walk| {
             walk.accumulate_f32_cuda(&gpu, &weight, |sum, add| {
                 cuda::embedding::backward(&gpu, (sum, add), &ids, &grad, [vocab, width])
@@ -34,7 +34,7 @@ pub fn embedding(tape: &mut Tape, table: &Var, ids: &Tensor) -> Result<Var> {
     }
     let rows = ids.view_i32(OP, "ids")?;
     let value = float_dispatch!(OP, table.dtype(), forward(table.value(), rows, width))?;
-    let (weight, ids) = (Weight::of(table), ids.clone());
+    let (weight, ids) = (Weight::of(OP, table), ids.clone());
     tape.record(value, &[table], move |grad, walk| {
         walk.accumulate_f32(&weight, |sum, add| {
             let ids = ids.view_i32(OP, "ids")?;

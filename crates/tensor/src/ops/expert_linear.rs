@@ -35,7 +35,7 @@ pub fn expert_linear(tape: &mut Tape, x: &Var, weights: &[Var], plan: &ExpertPla
         weights: weights.iter().map(|w| w.value().clone()).collect(),
         plan: plan.clone(),
         to_x: x.source(),
-        to_weights: weights.iter().map(Weight::of).collect(),
+        to_weights: weights.iter().map(|w| Weight::of(OP, w)).collect(),
         sizes: [outer, inner],
     };
     let places: Vec<_> = call.weights.iter().map(|weight| ("a weight", weight)).collect();

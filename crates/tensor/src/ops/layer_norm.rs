@@ -24,7 +24,7 @@ pub fn layer_norm(tape: &mut Tape, x: &Var, weight: &Var, bias: &Var, eps: f32) 
     check::shape(OP, "the weight", weight.value(), &[width])?;
     check::shape(OP, "the bias", bias.value(), &[width])?;
     let (x_value, w_value, b_value) = (x.value().clone(), weight.value().clone(), bias.value());
-    let (to_x, to_weight, to_bias) = (x.source(), Weight::of(weight), Weight::of(bias));
+    let (to_x, to_weight, to_bias) = (x.source(), Weight::of(OP, weight), Weight::of(OP, bias));
     let places = [("x", &x_value), ("the weight", &w_value), ("the bias", b_value)];
     if let Device::Cuda(gpu) = check::device(OP, &places)? {
         let (value, moments) =

@@ -2,6 +2,10 @@
 //!
 //! Backward: `dx = dy·W`, `dW = dyᵀ·x`, `db = Σ_t dy`. Products add straight into the gradient
 //! that is there. Keeps x and W, both shared, not copied.
+//!
+//! Where gradients are kept apart by groups of rows ([`crate::Grads::by_group`]), dW and db are made
+//! for each group from its own rows: as many multiplications, and a sum that no other group's
+//! rows can change.
 
 use super::check;
 use crate::backward::{Backward, Weight};
@@ -47,7 +51,8 @@ pub fn linear(tape: &mut Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Res
 
     let mut inputs = vec![x, weight];
     inputs.extend(bias);
-    let (to_x, to_weight, to_bias) = (x.source(), Weight::of(weight), bias.map(Weight::of));
+    let (to_x, to_weight, to_bias) =
+        (x.source(), Weight::of(OP, weight), bias.map(|b| Weight::of(OP, b)));
     tape.record(value, &inputs, move |grad, walk| {
         let dtype = grad.dtype();
         if let Device::Cuda(gpu) = grad.device() {
@@ -106,19 +111,21 @@ fn backward<E: Float>(call: Call, grad: &Tensor, walk: &mut Backward) -> Result<
     let dy = Mat::new(&grad, rows, outer);
     if call.to_weight.wants_grad() {
         let x = E::widen(call.x.view(OP, "x")?);
-        walk.accumulate_f32(&call.to_weight, |sum, add| {
-            matmul(sum, dy.t(), Mat::new(&x, rows, inner), add);
-            Ok(())
+        walk.accumulate_rows(&call.to_weight, rows, |sum, range, add| {
+            let dy = &grad[range.start * outer..range.end * outer];
+            let x = &x[range.start * inner..range.end * inner];
+            let rows = range.len();
+            matmul(sum, Mat::new(dy, rows, outer).t(), Mat::new(x, rows, inner), add);
         })?;
     }
     if let Some(to_bias) = &call.to_bias {
-        walk.accumulate_f32(to_bias, |sum, add| {
-            parallel::column_sums(rows, outer, sum, add, |range, part| {
+        walk.accumulate_rows(to_bias, rows, |sum, range, add| {
+            let grad = &grad[range.start * outer..range.end * outer];
+            parallel::column_sums(range.len(), outer, sum, add, |range, part| {
                 for row in grad[range.start * outer..range.end * outer].chunks_exact(outer) {
                     parallel::add_into(part, row);
                 }
             });
-            Ok(())
         })?;
     }
     let shape = call.x.shape().to_vec();

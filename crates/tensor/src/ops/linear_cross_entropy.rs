@@ -20,9 +20,10 @@ const OP: &str = "linear_cross_entropy";
 /// Logits held at once, in elements: enough rows for a fast product, few enough to stay small.
 const LOGITS_AT_ONCE: usize = 1 << 22;
 
-/// Tokens of one chunk; a function of the vocabulary alone.
+/// Tokens of one chunk; a function of the vocabulary alone. A multiple of 128, so that batches of
+/// such a multiple have no short chunk, whose products would sum in another order.
 pub(super) fn chunk_rows(vocab: usize) -> usize {
-    (LOGITS_AT_ONCE / vocab.max(1)).clamp(128, 1024)
+    (LOGITS_AT_ONCE / vocab.max(1)).clamp(128, 1024) / 128 * 128
 }
 
 /// Mean loss of x `[T, C]` against `targets` (i32 `[T]`, −100 ignored, else in `0..vocab`),
@@ -38,7 +39,7 @@ pub fn linear_cross_entropy(
     let inputs = [x, weight];
     let wants = Wants { grads: tape.keeps(&inputs), of_weight: tape.keeps(&[weight]) };
     let places = [("x", x.value()), ("the weight", weight.value()), ("targets", targets)];
-    let (to_x, to_weight) = (x.source(), Weight::of(weight));
+    let (to_x, to_weight) = (x.source(), Weight::of(OP, weight));
     if let Device::Cuda(gpu) = check::device(OP, &places)? {
         let (loss, grads) =
             cuda::cross_entropy::run(&gpu, x.value(), weight.value(), targets, list, wants)?;

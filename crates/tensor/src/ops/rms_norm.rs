@@ -22,7 +22,7 @@ pub fn rms_norm(tape: &mut Tape, x: &Var, weight: &Var, eps: f32) -> Result<Var>
     check::same_dtype(OP, x, &[("the weight", weight)])?;
     check::shape(OP, "the weight", weight.value(), &[width])?;
     let (x_value, w_value) = (x.value().clone(), weight.value().clone());
-    let (to_x, to_weight) = (x.source(), Weight::of(weight));
+    let (to_x, to_weight) = (x.source(), Weight::of(OP, weight));
     if let Device::Cuda(gpu) = check::device(OP, &[("x", &x_value), ("the weight", &w_value)])? {
         let (value, inverse) = cuda::rms_norm::forward(&gpu, &x_value, &w_value, rows, eps)?;
         return tape.record(value, &[x, weight], move |grad, walk| {

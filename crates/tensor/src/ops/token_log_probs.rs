@@ -64,7 +64,7 @@ pub fn token_log_probs(
         highest: found.highest,
         best: found.best.clone(),
         to_x: x.source(),
-        to_weight: Weight::of(weight),
+        to_weight: Weight::of(OP, weight),
     };
     let log_probs = tape.record(found.log_probs, &inputs, move |grad, walk| {
         let dtype = call.x.dtype();
