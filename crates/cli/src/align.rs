@@ -2,17 +2,14 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use tercet_align::iterate::{IterativeConfig, IterativeReport, iterate};
 use tercet_align::{AlignConfig, align};
-use tercet_train::Control;
 use tercet_train::config::Precision;
 
 use crate::device::DeviceArg;
-use crate::progress::Watcher;
 use crate::sft::Tuned;
-use crate::{interrupt, yardstick};
+use crate::watched::Watched;
 
 /// Align a model with preferences: DPO and its family, and MaPPO.
 ///
@@ -45,26 +42,20 @@ pub struct Args {
     device: DeviceArg,
 }
 
+impl Args {
+    fn watched<'a>(&'a self, doing: &'a str, dtype: Precision) -> Watched<'a> {
+        Watched { doing, device: &self.device, resume: self.resume, yardstick: Some(dtype) }
+    }
+}
+
 /// Aligns, and shows how it goes.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     if args.iterative {
         return rounds(args);
     }
     let config = AlignConfig::load(&args.config, &args.overrides)?;
-    let stop = interrupt::stop_flag()?;
-    let device = args.device.choose()?;
-    let tensors = device.tensors();
-    let bf16 = config.train.dtype == Precision::Bf16;
-    eprintln!("aligning on {device}");
-    let control = Control {
-        stop: &stop,
-        resume: args.resume,
-        gemm_flops: Some(1e9 * yardstick::matmul_gflops(&device, bf16, 5)?),
-        device: &tensors,
-    };
-    let mut watcher = Watcher::new(Duration::ZERO);
-    let report = align(&config, &control, &mut |event| watcher.show(&event));
-    watcher.finish();
+    let watched = args.watched("aligning", config.train.dtype);
+    let report = watched.run(|control, observe| align(&config, control, observe))?;
     let tuned = Tuned {
         verb: "align",
         config: &args.config,
@@ -72,28 +63,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         model: &config.model,
         adapter: config.lora.is_some() || config.model.adapter.is_some(),
     };
-    let _ = write!(std::io::stdout(), "{}", tuned.closing(&report?));
+    let _ = write!(std::io::stdout(), "{}", tuned.closing(&report));
     Ok(())
 }
 
 /// The iterative loop.
 fn rounds(args: &Args) -> anyhow::Result<()> {
     let config = IterativeConfig::load(&args.config, &args.overrides)?;
-    let stop = interrupt::stop_flag()?;
-    let device = args.device.choose()?;
-    let tensors = device.tensors();
-    let bf16 = config.train.dtype == Precision::Bf16;
-    eprintln!("sampling and aligning on {device}");
-    let control = Control {
-        stop: &stop,
-        resume: args.resume,
-        gemm_flops: Some(1e9 * yardstick::matmul_gflops(&device, bf16, 5)?),
-        device: &tensors,
-    };
-    let mut watcher = Watcher::new(Duration::ZERO);
-    let report = iterate(&config, &control, &mut |event| watcher.show(&event));
-    watcher.finish();
-    let _ = write!(std::io::stdout(), "{}", last_words(&report?, args));
+    let watched = args.watched("sampling and aligning", config.train.dtype);
+    let report = watched.run(|control, observe| iterate(&config, control, observe))?;
+    let _ = write!(std::io::stdout(), "{}", last_words(&report, args));
     Ok(())
 }
 

@@ -26,6 +26,7 @@ mod selftest;
 mod sft;
 mod svg;
 mod tokenizer;
+mod watched;
 mod yardstick;
 
 use std::process::ExitCode;

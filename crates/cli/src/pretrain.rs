@@ -2,14 +2,12 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use tercet_train::config::Precision;
-use tercet_train::{Control, DryRun, Report, RunConfig};
+use tercet_train::{DryRun, Report, RunConfig};
 
 use crate::device::DeviceArg;
-use crate::progress::Watcher;
-use crate::{human, interrupt, yardstick};
+use crate::watched::Watched;
+use crate::{human, interrupt};
 
 /// Train a language model from text, as a TOML file says.
 ///
@@ -39,26 +37,21 @@ pub struct Args {
 /// Trains, and shows how it goes.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let config = RunConfig::load(&args.config, &args.overrides)?;
-    let device = args.device.choose()?;
-    let tensors = device.tensors();
-    let stop = interrupt::stop_flag()?;
     if args.dry_run {
-        let text = rehearsal(&tercet_train::dry_run(&config, args.resume, &tensors, &stop)?);
-        let _ = write!(std::io::stdout(), "{text}");
+        let (stop, device) = (interrupt::stop_flag()?, args.device.choose()?);
+        let dry = tercet_train::dry_run(&config, args.resume, &device.tensors(), &stop)?;
+        let _ = write!(std::io::stdout(), "{}", rehearsal(&dry));
         return Ok(());
     }
-    let bf16 = config.train.dtype == Precision::Bf16;
-    eprintln!("training on {device}");
-    let control = Control {
-        stop: &stop,
+    let watched = Watched {
+        doing: "training",
+        device: &args.device,
         resume: args.resume,
-        gemm_flops: Some(1e9 * yardstick::matmul_gflops(&device, bf16, 5)?),
-        device: &tensors,
+        yardstick: Some(config.train.dtype),
     };
-    let mut watcher = Watcher::new(Duration::ZERO);
-    let report = tercet_train::pretrain(&config, &control, &mut |event| watcher.show(&event));
-    watcher.finish();
-    let text = closing(&report?, args);
+    let report =
+        watched.run(|control, observe| tercet_train::pretrain(&config, control, observe))?;
+    let text = closing(&report, args);
     let _ = write!(std::io::stdout(), "{text}");
     Ok(())
 }

@@ -2,14 +2,12 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use tercet_align::iterate::{SampleConfig, sample};
-use tercet_train::Control;
 
 use crate::device::DeviceArg;
-use crate::progress::Watcher;
-use crate::{human, interrupt};
+use crate::human;
+use crate::watched::Watched;
 
 /// Let a model answer prompts, score the answers, and pair the best with the worst.
 ///
@@ -37,15 +35,9 @@ pub struct Args {
 /// Samples, and says what the answers are worth.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let config = SampleConfig::load(&args.config, &args.overrides)?;
-    let stop = interrupt::stop_flag()?;
-    let device = args.device.choose()?;
-    let tensors = device.tensors();
-    eprintln!("sampling on {device}");
-    let control = Control { stop: &stop, resume: args.resume, gemm_flops: None, device: &tensors };
-    let mut watcher = Watcher::new(Duration::ZERO);
-    let report = sample(&config, &control, &mut |event| watcher.show(&event));
-    watcher.finish();
-    let report = report?;
+    let watched =
+        Watched { doing: "sampling", device: &args.device, resume: args.resume, yardstick: None };
+    let report = watched.run(|control, observe| sample(&config, control, observe))?;
     let mut out = String::new();
     match &report.worth {
         None => {

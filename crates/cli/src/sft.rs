@@ -2,17 +2,16 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use tercet_model::Tokenizer;
-use tercet_train::config::{Precision, TuneModel};
+use tercet_train::Report;
+use tercet_train::config::TuneModel;
 use tercet_train::tune::start::Beside;
 use tercet_train::tune::{Encoder, Example, SftConfig, sft};
-use tercet_train::{Control, Report};
 
 use crate::device::DeviceArg;
-use crate::progress::Watcher;
-use crate::{human, interrupt, yardstick};
+use crate::watched::Watched;
+use crate::{human, interrupt};
 
 /// Tune a model on prompts and completions, conversations or text.
 ///
@@ -44,24 +43,17 @@ pub struct Args {
 /// Tunes, and shows how it goes.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let config = SftConfig::load(&args.config, &args.overrides)?;
-    let stop = interrupt::stop_flag()?;
     if let Some(count) = args.show {
+        let stop = interrupt::stop_flag()?;
         return show(&config, count, &stop);
     }
-    let device = args.device.choose()?;
-    let tensors = device.tensors();
-    let bf16 = config.train.dtype == Precision::Bf16;
-    eprintln!("tuning on {device}");
-    let control = Control {
-        stop: &stop,
+    let watched = Watched {
+        doing: "tuning",
+        device: &args.device,
         resume: args.resume,
-        gemm_flops: Some(1e9 * yardstick::matmul_gflops(&device, bf16, 5)?),
-        device: &tensors,
+        yardstick: Some(config.train.dtype),
     };
-    let mut watcher = Watcher::new(Duration::ZERO);
-    let report = sft(&config, &control, &mut |event| watcher.show(&event));
-    watcher.finish();
-    let report = report?;
+    let report = watched.run(|control, observe| sft(&config, control, observe))?;
     let tuned = Tuned {
         verb: "sft",
         config: &args.config,
