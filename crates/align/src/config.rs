@@ -48,6 +48,9 @@ pub struct AlignSection {
     /// Whose log-probabilities the answers are measured against; the policy as the run begins
     /// (weights, or weights and adapter) when absent.
     pub reference: Option<PathBuf>,
+    /// The reference is meant to differ from the policy as the run begins, so that rewards do not
+    /// begin at 0; without this such a run stops before its first step.
+    pub reference_differs: bool,
     /// Ask the reference once, before training, and keep its answers in a file, instead of at
     /// every step: less time and memory for more than one epoch, and on resume.
     pub precompute: bool,
@@ -127,6 +130,13 @@ impl AlignSection {
                 "align.precompute",
                 "cannot be used with kto, which measures other answers at every step; remove one \
                  of the two",
+            ));
+        }
+        if self.reference_differs && self.reference.is_none() {
+            return Err(config_error(
+                "align.reference_differs",
+                "is set, but align.reference is not: the policy as the run begins is its own \
+                 reference",
             ));
         }
         Ok(())

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use tercet_model::Model;
+use tercet_train::config::Precision;
 use tercet_train::run::{METRICS, Place, Plan, Start, drive};
 use tercet_train::tune::start::{self, Beside};
 use tercet_train::tune::{Encoder, Order};
@@ -31,7 +32,7 @@ pub fn align(
     let place = Place::open(&config.output, &text, control.resume, observe)?;
     let objectives = config.align.objectives()?;
     let beside = Beside::load(&config.model.path)?;
-    let first = start::first(&config.model, config.lora.as_ref(), &config.train)?;
+    let mut first = start::first(&config.model, config.lora.as_ref(), &config.train)?;
     start::check_context(config.data.context, &first)?;
     let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
     let rule = PairRule {
@@ -50,12 +51,16 @@ pub fn align(
     let models: Vec<&Model> = anew.then_some(&first).into_iter().chain(&other).collect();
     let key = start::key(&pairs.key, &models)?;
     place.check_data(&key)?;
+    // On a device before it is copied: policy and reference then share what is not trained.
+    first.to_device(control.device)?;
     pairs.count.write(&config.output.join("rows.jsonl"))?;
     files::write_atomic(
         &config.output.join(DELTAS),
         delta_histogram(&pairs.raw_deltas)?.as_bytes(),
     )?;
-    said(&pairs, &objectives, &first).iter().for_each(|line| observe(Event::Note(line)));
+    said(&pairs, config.align.delta.value, &objectives, &first)
+        .iter()
+        .for_each(|line| observe(Event::Note(line)));
     let reference = reference(config, &objectives, (&first, other), &pairs, control, observe)?;
     let model = match &place.from {
         Some(checkpoint) => start::resumed(&first, checkpoint, &config.train)?,
@@ -86,13 +91,19 @@ pub fn align(
         order: Order::new(pairs.train.len(), &config.train),
         context: config.data.context,
     };
-    let (report, _) = drive(&plan, start, place.from.clone(), &mut task, control, observe)?;
+    let outcome = drive(&plan, start, place.from.clone(), &mut task, control, observe);
+    let (report, _) = outcome.map_err(|error| error.advised(|| config.train.advice()))?;
     draw_squeezing(&config.output)?;
     Ok(report)
 }
 
 /// What the rows came to, before anything is trained on them.
-fn said(pairs: &Pairs, objectives: &Objectives, model: &Model) -> Vec<String> {
+fn said(
+    pairs: &Pairs,
+    constant: Option<f64>,
+    objectives: &Objectives,
+    model: &Model,
+) -> Vec<String> {
     let share = |part: usize| 100.0 * part as f64 / pairs.count.rows.max(1) as f64;
     let mut lines = vec![format!(
         "{}; {} pairs to train on, {} held out; {} parameters train",
@@ -103,7 +114,9 @@ fn said(pairs: &Pairs, objectives: &Objectives, model: &Model) -> Vec<String> {
     )];
     let mut sorted = pairs.raw_deltas.clone();
     sorted.sort_by(f64::total_cmp);
-    if let (Some(first), Some(last)) = (sorted.first(), sorted.last()) {
+    if let (Some(value), true) = (constant, objectives.needs_delta()) {
+        lines.push(format!("Δ = {value} for every pair, as configured; no score is looked at"));
+    } else if let (Some(first), Some(last)) = (sorted.first(), sorted.last()) {
         let middle = sorted[sorted.len() / 2];
         let below = sorted.partition_point(|&delta| delta < 0.0);
         let small = sorted.partition_point(|&delta| delta < 0.05) - below;
@@ -143,18 +156,10 @@ fn reference(
     let mut model = other.unwrap_or_else(|| first.clone());
     model.to_device(control.device)?;
     let all: Vec<&Pair> = pairs.train.iter().chain(&pairs.validation).collect();
-    if config.align.reference.is_none() {
-        let mut policy = first.clone();
-        policy.to_device(control.device)?;
-        check_start(&policy, &model, &all[..all.len().min(4)], objectives.ld_alpha())?;
-        observe(Event::Note("policy and reference agree: rewards begin at 0"));
-    } else {
-        observe(Event::Note(
-            "the reference is another model: rewards do not begin at 0, which is not checked",
-        ));
-    }
     if !config.align.precompute {
-        return Ok(Reference::Model(Box::new(model)));
+        let reference = Reference::Model(Box::new(model));
+        check_start(config, objectives, first, &reference, &pairs.train, observe)?;
+        return Ok(reference);
     }
     let rule = Precompute {
         folder: &config.output,
@@ -163,68 +168,113 @@ fn reference(
         micro_tokens: config.train.micro_tokens,
         stop: control.stop,
     };
-    Ok(Reference::Known(precomputed(&rule, &model, &all, observe)?))
+    let reference = Reference::Known(precomputed(&rule, &model, &all, observe)?);
+    check_start(config, objectives, first, &reference, &pairs.train, observe)?;
+    Ok(reference)
 }
 
 /// A separate reference, which must read the same tokens.
 fn other(folder: &Path, policy: &Model, config: &AlignConfig) -> Result<Model> {
     let model = Model::load_as(folder, config.train.dtype.dtype())?;
-    let (has, needs) = (model.config().vocab_size, policy.config().vocab_size);
-    if has != needs {
-        return Err(config_error(
-            "align.reference",
-            &format!(
-                "has a vocabulary of {has} tokens, the policy one of {needs}; a reference must \
-                 read the same tokens"
-            ),
-        ));
-    }
+    let refused = |problem: String| config_error("align.reference", &problem);
+    check_reads_the_same(folder, &model, &config.model.path, policy).map_err(refused)?;
     let most = model.config().max_position_embeddings;
     if most < config.data.context {
-        return Err(config_error(
-            "align.reference",
-            &format!("has a context of {most} tokens, less than data.context"),
-        ));
-    }
-    let same = |path: &Path| std::fs::read(path.join("tokenizer.json")).ok();
-    if let (Some(a), Some(b)) = (same(folder), same(&config.model.path))
-        && a != b
-    {
-        return Err(config_error(
-            "align.reference",
-            "has another tokenizer.json than the policy; a reference must read the same tokens",
-        ));
+        return Err(refused(format!("has a context of {most} tokens, less than data.context")));
     }
     Ok(model)
 }
 
-/// Refuses a policy whose rewards do not begin at 0: then the loss of every objective on ratios
-/// would not begin where it should, DPO's and MaPPO's at ln 2.
-///
-/// Both models are one and compute the same sums in the same order, so their sums are equal.
-fn check_start(policy: &Model, reference: &Model, pairs: &[&Pair], alpha: f64) -> Result<()> {
-    let (a, b) = (ask(policy, pairs, alpha)?, ask(reference, pairs, alpha)?);
-    for (i, (a, b)) in a.iter().zip(&b).enumerate() {
-        for (which, policy, reference) in
-            [("chosen", a.chosen, b.chosen), ("rejected", a.rejected, b.rejected)]
-        {
-            if !policy.is_finite() {
+/// Says why a model does not read the tokens of another, if it does not.
+pub(crate) fn check_reads_the_same(
+    folder: &Path,
+    model: &Model,
+    policy_folder: &Path,
+    policy: &Model,
+) -> std::result::Result<(), String> {
+    let (has, needs) = (model.config().vocab_size, policy.config().vocab_size);
+    if has != needs {
+        return Err(format!(
+            "has a vocabulary of {has} tokens, the policy one of {needs}; it must read the same \
+             tokens"
+        ));
+    }
+    let tokenizer = |path: &Path| std::fs::read(path.join("tokenizer.json")).ok();
+    match (tokenizer(folder), tokenizer(policy_folder)) {
+        (Some(a), Some(b)) if a != b => Err("has another tokenizer.json than the policy; it must \
+                                             read the same tokens"
+            .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Pairs that are looked at before the first step.
+const LOOKED_AT: usize = 4;
+
+/// How far the log-probability of one token may be off when it was computed in other company:
+/// products of f32 numbers are summed in another order, and bf16 rounds every activation to
+/// 2⁻⁹ of itself.
+fn rounding(dtype: Precision) -> f64 {
+    match dtype {
+        Precision::F32 => 1e-4,
+        Precision::Bf16 => 5e-2,
+    }
+}
+
+/// Refuses a policy whose rewards do not begin at 0 (then the loss of every objective on ratios
+/// does not begin where it should, DPO's and MaPPO's at ln 2), unless the reference is said to be
+/// another model; and one whose numbers are none.
+fn check_start(
+    config: &AlignConfig,
+    objectives: &Objectives,
+    policy: &Model,
+    reference: &Reference,
+    pairs: &[Pair],
+    observe: &mut dyn FnMut(Event),
+) -> Result<()> {
+    let looked: Vec<&Pair> = pairs.iter().take(LOOKED_AT).collect();
+    let alpha = objectives.ld_alpha();
+    let policy = ask(policy, &looked, alpha)?;
+    let reference = match reference {
+        Reference::None => return Ok(()),
+        Reference::Model(model) => ask(model, &looked, alpha)?,
+        Reference::Known(sums) => sums[..looked.len()].to_vec(),
+    };
+    let mut furthest = 0.0f64;
+    for (i, ((pair, a), b)) in looked.iter().zip(&policy).zip(&reference).enumerate() {
+        for (which, example, policy, reference) in [
+            ("chosen", &pair.chosen, a.chosen, b.chosen),
+            ("rejected", &pair.rejected, a.rejected, b.rejected),
+        ] {
+            if !policy.is_finite() || !reference.is_finite() {
                 return Err(Error::Data(format!(
-                    "the model's log-probability of the {which} answer of pair {} is {policy}; \
-                     its weights are damaged, or the wrong dtype was chosen",
+                    "before the first step the {which} answer of pair {} has a log-probability of \
+                     {policy} under the policy and {reference} under the reference; weights are \
+                     damaged, or train.dtype is the wrong one",
                     i + 1
                 )));
             }
-            if policy != reference {
+            let apart = (policy - reference).abs();
+            let most = rounding(config.train.dtype) * example.counted() as f64;
+            if apart > most && !config.align.reference_differs {
                 return Err(Error::Data(format!(
                     "before the first step the policy gives the {which} answer of pair {} a \
-                     log-probability of {policy}, the reference {reference}: rewards would not \
-                     begin at 0",
+                     log-probability of {policy:.4}, the reference {reference:.4}: rewards would \
+                     not begin at 0. Leave align.reference out to measure against the policy as \
+                     the run begins, or say align.reference_differs = true if this is meant",
                     i + 1
                 )));
             }
+            furthest = furthest.max(apart);
         }
     }
+    let said = match config.align.reference_differs {
+        true => format!(
+            "the reference is another model: log-probabilities differ by up to {furthest:.3} nats"
+        ),
+        false => "policy and reference agree: rewards begin at 0".into(),
+    };
+    observe(Event::Note(&said));
     Ok(())
 }
 

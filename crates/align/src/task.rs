@@ -87,17 +87,31 @@ impl Align<'_> {
     ) -> Result<Option<Found>> {
         let alpha = self.objectives.ld_alpha();
         let all: Vec<&Pair> = indices.iter().map(|&i| &pairs[i]).collect();
+        let stopped = |into: &Option<(&mut Grads, &AtomicBool)>| {
+            into.as_ref().is_some_and(|(_, stop)| stop.load(Ordering::Relaxed))
+        };
+        if stopped(&into) {
+            return Ok(None);
+        }
+        let mut found = Found::default();
+        let kto_z = match self.objectives.needs_kto_z() {
+            false => None,
+            true => match self.divergence(model, &all)? {
+                Some(z) => Some(z),
+                None => {
+                    found.loss = f64::NAN;
+                    found.place = Some("log-probability NaN of a mismatched answer".into());
+                    return Ok(Some(found));
+                }
+            },
+        };
         let totals = StepTotals {
             pairs: all.len(),
             chosen_tokens: all.iter().map(|pair| pair.chosen.counted()).sum(),
-            kto_z: match self.objectives.needs_kto_z() {
-                true => Some(self.divergence(model, &all)?),
-                false => None,
-            },
+            kto_z,
         };
-        let mut found = Found::default();
         for portion in portions(all.iter().map(|pair| pair.tokens()), self.train.micro_tokens) {
-            if into.as_ref().is_some_and(|(_, stop)| stop.load(Ordering::Relaxed)) {
+            if stopped(&into) {
                 return Ok(None);
             }
             let part = &all[portion.clone()];
@@ -156,8 +170,9 @@ impl Align<'_> {
         })
     }
 
-    /// KTO's z: every prompt with the answer of the next pair.
-    fn divergence(&self, model: &Model, pairs: &[&Pair]) -> Result<f64> {
+    /// KTO's z: every prompt with the answer of the next pair. `None` when a number went wild,
+    /// which is for the guard.
+    fn divergence(&self, model: &Model, pairs: &[&Pair]) -> Result<Option<f64>> {
         let Reference::Model(reference) = &self.reference else {
             return Err(Error::Config {
                 key: "align.precompute".into(),
@@ -166,7 +181,14 @@ impl Align<'_> {
             });
         };
         let examples: Vec<Example> = (0..pairs.len())
-            .map(|i| mismatched(pairs[i], pairs[(i + 1) % pairs.len()], self.context))
+            .map(|i| {
+                // A step of one pair borrows the answer of another.
+                let next = match pairs.len() {
+                    1 => self.pairs.iter().find(|pair| *pair != pairs[i]).unwrap_or(pairs[i]),
+                    n => pairs[(i + 1) % n],
+                };
+                mismatched(pairs[i], next, self.context)
+            })
             .collect();
         let lengths = examples.iter().map(|example| example.ids.len());
         let mut all = Vec::with_capacity(pairs.len());
@@ -179,11 +201,10 @@ impl Align<'_> {
                 reference: reference.log_prob,
             }));
         }
-        // A step that went wild is for the guard, not an error.
         if all.iter().any(|answer| !(answer.policy - answer.reference).is_finite()) {
-            return Ok(0.0);
+            return Ok(None);
         }
-        Ok(kto_z(&all)?)
+        Ok(Some(kto_z(&all)?))
     }
 }
 
@@ -230,7 +251,10 @@ fn mismatched(prompt: &Pair, answer: &Pair, context: usize) -> Example {
         example.learnt.iter().position(|&learnt| learnt).unwrap_or(example.ids.len())
     };
     let prompt = &prompt.chosen.ids[..opening(&prompt.chosen)];
-    let answer = &answer.chosen.ids[opening(&answer.chosen)..];
-    let room = context.saturating_sub(prompt.len()).max(1).min(answer.len());
-    Example::completion(prompt, &answer[..room])
+    let from = opening(&answer.chosen);
+    let room = context.saturating_sub(prompt.len()).max(1).min(answer.chosen.ids.len() - from);
+    let to = from + room;
+    let mut learnt = vec![false; prompt.len()];
+    learnt.extend_from_slice(&answer.chosen.learnt[from..to]);
+    Example { ids: [prompt, &answer.chosen.ids[from..to]].concat(), learnt }
 }

@@ -133,6 +133,23 @@ fn reward_rises_round_by_round_and_a_run_stopped_anywhere_ends_the_same() {
     let other = config(room.path(), &model, "parts", &["train.lr=1e-3"]);
     let refused = run(&other, true, None).unwrap_err().to_string();
     assert!(refused.contains("train.lr"), "{refused}");
+    // Nor with other prompts, or beside another first model.
+    let train = room.path().join("train.jsonl");
+    let rows = fs::read_to_string(&train).unwrap();
+    let weights = model.join("model.safetensors");
+    let begun = fs::read(&weights).unwrap();
+    for other in [rows.replacen("ada", "abe", 1), rows] {
+        fs::write(&train, other).unwrap();
+        let refused = run(&parts, true, None).unwrap_err().to_string();
+        assert!(refused.contains("are not what"), "{refused}");
+        fs::copy(whole.policy.as_ref().unwrap().join("model.safetensors"), &weights).unwrap();
+    }
+    fs::write(&weights, begun).unwrap();
+    assert!(run(&parts, true, None).unwrap().finished);
+    // A round whose checkpoint is damaged does not go on from an older one unseen.
+    let newest = rest.policy.unwrap();
+    fs::write(newest.join("model.safetensors"), "cut").unwrap();
+    assert!(run(&parts, true, None).is_err());
 }
 
 #[test]
@@ -165,6 +182,10 @@ fn a_reward_that_says_nothing_or_reads_what_is_not_there_is_an_error_before_hour
     let error = run(&config(room.path(), &model, "column", &column), false, None).unwrap_err();
     assert!(error.to_string().contains("column `expected` is missing"), "{error}");
     assert!(!room.path().join("column/round-1").exists(), "nothing may be sampled");
+    let overrides = ["align.delta.source=\"column\"".to_owned()];
+    let text = fs::read_to_string(room.path().join("same/config.toml")).unwrap();
+    let error = IterativeConfig::parse(&text, &overrides).unwrap_err().to_string();
+    assert!(error.contains("`align.delta.source` = \"column\""), "{error}");
     let error = run(&config(room.path(), &model, "many", &["iterative.rounds=100"]), false, None);
     let error = error.unwrap_err().to_string();
     assert!(error.contains("`iterative.rounds` = 100 is more than the 60 prompts"), "{error}");

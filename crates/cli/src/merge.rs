@@ -11,7 +11,7 @@ use crate::human;
 ///
 /// MODEL is a Hugging Face folder or the output folder of a run; an ADAPTER is a folder as PEFT
 /// writes it (adapter_config.json, adapter_model.safetensors). Several are added in the order
-/// given. The weights are added up in f32 and stored as MODEL stores them; the tokenizer is copied.
+/// given, each in f32, and stored as MODEL stores them; the tokenizer is copied.
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  \
     tercet merge ./SmolLM2-135M-Instruct ./my-adapter ./merged\n  \

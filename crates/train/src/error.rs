@@ -102,13 +102,18 @@ impl Error {
 
     /// The same error with the keys that help, when memory ran out.
     pub fn with_advice(self, config: &RunConfig) -> Self {
+        self.advised(|| advice(config))
+    }
+
+    /// As [`Error::with_advice`], with advice of another kind of run.
+    pub fn advised(self, advice: impl FnOnce() -> String) -> Self {
         let (Self::Tensor(error) | Self::Model(tercet_model::Error::Tensor(error))) = &self else {
             return self;
         };
         if !error.is_out_of_memory() {
             return self;
         }
-        Self::OutOfMemory { reason: error.to_string(), advice: advice(config) }
+        Self::OutOfMemory { reason: error.to_string(), advice: advice() }
     }
 
     pub(crate) fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {

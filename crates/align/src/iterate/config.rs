@@ -10,6 +10,7 @@ use tercet_train::config::{
 };
 
 use crate::config::{AlignConfig, AlignSection, config_error};
+use crate::delta::DeltaSource;
 use crate::reward::RewardConfig;
 
 const SAMPLE_SECTIONS: [&str; 6] = ["output", "model", "start", "data", "sampling", "reward"];
@@ -44,8 +45,9 @@ pub struct SamplingSection {
     pub at_once: usize,
     /// Same seed, same answers.
     pub seed: u64,
-    /// Storage type of weights and activations.
-    pub dtype: Precision,
+    /// Storage type of weights and activations; f32 when absent, in the loop `train.dtype`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Precision>,
 }
 
 impl Default for SamplingSection {
@@ -58,7 +60,7 @@ impl Default for SamplingSection {
             max_tokens: 256,
             at_once: 32,
             seed: 0,
-            dtype: Precision::F32,
+            dtype: None,
         }
     }
 }
@@ -78,6 +80,11 @@ impl SamplingSection {
             ));
         }
         Ok(())
+    }
+
+    /// Storage type of weights and activations.
+    pub fn dtype(&self) -> Precision {
+        self.dtype.unwrap_or(Precision::F32)
     }
 
     /// What a sampler is told.
@@ -125,7 +132,16 @@ impl SampleConfig {
             reward: sections.take("reward")?,
         };
         config.model.check()?;
+        if config.start.as_ref().is_some_and(|start| start.check().is_err()) {
+            return Err(config_error("start.path", "is missing: the folder to measure from"));
+        }
         config.data.check()?;
+        if config.data.validation > 0.0 || !config.data.validation_paths.is_empty() {
+            return Err(config_error(
+                "data.validation",
+                "holds nothing out here; name all prompts in data.paths",
+            ));
+        }
         config.sampling.check()?;
         Ok(config)
     }
@@ -184,7 +200,7 @@ impl IterativeConfig {
     }
 
     fn from_sections(mut sections: Sections) -> Result<Self> {
-        let mut config = Self {
+        let config = Self {
             output: sections.output()?,
             model: sections.take("model")?,
             lora: sections.take_if_there("lora")?,
@@ -196,9 +212,22 @@ impl IterativeConfig {
             reward: sections.take("reward")?,
             iterative: sections.take("iterative")?,
         };
-        // Answers come from the model that is trained, stored as it is trained.
-        config.sampling.dtype = config.train.dtype;
+        config.data.check()?;
         config.sampling.check()?;
+        // Answers come from the model that is trained, stored as it is trained.
+        if config.sampling.dtype.is_some_and(|dtype| dtype != config.train.dtype) {
+            return Err(config_error(
+                "sampling.dtype",
+                "is not train.dtype; leave it out: what is trained is what answers",
+            ));
+        }
+        if config.align.delta.source == DeltaSource::Column {
+            return Err(config_error(
+                "align.delta.source",
+                "= \"column\" cannot be used here: Δ is made of the answers' rewards; use \
+                 identity or logistic",
+            ));
+        }
         if config.sampling.samples < 2 {
             return Err(config_error(
                 "sampling.samples",

@@ -32,8 +32,14 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    /// Reads all prompts; those that leave no room for an answer of a token are dropped.
-    pub fn read(config: &RowsConfig, encoder: &Encoder, stop: &AtomicBool) -> Result<Self> {
+    /// Reads all prompts; those that leave no room in the context for `max_tokens` of an answer
+    /// are dropped: what is sampled is also what can be learnt.
+    pub fn read(
+        config: &RowsConfig,
+        max_tokens: usize,
+        encoder: &Encoder,
+        stop: &AtomicBool,
+    ) -> Result<Self> {
         let mut count = RowCount::default();
         let mut side = |paths: &[String]| -> Result<Vec<Prompt>> {
             let rows = read_rows(paths, stop)?;
@@ -41,8 +47,8 @@ impl Prompts {
             let mut kept = Vec::with_capacity(rows.len());
             for row in rows {
                 match prompt(&row, encoder) {
-                    Ok(prompt) if prompt.ids.len() >= config.context => {
-                        count.drop(&row, "has a prompt that fills data.context");
+                    Ok(prompt) if prompt.ids.len() + max_tokens > config.context => {
+                        count.drop(&row, "leaves less than sampling.max_tokens of data.context");
                     }
                     Ok(prompt) => kept.push(prompt),
                     Err(reason) if config.bad_rows == BadRow::Drop => count.drop(&row, reason),

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use tercet_model::{LoraConfig, Model};
 use tercet_train::config::{Precision, TuneModel, TuneTrain};
 use tercet_train::run::{Place, check_config_in};
@@ -34,6 +35,8 @@ pub struct Round {
     pub held_out: Option<Worth>,
     /// Loss of the last tenth of its steps.
     pub train_loss: Option<f64>,
+    /// The checkpoint of its training that is the policy after it, by name; `None` for round 0.
+    pub policy: Option<String>,
 }
 
 /// How the loop ended.
@@ -72,7 +75,7 @@ pub fn iterate(
     let mut first = start::first(&config.model, config.lora.as_ref(), &config.train)?;
     start::check_context(config.data.context, &first)?;
     let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
-    let prompts = Prompts::read(&config.data, &encoder, control.stop)?;
+    let prompts = Prompts::read(&config.data, config.sampling.max_tokens, &encoder, control.stop)?;
     if prompts.train.len() < config.iterative.rounds {
         return Err(crate::config::config_error(
             "iterative.rounds",
@@ -83,6 +86,8 @@ pub fn iterate(
             ),
         ));
     }
+    let all: Vec<&Prompt> = prompts.train.iter().chain(&prompts.held_out).collect();
+    check_key(&config.output, &all, &first)?;
     prompts.count.write(&config.output.join("rows.jsonl"))?;
     said(&prompts.count, observe);
     observe(Event::Note(&format!(
@@ -144,17 +149,27 @@ impl Loop<'_> {
             picks: PickCounts::default(),
             held_out: None,
             train_loss: None,
+            policy: None,
         };
         let training = self.config.training(model.clone(), lora.clone(), round);
         if let Some(known) = read(&kept) {
             if round > 0 {
                 (*model, *lora) = after(model, lora, &training.output)?;
+                let found = name_of(model);
+                if found != known.policy {
+                    return Err(Error::Checkpoint(format!(
+                        "round {round} ended with {}, but the newest whole checkpoint of {} is \
+                         {}; restore it from a copy",
+                        known.policy.unwrap_or_default(),
+                        training.output.display(),
+                        found.unwrap_or_default()
+                    )));
+                }
             }
             return Ok(Some(known));
         }
-        let mut policy = match (round, model.adapter.is_some() || lora.is_some()) {
-            // A new adapter adds nothing yet: the start is the model itself.
-            (0 | 1, _) => self.first.clone(),
+        let mut policy = match round {
+            0 | 1 => self.first.clone(),
             _ => start::first(model, lora.as_ref(), &self.config.train)?,
         };
         if round > 0 {
@@ -170,7 +185,8 @@ impl Loop<'_> {
             };
             done.sampled = Some(worth(&part, &samples, wanted, None)?);
             let pairs = folder.join("pairs.jsonl");
-            done.picks = write_pairs(&pairs, &part, &samples, wanted, &self.config.align.delta)?;
+            done.picks =
+                write_pairs(&pairs, &part, &samples, wanted, Some(&self.config.align.delta))?;
             if done.picks.pairs == 0 {
                 return Err(Error::Data(format!(
                     "round {round}: every prompt's answers scored the same, so that there is \
@@ -193,6 +209,7 @@ impl Loop<'_> {
             }
             done.train_loss = trained.train_loss;
             (*model, *lora) = after(model, lora, &training.output)?;
+            done.policy = name_of(model);
             policy = start::first(model, lora.as_ref(), &self.config.train)?;
         }
         if !self.prompts.held_out.is_empty() {
@@ -251,6 +268,37 @@ fn after(
         true => (TuneModel { path: model.path.clone(), adapter: Some(newest) }, None),
         false => (TuneModel { path: newest, adapter: None }, None),
     })
+}
+
+/// The checkpoint that a policy stands on, by name.
+fn name_of(model: &TuneModel) -> Option<String> {
+    let folder = model.adapter.as_ref().unwrap_or(&model.path);
+    folder.file_name().map(|name| name.to_string_lossy().into_owned())
+}
+
+/// Refuses a resumed run whose prompts, rows or first model are not what they were; a new one
+/// writes down what they are.
+pub(super) fn check_key(output: &Path, prompts: &[&Prompt], first: &Model) -> Result<()> {
+    let mut hasher = Sha256::new();
+    for prompt in prompts {
+        let row = serde_json::to_vec(&prompt.row)
+            .map_err(|error| Error::Data(format!("a row has no JSON: {error}")))?;
+        for part in [prompt.text.as_bytes(), &row] {
+            hasher.update((part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+    }
+    let key = start::key(&files::hex(&hasher.finalize()), &[first])?;
+    let path = output.join("key");
+    match std::fs::read_to_string(&path) {
+        Ok(known) if known == key => Ok(()),
+        Ok(_) => Err(Error::Checkpoint(format!(
+            "the prompts, their rows or the model are not what {} was begun with (data.paths, \
+             model.path); bring them back, or choose another `output`",
+            output.display()
+        ))),
+        Err(_) => files::write_atomic(&path, key.as_bytes()),
+    }
 }
 
 /// Refuses a folder that holds an earlier run's `trace` when not told to resume it, and one of

@@ -219,14 +219,15 @@ fn lines(samples: &[Sample]) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Writes the best against the worst answer of every prompt, with their scores and raw Δ, as rows
+/// Writes the best against the worst answer of every prompt, with their scores and, where it is
+/// said how, raw Δ, as rows
 /// that alignment reads; prompts whose answers all scored the same give none. Returns the counts.
 pub fn write_pairs(
     path: &Path,
     prompts: &[&Prompt],
     samples: &[Sample],
     wanted: usize,
-    delta: &DeltaConfig,
+    delta: Option<&DeltaConfig>,
 ) -> Result<PickCounts> {
     let mut counts = PickCounts::default();
     let mut text = String::new();
@@ -250,7 +251,9 @@ pub fn write_pairs(
         ] {
             row.insert(key.into(), value);
         }
-        if let Ok(raw) = delta.raw(&pair) {
+        // The prompt's own would be taken for this pair's.
+        row.remove("delta");
+        if let Some(Ok(raw)) = delta.map(|delta| delta.raw(&pair)) {
             row.insert("delta".into(), json!(raw));
         }
         text += &format!("{}\n", Value::Object(row));

@@ -6,14 +6,14 @@ use serde::{Deserialize, Serialize};
 use tercet_train::run::Place;
 use tercet_train::tune::start::{self, Beside};
 use tercet_train::tune::{Encoder, RowCount};
-use tercet_train::{Control, Event, Result, config, files};
+use tercet_train::{Control, Error, Event, Result, config, files};
 
 use super::config::SampleConfig;
 use super::measure::{Worth, worth};
 use super::prompts::{Prompt, Prompts};
 use super::rounds::{ends, train_config};
 use super::samples::{Sampler, write_pairs};
-use crate::delta::DeltaConfig;
+use crate::config::config_error;
 use crate::reward::RewardSource;
 use crate::select::PickCounts;
 
@@ -44,15 +44,27 @@ pub fn sample(
     super::rounds::check_folder(&sample.output, &samples, &text, control.resume)?;
     let _place = Place::open(&sample.output, &text, control.resume, observe)?;
     let beside = Beside::load(&sample.model.path)?;
-    let train = train_config(sample.sampling.dtype, sample.sampling.seed);
+    let train = train_config(sample.sampling.dtype(), sample.sampling.seed);
     let mut model = start::first(&sample.model, None, &train)?;
     start::check_context(sample.data.context, &model)?;
     let encoder = Encoder::new(&beside.tokenizer, model.config(), &beside.generation)?;
-    let prompts = Prompts::read(&sample.data, &encoder, control.stop)?;
+    let prompts = Prompts::read(&sample.data, sample.sampling.max_tokens, &encoder, control.stop)?;
     said(&prompts.count, observe);
+    let all: Vec<&Prompt> = prompts.train.iter().collect();
+    super::rounds::check_key(&sample.output, &all, &model)?;
+    prompts.count.write(&sample.output.join("rows.jsonl"))?;
+    let first = match &sample.start {
+        None => None,
+        Some(start) => {
+            let mut first = start::first(start, None, &train)?;
+            crate::run::check_reads_the_same(&start.path, &first, &sample.model.path, &model)
+                .map_err(|problem| config_error("start.path", &problem))?;
+            first.to_device(control.device)?;
+            Some(first)
+        }
+    };
     let mut reward = RewardSource::new(&sample.reward, control.device)?;
     model.to_device(control.device)?;
-    let all: Vec<&Prompt> = prompts.train.iter().chain(&prompts.held_out).collect();
     let sampler = Sampler {
         model: &model,
         tokenizer: &beside.tokenizer,
@@ -70,26 +82,20 @@ pub fn sample(
         samples: samples.clone(),
         pairs: pairs.clone(),
     };
-    let Some(answers) = sampler.run(&all, &mut reward, &samples, observe)? else {
-        return Ok(report);
+    let answers = match sampler.run(&all, &mut reward, &samples, observe) {
+        Ok(Some(answers)) => answers,
+        // Whatever was under way is on disk as far as it came.
+        Ok(None) | Err(Error::Interrupted) => return Ok(report),
+        Err(error) => return Err(error),
     };
     if sample.sampling.samples > 1 {
-        let delta = DeltaConfig::default();
-        report.picks = write_pairs(&pairs, &all, &answers, sample.sampling.samples, &delta)?;
+        report.picks = write_pairs(&pairs, &all, &answers, sample.sampling.samples, None)?;
     }
-    let start = match &sample.start {
-        None => None,
-        Some(start) => {
-            let mut start = start::first(start, None, &train)?;
-            start.to_device(control.device)?;
-            Some(start)
-        }
-    };
-    let start = start.as_ref().map(|model| (model, train.micro_tokens));
-    report.worth = Some(worth(&all, &answers, sample.sampling.samples, start)?);
+    let first = first.as_ref().map(|model| (model, train.micro_tokens));
+    report.worth = Some(worth(&all, &answers, sample.sampling.samples, first)?);
     report.finished = true;
     let summary = serde_json::to_string_pretty(&report)
-        .map_err(|error| tercet_train::Error::Data(format!("no JSON: {error}")))?;
+        .map_err(|error| Error::Data(format!("no JSON: {error}")))?;
     files::write_atomic(&sample.output.join("summary.json"), summary.as_bytes())?;
     Ok(report)
 }

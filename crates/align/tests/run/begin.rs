@@ -83,7 +83,11 @@ fn a_reference_that_reads_otherwise_is_refused_and_one_that_does_not_is_taken() 
     let other = room.at("other");
     write_model(&other, 2);
     let with = "align.reference='".to_owned() + other.to_str().unwrap() + "'";
-    let config = |output: &str| room.try_config(output, &[with.as_str()]);
+    // Another model is not taken for the policy by mistake.
+    let unsaid = refused(room.try_config("unsaid", &[with.as_str()]));
+    assert!(unsaid.contains("would not begin at 0"), "{unsaid}");
+    let meant = "align.reference_differs=true";
+    let config = |output: &str| room.try_config(output, &[with.as_str(), meant]);
     let mut notes = Vec::new();
     let taken = config("taken").unwrap();
     run_with(&taken, false, 2, &mut notes).unwrap();
@@ -173,5 +177,5 @@ fn a_broken_policy_is_said_before_the_first_step() {
     broken.params_mut().tensors_mut()[slot].as_f32_mut().unwrap()[3] = f32::INFINITY;
     broken.save(&room.at("model")).unwrap();
     let text = refused(room.try_config("run", &[]));
-    assert!(text.contains("its weights are damaged"), "{text}");
+    assert!(text.contains("weights are damaged"), "{text}");
 }

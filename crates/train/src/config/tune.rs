@@ -174,6 +174,18 @@ impl TuneTrain {
         }
     }
 
+    /// What needs less memory, for when it ran out.
+    pub fn advice(&self) -> String {
+        let mut keys = vec![format!("train.micro_tokens below {}", self.micro_tokens)];
+        if !self.recompute {
+            keys.push("train.recompute = true".into());
+        }
+        if self.dtype == Precision::F32 {
+            keys.push("train.dtype = \"bf16\"".into());
+        }
+        format!("What needs less: {}, or a [lora] section", keys.join(", or "))
+    }
+
     /// Checks everything that needs no file.
     pub fn check(&self) -> Result<()> {
         match (self.epochs, self.steps) {

@@ -75,8 +75,13 @@ impl fmt::Display for RowCount {
             *reasons.entry(&noted.reason).or_default() += 1;
         }
         if !reasons.is_empty() {
-            let listed: Vec<String> =
+            let mut reasons: Vec<(&str, usize)> = reasons.into_iter().collect();
+            reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+            let mut listed: Vec<String> =
                 reasons.iter().take(5).map(|(reason, n)| format!("{n} {reason}")).collect();
+            if reasons.len() > 5 {
+                listed.push(format!("{} more kinds in rows.jsonl", reasons.len() - 5));
+            }
             write!(f, "; dropped {} ({})", self.dropped(), listed.join(", "))?;
         }
         match self.truncated() {

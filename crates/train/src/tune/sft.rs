@@ -107,8 +107,8 @@ pub fn sft(
         Some(checkpoint) => start::resumed(&first, checkpoint, &config.train)?,
         None => first,
     };
-    let longest = rows.train.iter().map(|example| example.ids.len()).sum::<usize>();
-    let mean = longest / rows.train.len().max(1);
+    let total = rows.train.iter().map(|example| example.ids.len()).sum::<usize>();
+    let mean = total / rows.train.len().max(1);
     let train = config.train.loop_config();
     let plan = Plan {
         output: &config.output,
@@ -126,7 +126,8 @@ pub fn sft(
     let start = Start::new(model, place.from.as_deref())?;
     let order = Order::new(rows.train.len(), &config.train);
     let mut task = Sft { config, train: &rows.train, validation: &rows.validation, order };
-    Ok(drive(&plan, start, place.from.clone(), &mut task, control, observe)?.0)
+    let outcome = drive(&plan, start, place.from.clone(), &mut task, control, observe);
+    Ok(outcome.map_err(|error| error.advised(|| config.train.advice()))?.0)
 }
 
 /// What the rows came to, in a line.

@@ -99,7 +99,8 @@ pub fn fingerprint(model: &Model) -> Result<String> {
     let mut hasher = Sha256::new();
     hasher.update(shape);
     // The weights, and the adapter's where one is active.
-    for params in [model.params(), model.trained()] {
+    let adapted = model.active_adapter().map(|_| model.trained());
+    for params in std::iter::once(model.params()).chain(adapted) {
         let digests: Vec<Result<[u8; 32]>> = params.tensors().par_iter().map(digest).collect();
         for digest in digests {
             hasher.update(digest?);
