@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tercet_align::iterate::{IterativeConfig, IterativeReport, iterate};
+use tercet_align::iterate::{IterativeConfig, IterativeReport, SampleConfig, iterate, sample};
 use tercet_tensor::Device;
 use tercet_train::{Control, Event, Result, RunConfig, pretrain};
 
@@ -172,6 +172,65 @@ fn an_adapter_goes_through_all_rounds_and_the_weights_stay() {
 }
 
 #[test]
+fn sampling_alone_scores_pairs_and_goes_on_and_a_refusal_leaves_nothing() {
+    let room = tempfile::tempdir().unwrap();
+    let model = base(room.path());
+    let (train, _) = prompts(room.path());
+    let file = room.path().join("sample.toml");
+    let output = room.path().join("out");
+    let text = format!(
+        "output = {output:?}\n[model]\npath = {model:?}\n[start]\npath = {model:?}\n\
+         [data]\npaths = [{train:?}]\ncontext = 64\n\
+         [sampling]\nsamples = 4\nmax_tokens = 12\nat_once = 8\n\
+         [reward]\nrules = [{{ kind = \"keywords\", words = [\"good\"] }}]\n"
+    );
+    fs::write(&file, text).unwrap();
+    let load = |overrides: &[&str]| {
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        SampleConfig::load(&file, &overrides)
+    };
+    let go = |config: &SampleConfig, resume: bool, stop: &AtomicBool| {
+        sample(config, &control(stop, resume), &mut |event| {
+            if let Event::Note(text) = event
+                && text.contains("answered")
+                && !resume
+            {
+                stop.store(true, Ordering::Relaxed);
+            }
+        })
+    };
+    for (change, said) in [
+        ("reward.rules=[{kind=\"equals\", column=\"expected\"}]", "`expected` is missing"),
+        ("start.path=\"nowhere\"", "nowhere"),
+        ("model.path=\"nowhere\"", "`model.path` = nowhere is not a model folder"),
+    ] {
+        let error = go(&load(&[change]).unwrap(), false, &AtomicBool::new(false)).unwrap_err();
+        assert!(error.to_string().contains(said), "{change}: {error}");
+        assert!(!output.exists(), "{change}: a refused run leaves nothing");
+    }
+    let error = load(&["data.validation=0.5"]).unwrap_err().to_string();
+    assert!(error.contains("`data.validation` holds nothing out"), "{error}");
+
+    // Stopped after the first portion, then gone on with: the bits of one run.
+    let config = load(&[]).unwrap();
+    assert!(!go(&config, false, &AtomicBool::new(false)).unwrap().finished);
+    let begun = fs::read(output.join("samples.jsonl")).unwrap();
+    let report = go(&config, true, &AtomicBool::new(false)).unwrap();
+    let all = fs::read(output.join("samples.jsonl")).unwrap();
+    assert!(report.finished && !begun.is_empty() && all.starts_with(&begun));
+    let elsewhere = room.path().join("whole");
+    let config = load(&[&format!("output={elsewhere:?}")]).unwrap();
+    let never = AtomicBool::new(false);
+    assert!(sample(&config, &control(&never, false), &mut |_| ()).unwrap().finished);
+    assert!(fs::read(elsewhere.join("samples.jsonl")).unwrap() == all);
+    let worth = report.worth.unwrap();
+    assert!(worth.divergence.unwrap().abs() < 1e-4 && worth.prompts == 60, "{worth:?}");
+    let pairs = fs::read_to_string(output.join("pairs.jsonl")).unwrap();
+    assert_eq!(pairs.lines().count(), report.picks.pairs);
+    assert!(pairs.contains("\"score_chosen\":1.0") && !pairs.contains("\"delta\""), "{pairs}");
+}
+
+#[test]
 fn a_reward_that_says_nothing_or_reads_what_is_not_there_is_an_error_before_hours_are_spent() {
     let room = tempfile::tempdir().unwrap();
     let model = base(room.path());
@@ -181,7 +240,7 @@ fn a_reward_that_says_nothing_or_reads_what_is_not_there_is_an_error_before_hour
     let column = ["reward.rules=[{kind=\"equals\", column=\"expected\"}]"];
     let error = run(&config(room.path(), &model, "column", &column), false, None).unwrap_err();
     assert!(error.to_string().contains("column `expected` is missing"), "{error}");
-    assert!(!room.path().join("column/round-1").exists(), "nothing may be sampled");
+    assert!(!room.path().join("column").exists(), "a refused run leaves nothing");
     let overrides = ["align.delta.source=\"column\"".to_owned()];
     let text = fs::read_to_string(room.path().join("same/config.toml")).unwrap();
     let error = IterativeConfig::parse(&text, &overrides).unwrap_err().to_string();

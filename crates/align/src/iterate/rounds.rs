@@ -87,6 +87,11 @@ pub fn iterate(
         ));
     }
     let all: Vec<&Prompt> = prompts.train.iter().chain(&prompts.held_out).collect();
+    // Everything that can be refused is, before anything is written.
+    let reward = RewardSource::new(&config.reward, control.device)?;
+    for (i, prompt) in all.iter().enumerate() {
+        reward.check_row(i as u64, &prompt.row)?;
+    }
     check_key(&config.output, &all, &first)?;
     prompts.count.write(&config.output.join("rows.jsonl"))?;
     said(&prompts.count, observe);
@@ -96,10 +101,6 @@ pub fn iterate(
         config.iterative.rounds,
         prompts.held_out.len()
     )));
-    let reward = RewardSource::new(&config.reward, control.device)?;
-    for (i, prompt) in prompts.train.iter().chain(&prompts.held_out).enumerate() {
-        reward.check_row(i as u64, &prompt.row)?;
-    }
     first.to_device(control.device)?;
     Loop { config, control, beside, prompts, first }.run(reward, observe)
 }

@@ -51,8 +51,11 @@ pub fn sample(
     let prompts = Prompts::read(&sample.data, sample.sampling.max_tokens, &encoder, control.stop)?;
     said(&prompts.count, observe);
     let all: Vec<&Prompt> = prompts.train.iter().collect();
-    super::rounds::check_key(&sample.output, &all, &model)?;
-    prompts.count.write(&sample.output.join("rows.jsonl"))?;
+    // Everything that can be refused is, before anything is written.
+    let mut reward = RewardSource::new(&sample.reward, control.device)?;
+    for (i, prompt) in all.iter().enumerate() {
+        reward.check_row(i as u64, &prompt.row)?;
+    }
     let first = match &sample.start {
         None => None,
         Some(start) => {
@@ -63,7 +66,8 @@ pub fn sample(
             Some(first)
         }
     };
-    let mut reward = RewardSource::new(&sample.reward, control.device)?;
+    super::rounds::check_key(&sample.output, &all, &model)?;
+    prompts.count.write(&sample.output.join("rows.jsonl"))?;
     model.to_device(control.device)?;
     let sampler = Sampler {
         model: &model,

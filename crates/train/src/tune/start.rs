@@ -73,6 +73,16 @@ pub struct Beside {
 impl Beside {
     /// Reads a model folder.
     pub fn load(folder: &Path) -> Result<Self> {
+        if !folder.join("config.json").is_file() {
+            return Err(Error::config(
+                "model.path",
+                format!(
+                    "= {} is not a model folder (it has no config.json); `tercet convert` makes one \
+                     of a GGUF, and a run's checkpoints are below its output",
+                    folder.display()
+                ),
+            ));
+        }
         Ok(Self {
             tokenizer: Tokenizer::load(folder)?,
             generation: GenerationConfig::load(folder)?,
