@@ -226,11 +226,17 @@ fn garbage_is_shown_and_explained() {
         "print('x' * (1 << 21), flush=True); time.sleep(600)",
         &["a line of more than 1048576 bytes"],
     );
-    // It does not read what would fill the pipe, and ends; its words are shown all the same.
-    let Some(mut source) = python("print('usage: score.py MODEL')", PATIENT) else { return };
-    let (texts, row) = (vec!["x".repeat(1 << 20)], Map::new());
+    // Long texts, so that the end of reading is noticed; what comes after it is shown all the same.
+    let code = "os.close(0); time.sleep(0.2); print('usage: score.py MODEL')";
+    let Some(mut source) = python(code, PATIENT) else { return };
+    let (texts, row) = (vec!["x".repeat(1 << 20); 5], Map::new());
     let error = source.score(&ask(&texts, &row), &GO).unwrap_err();
     says(&error, &["wrote \"usage: score.py MODEL\""]);
+    // The last id is known, but cannot have been read.
+    let code = "print('{\"id\": 40, \"score\": 1}', flush=True); time.sleep(600)";
+    let Some(mut source) = python(code, PATIENT) else { return };
+    let error = source.score(&ask(&texts, &row), &GO).unwrap_err();
+    says(&error, &["id 40", "not asked for"]);
     // A flood without an end of line is not stored for ever either.
     fails("while True: sys.stdout.write('x' * 65536)", &["a line of more than 1048576 bytes"]);
 }

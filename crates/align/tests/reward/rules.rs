@@ -68,6 +68,7 @@ fn sentences_are_counted_as_they_are_read() {
         &[
             ("One. Two!", 1.0),
             ("One... Two", 1.0),
+            ("One ? ! Two", 1.0),
             ("Pi is 3.14. Yes", 1.0),
             ("He said \"No.\" Then left.", 1.0),
             ("日本。語！", 1.0),
