@@ -77,7 +77,11 @@ fn draw_lines(
         .build_cartesian_2d(first..last.max(first + 1.0), low - margin..high + 5.0 * margin)?;
     chart
         .configure_mesh()
-        .x_label_formatter(&|x| format!("{x:.0}"))
+        // Steps and rounds are whole; the places between them need no label.
+        .x_label_formatter(&|x| match x.fract() == 0.0 {
+            true => format!("{x:.0}"),
+            false => String::new(),
+        })
         .light_line_style(WHITE)
         .bold_line_style(RGBColor(230, 230, 230))
         .x_desc(x)
