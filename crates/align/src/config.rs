@@ -90,14 +90,14 @@ impl AlignConfig {
         self.checkpoint.check()?;
         self.align.check()?;
         if self.train.batch == 1 && self.align.objectives()?.needs_kto_z() {
-            return Err(config_error(
+            return Err(Error::config(
                 "train.batch",
                 "is 1, but kto puts each prompt's answer to another prompt of the step; give it at \
                  least 2 pairs",
             ));
         }
         if self.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0) {
-            return Err(config_error(
+            return Err(Error::config(
                 "lora.dropout",
                 "must be 0: with dropout the policy would differ from its reference before the \
                  first step",
@@ -119,21 +119,21 @@ impl AlignSection {
             [("reference", self.reference.is_some()), ("precompute", self.precompute)]
         {
             if given && needless {
-                return Err(config_error(
-                    &format!("align.{key}"),
+                return Err(Error::config(
+                    format!("align.{key}"),
                     "is set, but no term of align.terms looks at a reference; remove it",
                 ));
             }
         }
         if self.precompute && objectives.needs_kto_z() {
-            return Err(config_error(
+            return Err(Error::config(
                 "align.precompute",
                 "cannot be used with kto, which measures other answers at every step; remove one \
                  of the two",
             ));
         }
         if self.reference_differs && self.reference.is_none() {
-            return Err(config_error(
+            return Err(Error::config(
                 "align.reference_differs",
                 "is set, but align.reference is not: the policy as the run begins is its own \
                  reference",
@@ -153,12 +153,7 @@ impl AlignSection {
 /// An error of the objective in the name of its section.
 fn in_section(error: crate::Error) -> Error {
     match error {
-        crate::Error::Config { key, problem } => config_error(&format!("align.{key}"), &problem),
+        crate::Error::Config { key, problem } => Error::config(format!("align.{key}"), &problem),
         other => other.into(),
     }
-}
-
-/// A refused key.
-pub(crate) fn config_error(key: &str, problem: &str) -> Error {
-    Error::Config { key: key.to_owned(), problem: problem.to_owned() }
 }

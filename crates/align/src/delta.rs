@@ -84,19 +84,15 @@ pub enum Verdict {
     Drop,
 }
 
-/// What became of the pairs so far.
+/// What became of the pairs whose Δ was negative.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeltaCounts {
-    /// All pairs read.
-    pub pairs: usize,
-    /// Of them, those whose negative Δ became 0.
+    /// Those whose negative Δ became 0.
     pub clipped: usize,
     /// Left out.
     pub dropped: usize,
     /// Exchanged.
     pub swapped: usize,
-    /// Kept or exchanged with Δ below 0.05: nearly supervised training on the chosen answer.
-    pub small: usize,
 }
 
 impl DeltaConfig {
@@ -183,17 +179,11 @@ impl DeltaConfig {
                 return Err(Error::value(WHAT, problem));
             }
         };
-        counts.pairs += 1;
         match verdict {
             Verdict::Drop => counts.dropped += 1,
             Verdict::Swap(_) => counts.swapped += 1,
             Verdict::Keep(_) if delta < 0.0 => counts.clipped += 1,
             Verdict::Keep(_) => {}
-        }
-        if let Verdict::Keep(delta) | Verdict::Swap(delta) = verdict
-            && delta < 0.05
-        {
-            counts.small += 1;
         }
         Ok(verdict)
     }
@@ -263,7 +253,7 @@ mod tests {
         assert_eq!(read(NegativeDelta::Swap, &scores(1.0, 0.0)), Ok(Verdict::Keep(1.0)));
         let text = read(NegativeDelta::Error, &wrong_way).unwrap_err().to_string();
         assert!(text.contains("Δ is -0.5") && text.contains("\"swap\""), "{text}");
-        let expected = DeltaCounts { pairs: 5, clipped: 1, dropped: 1, swapped: 1, small: 2 };
+        let expected = DeltaCounts { clipped: 1, dropped: 1, swapped: 1 };
         assert_eq!(counts, expected);
     }
 

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tercet_model::Message;
 use tercet_train::config::{BadRow, RowsConfig};
-use tercet_train::data::{Row, read_rows};
+use tercet_train::data::{Row, is_held_out, read_rows};
 use tercet_train::tune::encode::part;
 use tercet_train::tune::{Encoder, Example, Part, RowCount, bad_row};
 use tercet_train::{Error, Result, files};
@@ -87,10 +87,8 @@ pub fn read_pairs(rule: &PairRule, encoder: &Encoder, stop: &AtomicBool) -> Resu
     let all = read_side(rule, &rule.data.paths, encoder, stop, &mut pairs)?;
     if rule.data.validation_paths.is_empty() {
         let share = rule.data.validation;
-        // The upper 53 bits, so that the fraction is exact.
-        let below = |hash: u64| ((hash >> 11) as f64) < share * (1u64 << 53) as f64;
         (pairs.validation, pairs.train) =
-            all.into_iter().partition(|pair| below(pair.prompt_hash()));
+            all.into_iter().partition(|pair| is_held_out(pair.prompt_hash(), share));
     } else {
         pairs.train = all;
         pairs.validation = read_side(rule, &rule.data.validation_paths, encoder, stop, &mut pairs)?;

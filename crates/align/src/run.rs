@@ -10,7 +10,7 @@ use tercet_train::tune::{Encoder, Order};
 use tercet_train::{Control, Error, Event, Report, Result, config, files, metrics};
 
 use crate::chart::{Line, delta_histogram, lines};
-use crate::config::{AlignConfig, config_error};
+use crate::config::AlignConfig;
 use crate::delta::DeltaCounts;
 use crate::objective::Objectives;
 use crate::pairs::{Pair, PairRule, Pairs, read_pairs};
@@ -41,6 +41,11 @@ pub fn align(
         needs_delta: objectives.needs_delta(),
     };
     let pairs = read_pairs(&rule, &encoder, control.stop)?;
+    if objectives.needs_kto_z() && pairs.train.len() < 2 {
+        return Err(Error::Data(
+            "kto needs a second pair, whose answer it sets against the first one's prompt".into(),
+        ));
+    }
     let other = match &config.align.reference {
         Some(folder) if objectives.needs_reference() => Some(other(folder, &first, config)?),
         _ => None,
@@ -132,7 +137,7 @@ fn said(
     } else if !objectives.needs_delta() {
         lines.push("no scores, and none are needed".into());
     }
-    let DeltaCounts { clipped, dropped, swapped, .. } = pairs.deltas;
+    let DeltaCounts { clipped, dropped, swapped } = pairs.deltas;
     if clipped + dropped + swapped > 0 {
         lines.push(format!(
             "negative Δ: {clipped} set to 0, {dropped} pairs left out, {swapped} pairs exchanged"
@@ -176,7 +181,7 @@ fn reference(
 /// A separate reference, which must read the same tokens.
 fn other(folder: &Path, policy: &Model, config: &AlignConfig) -> Result<Model> {
     let model = Model::load_as(folder, config.train.dtype.dtype())?;
-    let refused = |problem: String| config_error("align.reference", &problem);
+    let refused = |problem: String| Error::config("align.reference", &problem);
     check_reads_the_same(folder, &model, &config.model.path, policy).map_err(refused)?;
     let most = model.config().max_position_embeddings;
     if most < config.data.context {

@@ -174,11 +174,10 @@ impl Align<'_> {
     /// which is for the guard.
     fn divergence(&self, model: &Model, pairs: &[&Pair]) -> Result<Option<f64>> {
         let Reference::Model(reference) = &self.reference else {
-            return Err(Error::Config {
-                key: "align.precompute".into(),
-                problem: "cannot be used with kto, which measures other answers at every step"
-                    .into(),
-            });
+            return Err(Error::config(
+                "align.precompute",
+                "cannot be used with kto, which measures other answers at every step",
+            ));
         };
         let examples: Vec<Example> = (0..pairs.len())
             .map(|i| {

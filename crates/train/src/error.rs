@@ -116,7 +116,8 @@ impl Error {
         Self::OutOfMemory { reason: error.to_string(), advice: advice() }
     }
 
-    pub(crate) fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {
+    /// A refused key; `problem` is worded to follow it.
+    pub fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Config { key: key.into(), problem: problem.into() }
     }
 

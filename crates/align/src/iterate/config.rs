@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tercet_model::{LoraConfig, Sampling};
-use tercet_train::Result;
 use tercet_train::config::{
     CheckpointConfig, Precision, RowsConfig, Sections, TuneModel, TuneTrain, real, within,
 };
+use tercet_train::{Error, Result};
 
-use crate::config::{AlignConfig, AlignSection, config_error};
+use crate::config::{AlignConfig, AlignSection};
 use crate::delta::DeltaSource;
 use crate::reward::RewardConfig;
 
@@ -74,9 +74,9 @@ impl SamplingSection {
         within("sampling.seed", self.seed, 0, i64::MAX as u64, "")?;
         real("sampling.temperature", f64::from(self.temperature), 0.0, 100.0)?;
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(config_error(
+            return Err(Error::config(
                 "sampling.top_p",
-                &format!("= {} is outside (0, 1]", self.top_p),
+                format!("= {} is outside (0, 1]", self.top_p),
             ));
         }
         Ok(())
@@ -133,11 +133,11 @@ impl SampleConfig {
         };
         config.model.check()?;
         if config.start.as_ref().is_some_and(|start| start.check().is_err()) {
-            return Err(config_error("start.path", "is missing: the folder to measure from"));
+            return Err(Error::config("start.path", "is missing: the folder to measure from"));
         }
         config.data.check()?;
         if config.data.validation > 0.0 || !config.data.validation_paths.is_empty() {
-            return Err(config_error(
+            return Err(Error::config(
                 "data.validation",
                 "holds nothing out here; name all prompts in data.paths",
             ));
@@ -216,20 +216,20 @@ impl IterativeConfig {
         config.sampling.check()?;
         // Answers come from the model that is trained, stored as it is trained.
         if config.sampling.dtype.is_some_and(|dtype| dtype != config.train.dtype) {
-            return Err(config_error(
+            return Err(Error::config(
                 "sampling.dtype",
                 "is not train.dtype; leave it out: what is trained is what answers",
             ));
         }
         if config.align.delta.source == DeltaSource::Column {
-            return Err(config_error(
+            return Err(Error::config(
                 "align.delta.source",
                 "= \"column\" cannot be used here: Δ is made of the answers' rewards; use \
                  identity or logistic",
             ));
         }
         if config.sampling.samples < 2 {
-            return Err(config_error(
+            return Err(Error::config(
                 "sampling.samples",
                 "= 1 makes no pair; a best and a worst answer need at least 2",
             ));
@@ -238,7 +238,7 @@ impl IterativeConfig {
         let held_out = config.iterative.held_out_samples as u64;
         within("iterative.held_out_samples", held_out, 1, 1 << 10, "")?;
         if config.align.reference.is_some() {
-            return Err(config_error(
+            return Err(Error::config(
                 "align.reference",
                 "cannot be set here: the reference of a round is its policy as it begins",
             ));

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tercet_train::config::{BadRow, RowsConfig};
-use tercet_train::data::{Row, permutation, read_rows};
+use tercet_train::data::{Row, is_held_out, permutation, read_rows};
 use tercet_train::tune::encode::part;
 use tercet_train::tune::{Encoder, RowCount, bad_row};
 use tercet_train::{Error, Result};
@@ -62,9 +62,8 @@ impl Prompts {
         let (held_out, train) = match config.validation_paths.is_empty() {
             false => (side(&config.validation_paths)?, all),
             true => {
-                // The upper 53 bits, so that the fraction is exact.
-                let share = config.validation * (1u64 << 53) as f64;
-                all.into_iter().partition(|prompt| ((prompt.hash() >> 11) as f64) < share)
+                let held_out = |prompt: &Prompt| is_held_out(prompt.hash(), config.validation);
+                all.into_iter().partition(held_out)
             }
         };
         if train.is_empty() {

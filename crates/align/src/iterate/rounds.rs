@@ -77,9 +77,9 @@ pub fn iterate(
     let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
     let prompts = Prompts::read(&config.data, config.sampling.max_tokens, &encoder, control.stop)?;
     if prompts.train.len() < config.iterative.rounds {
-        return Err(crate::config::config_error(
+        return Err(Error::config(
             "iterative.rounds",
-            &format!(
+            format!(
                 "= {} is more than the {} prompts there are",
                 config.iterative.rounds,
                 prompts.train.len()

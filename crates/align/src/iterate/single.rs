@@ -13,7 +13,6 @@ use super::measure::{Worth, worth};
 use super::prompts::{Prompt, Prompts};
 use super::rounds::{ends, train_config};
 use super::samples::{Sampler, write_pairs};
-use crate::config::config_error;
 use crate::reward::RewardSource;
 use crate::select::PickCounts;
 
@@ -61,7 +60,7 @@ pub fn sample(
         Some(start) => {
             let mut first = start::first(start, None, &train)?;
             crate::run::check_reads_the_same(&start.path, &first, &sample.model.path, &model)
-                .map_err(|problem| config_error("start.path", &problem))?;
+                .map_err(|problem| Error::config("start.path", &problem))?;
             first.to_device(control.device)?;
             Some(first)
         }

@@ -5,7 +5,7 @@ use std::f64::consts::LN_2;
 use serde_json::{Value, json};
 
 use crate::room::{Room, disturb, records, refused, rows, run, run_with, weights};
-use crate::tiny_chat::{model, tokenizer, write_model};
+use crate::tiny_chat::{model, tokenizer, write_model, write_rows};
 
 const MAPPO: &str = "align.terms=[{objective='mappo'}]";
 
@@ -178,4 +178,18 @@ fn a_broken_policy_is_said_before_the_first_step() {
     broken.save(&room.at("model")).unwrap();
     let text = refused(room.try_config("run", &[]));
     assert!(text.contains("weights are damaged"), "{text}");
+}
+
+#[test]
+fn kto_with_a_single_pair_has_no_other_answer_and_is_refused() {
+    let room = Room::new(&rows(1));
+    let kto = ["align.terms=[{objective='kto'}]", "train.batch=2"];
+    assert!(refused(room.try_config("run", &kto)).contains("a second pair"));
+    // A single held-out pair borrows the answer of one that is trained on.
+    let several = Room::new(&rows(3));
+    let one = several.at("one.jsonl");
+    write_rows(&one, &rows(4)[3..]);
+    let held_out = format!("data.validation_paths=['{}']", one.display());
+    let config = several.config("run", &[&kto[..], &[held_out.as_str()]].concat());
+    assert!(run(&config, false).unwrap().validation_loss.is_some_and(f64::is_finite));
 }

@@ -55,10 +55,7 @@ pub struct SplitRule {
 /// adding text never moves a document. When the share selects none, the document with the lowest
 /// hash is held out.
 pub fn split(shards: &Shards, rule: &SplitRule) -> Result<Split> {
-    // The upper 53 bits, so that the fraction is exact.
-    let held_out = |document: &usize| {
-        ((shards.hash_of(*document) >> 11) as f64) < rule.share * (1u64 << 53) as f64
-    };
+    let held_out = |document: &usize| is_held_out(shards.hash_of(*document), rule.share);
     let (mut validation, mut train): (Vec<usize>, Vec<usize>) =
         (0..shards.len()).partition(held_out);
     if rule.share > 0.0 && validation.is_empty() {
@@ -88,6 +85,13 @@ pub fn split(shards: &Shards, rule: &SplitRule) -> Result<Split> {
         validation: batches,
         validation_documents: validation.len(),
     })
+}
+
+/// Whether something with this hash is among the `share` that is held out: the same wherever it
+/// stands and whatever stands beside it.
+pub fn is_held_out(hash: u64, share: f64) -> bool {
+    // The upper 53 bits, so that the fraction is exact.
+    ((hash >> 11) as f64) < share * (1u64 << 53) as f64
 }
 
 /// Entropy in nats of the distribution of the targets themselves: the loss of the best model

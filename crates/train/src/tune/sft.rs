@@ -16,7 +16,7 @@ use super::start::{self, Beside};
 use crate::config::{
     BadRow, CheckpointConfig, RowsConfig, Sections, TuneModel, TuneTrain, check_lora,
 };
-use crate::data::{Row, read_rows};
+use crate::data::{Row, is_held_out, read_rows};
 use crate::error::{Error, Result};
 use crate::event::{Control, Event, Report};
 use crate::files;
@@ -190,9 +190,7 @@ pub fn rows(config: &RowsConfig, encoder: &Encoder, stop: &AtomicBool) -> Result
 
 /// Splits by the hash of each example: (held out, trained on).
 fn held_out(examples: Vec<Example>, share: f64) -> (Vec<Example>, Vec<Example>) {
-    // The upper 53 bits, so that the fraction is exact.
-    let below = |hash: u64| ((hash >> 11) as f64) < share * (1u64 << 53) as f64;
-    examples.into_iter().partition(|example| below(example.hash()))
+    examples.into_iter().partition(|example| is_held_out(example.hash(), share))
 }
 
 /// What a row says: `{messages}`, `{prompt, completion}` or `{text}`.
