@@ -1,5 +1,7 @@
 //! From logits to the next token.
 
+use std::collections::HashMap;
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
@@ -13,6 +15,13 @@ pub struct Sampling {
     /// Divides the logits of tokens that were already seen, prompt included, when positive, and
     /// multiplies them when negative; 1 is off. 0.01..=100.
     pub repetition_penalty: f32,
+    /// Taken off the logit of a token for each time it was written, prompt not included, as in
+    /// OpenAI's API; 0 is off. −2..=2.
+    pub frequency_penalty: f32,
+    /// Taken off the logit of a token that was written, prompt not included; 0 is off. −2..=2.
+    pub presence_penalty: f32,
+    /// Added to the logits of these tokens, each −100..=100; of a token that is named twice, both.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Divides the logits; 0 takes the most probable token. 0..=100.
     pub temperature: f32,
     /// Keeps the k most probable tokens; 0 is off.
@@ -33,6 +42,9 @@ impl Default for Sampling {
     fn default() -> Self {
         Self {
             repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
             temperature: 0.8,
             top_k: 0,
             top_p: 0.95,
@@ -58,6 +70,19 @@ impl Sampling {
         if !(0.01..=100.0).contains(&self.repetition_penalty) {
             return fail("repetition_penalty", self.repetition_penalty, "0.01..=100");
         }
+        let penalties = [
+            ("frequency_penalty", self.frequency_penalty),
+            ("presence_penalty", self.presence_penalty),
+        ];
+        for (name, value) in penalties {
+            if !(-2.0..=2.0).contains(&value) {
+                return fail(name, value, "-2..=2");
+            }
+        }
+        if let Some((id, bias)) = self.logit_bias.iter().find(|b| !(-100.0..=100.0).contains(&b.1))
+        {
+            return fail(&format!("logit_bias of token {id}"), *bias, "-100..=100");
+        }
         if !(0.0..=100.0).contains(&self.temperature) {
             return fail("temperature", self.temperature, "0..=100");
         }
@@ -78,23 +103,26 @@ impl Sampling {
 }
 
 /// Chooses tokens one after the other.
-pub struct Sampler<'s> {
-    settings: &'s Sampling,
+pub struct Sampler {
+    settings: Sampling,
     rng: ChaCha8Rng,
     seen: Vec<bool>,
+    /// How often each token was written.
+    written: HashMap<u32, u32>,
 }
 
-impl<'s> Sampler<'s> {
+impl Sampler {
     /// A sampler at the start of its seed's stream.
-    pub fn new(settings: &'s Sampling) -> Result<Self> {
+    pub fn new(settings: &Sampling) -> Result<Self> {
         Self::seeded(settings, settings.seed)
     }
 
     /// As [`Sampler::new`], with another seed than the settings'.
-    pub(crate) fn seeded(settings: &'s Sampling, seed: u64) -> Result<Self> {
+    pub(crate) fn seeded(settings: &Sampling, seed: u64) -> Result<Self> {
         settings.validate()?;
         let rng = ChaCha8Rng::seed_from_u64(seed);
-        Ok(Self { settings, rng, seen: Vec::new() })
+        let settings = settings.clone();
+        Ok(Self { settings, rng, seen: Vec::new(), written: HashMap::new() })
     }
 
     /// Counts a token as seen, for the repetition penalty.
@@ -106,7 +134,8 @@ impl<'s> Sampler<'s> {
         self.seen[token] = true;
     }
 
-    /// Chooses from logits `[vocab]` and counts the choice as seen.
+    /// Chooses from logits `[vocab]` and counts the choice as seen and written. A token of logit
+    /// −∞ is never chosen.
     pub fn next(&mut self, logits: &[f32]) -> Result<u32> {
         let mut logits = logits.to_vec();
         self.penalise(&mut logits);
@@ -115,24 +144,40 @@ impl<'s> Sampler<'s> {
                 "the model's output is not a number; its weights are damaged or diverged".into(),
             ));
         }
+        if logits.iter().all(|&logit| logit == f32::NEG_INFINITY) {
+            return Err(Error::Generate("no token is left to choose: all have p = 0".into()));
+        }
         let token =
             if self.settings.temperature == 0.0 { argmax(&logits) } else { self.draw(&logits) };
         self.see(token);
+        *self.written.entry(token).or_default() += 1;
         Ok(token)
     }
 
     fn penalise(&self, logits: &mut [f32]) {
-        let penalty = self.settings.repetition_penalty;
-        if penalty == 1.0 {
-            return;
+        let settings = &self.settings;
+        let penalty = settings.repetition_penalty;
+        if penalty != 1.0 {
+            for (logit, _) in logits.iter_mut().zip(&self.seen).filter(|(_, seen)| **seen) {
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
         }
-        for (logit, _) in logits.iter_mut().zip(&self.seen).filter(|(_, seen)| **seen) {
-            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+        if settings.frequency_penalty != 0.0 || settings.presence_penalty != 0.0 {
+            for (&token, &times) in &self.written {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit -= settings.frequency_penalty * times as f32 + settings.presence_penalty;
+                }
+            }
+        }
+        for &(token, bias) in &settings.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
         }
     }
 
     fn draw(&mut self, logits: &[f32]) -> u32 {
-        let Sampling { temperature, top_k, .. } = *self.settings;
+        let Sampling { temperature, top_k, .. } = self.settings;
         let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
         if top_k > 0 && top_k < ids.len() {
             ids.select_nth_unstable_by(top_k, |a, b| by_logit(logits, *a, *b));
@@ -166,7 +211,7 @@ impl<'s> Sampler<'s> {
     /// Where `at`, 0 to 1, falls among tokens that weigh `weights`, largest first, of `total`;
     /// `None` when what follows matters too, unless nothing does (`whole`).
     fn place(&self, at: f64, total: f64, weights: &[f64], whole: bool) -> Option<usize> {
-        let Sampling { top_p, min_p, .. } = *self.settings;
+        let Sampling { top_p, min_p, .. } = self.settings;
         let mut kept = weights.len();
         if top_p < 1.0 {
             let mut reached = 0.0;

@@ -27,7 +27,7 @@ pub(crate) type OnText<'f> = &'f mut dyn FnMut(&str) -> ControlFlow<()>;
 
 /// Everything that is one answer's own, but its cache.
 pub(crate) struct Writer<'w> {
-    sampler: Sampler<'w>,
+    sampler: Sampler,
     stream: TextStream<'w>,
     stop: StopFilter<'w>,
     end_of_text: &'w [u32],

@@ -1,0 +1,15 @@
+//! The engine: prompts of token ids in, tokens out, many sequences side by side.
+//!
+//! One thread computes. [`Engine::start`] begins it and gives a [`Handle`], whose calls never
+//! wait for it. Dropping the receiver of a sequence cancels it.
+
+mod handle;
+mod request;
+mod stats;
+
+pub use handle::{Engine, Handle, Limits, Models};
+pub use request::{
+    Constraint, EngineError, Event, Finish, LogProbs, MOST_LOG_PROBS, Reads, Refused, Request,
+    Usage,
+};
+pub use stats::{Histogram, Stats};

@@ -1,0 +1,5 @@
+//! Serving: many people's requests to one model, written side by side.
+//!
+//! [`engine`] turns prompts of token ids into tokens; it knows neither HTTP nor text.
+
+pub mod engine;
