@@ -73,10 +73,6 @@ impl Pages {
         Self { total, used: 0, cached: 0 }
     }
 
-    pub fn total(&self) -> usize {
-        self.total
-    }
-
     /// Held by running sequences.
     pub fn used(&self) -> usize {
         self.used
@@ -122,5 +118,83 @@ impl Pages {
     pub fn drop_kept(&mut self, pages: usize) {
         debug_assert!(pages <= self.cached, "{pages} of {self:?}");
         self.cached = self.cached.saturating_sub(pages);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(fields: serde_json::Value) -> ModelConfig {
+        let mut base = serde_json::json!({
+            "model_type": "tercet", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 8, "max_position_embeddings": 65536,
+        });
+        fields.as_object().unwrap().iter().for_each(|(k, v)| base[k] = v.clone());
+        serde_json::from_value(base).unwrap()
+    }
+
+    fn kinds() -> Vec<ModelConfig> {
+        let nsa = |block, stride, window| {
+            config(serde_json::json!({ "v_head_dim": 4, "nsa": {
+                "compress_block": block, "compress_stride": stride, "select_block": 64,
+                "select_count": 16, "window": window,
+            }}))
+        };
+        vec![
+            nsa(32, 16, 512),
+            nsa(8, 4, 12),
+            nsa(64, 64, 4096),
+            config(serde_json::json!({})),
+            config(serde_json::json!({ "sliding_window": 100 })),
+        ]
+    }
+
+    /// The budget is kept when no sequence needs more than its pages, and it is not wasted when
+    /// they are at most the rings, one page, and what a ring lacks of its window, more.
+    #[test]
+    fn pages_hold_what_the_plan_counts() {
+        for config in kinds() {
+            for dtype in [DType::F32, DType::BF16] {
+                let costs = Costs::new(&config, dtype);
+                for tokens in (1..400).chain([511, 512, 513, 4096, 4097, 30_000, 65_536]) {
+                    let have = (costs.pages(tokens) * costs.page_bytes) as u64;
+                    let need = config.cache_bytes(tokens, dtype);
+                    assert!(have >= need, "{tokens} tokens: {have} < {need}: {costs:?}");
+                    if tokens >= 4096 {
+                        let most = need + 3 * costs.page_bytes as u64;
+                        assert!(have <= most, "{tokens} tokens: {have} > {most}: {costs:?}");
+                    }
+                    assert!(costs.tokens(costs.pages(tokens)) >= tokens);
+                }
+                assert_eq!(costs.tokens(costs.fixed.saturating_sub(1)), 0, "{costs:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_per_token_are_those_of_the_plan() {
+        for config in kinds() {
+            let costs = Costs::new(&config, DType::BF16);
+            let [short, long] =
+                [8192, 65_536].map(|tokens| config.cache_bytes(tokens, DType::BF16));
+            // Both are whole numbers of compressed blocks after full windows.
+            assert_eq!(costs.bytes_per_token, (long - short) as f64 / (65_536 - 8192) as f64);
+        }
+        // By hand: 3 layers of 2 heads of 8 + 4 numbers, once a token and once a stride of 16.
+        let costs = Costs::new(&kinds()[0], DType::F32);
+        assert_eq!(costs.bytes_per_token, (3 * 2 * 12 * 4) as f64 * (1.0 + 1.0 / 16.0));
+    }
+
+    #[test]
+    fn pages_are_taken_whole_or_not_at_all() {
+        let mut pages = Pages::new(10);
+        assert!(pages.take(6) && pages.keep(3));
+        assert!(!pages.take(2) && !pages.keep(2));
+        assert_eq!((pages.used(), pages.cached(), pages.free()), (6, 3, 1));
+        pages.drop_kept(3);
+        pages.give(6);
+        assert_eq!(pages, Pages::new(10));
     }
 }

@@ -163,6 +163,19 @@ impl Prefix {
 }
 
 #[cfg(test)]
+impl Prefix {
+    /// How many are kept.
+    pub fn len(&self) -> usize {
+        self.kept.len()
+    }
+
+    /// The pages of all of them.
+    pub fn pages(&self) -> usize {
+        self.kept.values().map(|kept| kept.pages).sum()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

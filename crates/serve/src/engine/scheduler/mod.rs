@@ -20,8 +20,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 
-use super::pages::{Costs, Pages};
-use super::prefix::{Key, Keys, Prefix};
+use crate::engine::pages::{Costs, Pages};
+use crate::engine::prefix::{Key, Keys, Prefix};
 
 /// A sequence; smaller came earlier.
 pub(super) type Id = u64;
@@ -394,3 +394,6 @@ impl Scheduler {
 fn leader(leaders: &HashMap<Key, Id>, item: &Item) -> Option<Id> {
     leaders.get(&item.keys.as_ref()?.whole).copied()
 }
+
+#[cfg(test)]
+mod tests;
