@@ -118,9 +118,9 @@ impl Model {
         })
     }
 
-    /// As [`Model::read`], with the logits after every token: `each(i, logits)` gets `[vocab]`
-    /// after token i, all in their order, those of the last with the bits that `read` returns.
-    /// Few of them exist at once.
+    /// As [`Model::read`], with the logits after every token, a few at a time: `each(i, logits)`
+    /// gets `[n, vocab]` after tokens i to i + n − 1, in their order, those of the last with the
+    /// bits that `read` returns.
     pub fn read_each(
         &self,
         cache: &mut Cache,
@@ -128,20 +128,20 @@ impl Model {
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<()> {
         let chunk = if self.device() == Device::Cpu { PREFILL_CHUNK } else { CUDA_PREFILL_CHUNK };
+        if tokens.is_empty() {
+            return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
+        }
         Inputs::appended(self.config(), &Device::Cpu, tokens, cache.len)?;
         let mut done = 0;
         for chunk in tokens.chunks(chunk) {
             let hidden = self.append(cache, chunk)?;
             // Products of few rows have the bits of one row.
             for first in (0..chunk.len()).step_by(FEW_ROWS) {
-                let rows = hidden.rows(first..chunk.len().min(first + FEW_ROWS))?;
+                let rows = first..chunk.len().min(first + FEW_ROWS);
                 let tape = &mut Tape::inference();
-                let rows = tape.leaf(rows);
-                let logits = self.head(tape, &rows)?.to_vec_f32()?;
-                for logits in logits.chunks_exact(self.config().vocab_size) {
-                    each(done, logits);
-                    done += 1;
-                }
+                let few = tape.leaf(hidden.rows(rows.clone())?);
+                each(done, &self.head(tape, &few)?.to_vec_f32()?);
+                done += rows.len();
             }
         }
         Ok(())

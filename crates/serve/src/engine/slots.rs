@@ -34,7 +34,7 @@ impl Slots {
         model.read(self.at(model, slot)?, tokens)
     }
 
-    /// The same with the logits after each token, see [`Model::read_each`].
+    /// The same with the logits after every token, a few at a time: see [`Model::read_each`].
     pub fn read_each(
         &mut self,
         model: &Model,

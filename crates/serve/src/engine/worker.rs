@@ -91,9 +91,9 @@ impl Worker {
             for (id, range) in reads {
                 self.read(id, range);
             }
-            self.publish();
+            self.gauge();
+            self.door.stats().steps += 1;
         }
-        self.publish();
     }
 
     /// Takes in what came; waits when there is nothing to do. Whether to go on.
@@ -172,6 +172,8 @@ impl Worker {
         }
         let sequence = self.sequences.remove(&id)?;
         self.door.leave();
+        // Whoever is told of the end finds the pages free.
+        self.gauge();
         Some(sequence)
     }
 
@@ -355,9 +357,14 @@ impl Worker {
                 let prompt = &sequence.tokens[..sequence.prompt];
                 let known = &mut sequence.prompt_log_probs;
                 let mut last = Vec::new();
-                let each = &mut |at: usize, logits: &[f32]| match prompt.get(range.start + at + 1) {
-                    Some(&next) => known.push(Some(log_probs(logits, next, top))),
-                    None => last = logits.to_vec(),
+                let vocab = self.door.vocab;
+                let each = &mut |at: usize, logits: &[f32]| {
+                    // What follows the last token of the prompt is not known yet.
+                    let next = prompt.get(range.start + at + 1..).unwrap_or_default();
+                    let rows = logits.par_chunks_exact(vocab).zip(next);
+                    known.par_extend(rows.map(|(row, &next)| Some(log_probs(row, next, top))));
+                    last.clear();
+                    last.extend_from_slice(&logits[logits.len() - vocab..]);
                 };
                 self.slots.read_each(model, slot, &tokens, each).map(|()| last)
             }
@@ -427,12 +434,12 @@ impl Worker {
         }
     }
 
-    fn publish(&self) {
+    /// Publishes what is held now.
+    fn gauge(&self) {
         let mut stats = self.door.stats();
         let pages = self.scheduler.pages();
         stats.running = self.scheduler.running();
         stats.pages_used = pages.used();
         stats.pages_cached = pages.cached();
-        stats.steps += 1;
     }
 }
