@@ -10,7 +10,6 @@ mod prefix;
 mod request;
 mod sampler;
 mod scheduler;
-mod slots;
 mod stats;
 mod worker;
 
