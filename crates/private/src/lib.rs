@@ -7,5 +7,6 @@
 pub mod accounting;
 mod error;
 pub mod mechanism;
+pub mod rldp;
 
 pub use error::{Error, Result};
