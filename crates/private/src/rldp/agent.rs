@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::mlp::{Adam, Mlp};
+use super::mlp::{Adam, Mlp, are_numbers};
 use super::policy;
 use super::random::Random;
 use super::replay::{Replay, Transition};
@@ -108,7 +108,7 @@ impl Agent {
             let heads = self.actor.forward(&state).swap_remove(3);
             policy::draw(&heads, &random.normals(self.dims.1)).0
         };
-        if action.iter().any(|a| !a.is_finite()) {
+        if !are_numbers(&action, self.dims.1) {
             return Err(Error::Step("the controller's networks give no number any more".into()));
         }
         self.decisions += 1;
@@ -119,7 +119,7 @@ impl Agent {
     fn check(&self, state: &[f32], reward: Option<f32>) -> Result<()> {
         let (n, most) = (self.dims.0, MOST_REWARD);
         let wrong = match (reward, &self.open) {
-            _ if state.len() != n || state.iter().any(|v| !v.is_finite()) => {
+            _ if !are_numbers(state, n) => {
                 format!("the controller's state is not {n} finite numbers: {state:?}")
             }
             (None, None) => return Ok(()),
@@ -195,10 +195,6 @@ impl Agent {
     /// Whether all sizes are those of an agent and all numbers finite.
     fn is_whole(&self) -> Result<bool> {
         let like = Self::new(self.dims.0, self.dims.1, 0)?;
-        let open = |(state, action): &(Vec<f32>, Vec<f32>)| {
-            let fits = (state.len(), action.len()) == self.dims;
-            fits && state.iter().chain(action).all(|v| v.is_finite())
-        };
         Ok(self.seen.is_like(self.dims.0, self.decisions)
             && self.actor.is_like(&like.actor)
             && self.critics.iter().chain(&self.slow).all(|critic| critic.is_like(&like.critics[0]))
@@ -206,7 +202,10 @@ impl Agent {
             && self.adams.iter().zip(&like.adams).all(|(adam, like)| adam.is_like(like))
             && self.replay.is_like(self.dims)
             && self.open.is_some() == (self.decisions > 0)
-            && self.open.iter().all(open))
+            && self
+                .open
+                .iter()
+                .all(|(s, a)| are_numbers(s, self.dims.0) && are_numbers(a, self.dims.1)))
     }
 }
 

@@ -40,8 +40,7 @@ impl Mlp {
 
     /// Whether it has this shape and finite parameters.
     pub fn is_like(&self, other: &Self) -> bool {
-        let same = self.layers() == other.layers() && self.params.len() == other.params.len();
-        same && self.params.iter().all(|p| p.is_finite())
+        self.layers() == other.layers() && are_numbers(&self.params, other.params.len())
     }
 
     pub fn forward(&self, x: &[f32]) -> Trace {
@@ -83,6 +82,11 @@ impl Mlp {
     }
 }
 
+/// Whether there are so many, all finite.
+pub(super) fn are_numbers(values: &[f32], count: usize) -> bool {
+    values.len() == count && values.iter().all(|v| v.is_finite())
+}
+
 /// Eight sums side by side, always the same eight.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0f32; 8];
@@ -121,12 +125,9 @@ impl Adam {
 
     /// Whether it is of as many parameters as `other`, and sound.
     pub fn is_like(&self, other: &Self) -> bool {
-        let sizes = [self.first.len(), self.second.len()] == [other.first.len(); 2];
-        let second = |v: &f32| (0.0..f32::INFINITY).contains(v);
-        sizes
-            && self.steps < 1 << 42
-            && self.first.iter().all(|m| m.is_finite())
-            && self.second.iter().all(second)
+        let sizes = other.first.len();
+        let whole = are_numbers(&self.first, sizes) && are_numbers(&self.second, sizes);
+        whole && self.steps < 1 << 42 && self.second.iter().all(|v| *v >= 0.0)
     }
 }
 

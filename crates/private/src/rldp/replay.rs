@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use super::mlp::are_numbers;
 use super::random::Random;
 
 /// Transitions that are kept.
@@ -45,9 +46,8 @@ impl Replay {
     /// Whether every transition is finite, with states and actions of these sizes.
     pub fn is_like(&self, dims: (usize, usize)) -> bool {
         let fits = |t: &Transition| {
-            let sizes = (t.state.len(), t.action.len()) == dims && t.next.len() == dims.0;
-            let mut numbers = t.state.iter().chain(&t.action).chain(&t.next);
-            sizes && t.reward.is_finite() && numbers.all(|v| v.is_finite())
+            let states = [&t.state, &t.next].iter().all(|state| are_numbers(state, dims.0));
+            states && are_numbers(&t.action, dims.1) && t.reward.is_finite()
         };
         self.0.len() <= MOST && self.0.iter().all(fits)
     }

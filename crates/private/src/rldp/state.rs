@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::mlp::are_numbers;
 use crate::{Error, Result};
 
 /// Released and free values since the last decision. Raw losses, raw norms, how many persons a step
@@ -55,13 +56,10 @@ impl Released {
             [adapter.below, libm::asinh(adapter.signal), libm::log(adapter.threshold)]
         });
         let state: Vec<f32> = scalars.into_iter().chain(adapters).map(|v| v as f32).collect();
-        match state.iter().position(|v| !v.is_finite()) {
-            None => Ok(state),
-            Some(at) => Err(Error::Step(format!(
-                "number {at} of the controller's state is {}, expected a finite one",
-                state[at]
-            ))),
+        if are_numbers(&state, state.len()) {
+            return Ok(state);
         }
+        Err(Error::Step(format!("the controller's state is not of finite numbers: {state:?}")))
     }
 }
 
