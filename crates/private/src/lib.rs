@@ -5,6 +5,7 @@
 //! preferences, models or tensors: gradients come as plain numbers.
 
 pub mod accounting;
+pub mod audit;
 mod error;
 pub mod mechanism;
 pub mod rldp;

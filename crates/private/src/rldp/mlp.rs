@@ -20,9 +20,6 @@ pub(super) struct Mlp {
     pub params: Vec<f32>,
 }
 
-/// What went into each layer, and at last what came out.
-pub(super) type Trace = Vec<Vec<f32>>;
-
 impl Mlp {
     /// Uniform within ±1/√fan-in, biases too.
     pub fn new(inputs: usize, outputs: usize, random: &mut Random) -> Self {
@@ -43,7 +40,8 @@ impl Mlp {
         self.layers() == other.layers() && are_numbers(&self.params, other.params.len())
     }
 
-    pub fn forward(&self, x: &[f32]) -> Trace {
+    /// What goes into each layer, and at last what comes out.
+    pub fn forward(&self, x: &[f32]) -> Vec<Vec<f32>> {
         let (mut trace, mut at) = (vec![x.to_vec()], 0);
         for (layer, (inputs, outputs)) in self.layers().into_iter().enumerate() {
             let (weights, rest) = self.params[at..].split_at(inputs * outputs);
@@ -62,7 +60,7 @@ impl Mlp {
 
     /// Adds the gradient of the parameters to `grads`, given that of the outputs; returns that of
     /// the inputs.
-    pub fn backward(&self, trace: &Trace, d_out: &[f32], grads: &mut [f32]) -> Vec<f32> {
+    pub fn backward(&self, trace: &[Vec<f32>], d_out: &[f32], grads: &mut [f32]) -> Vec<f32> {
         let (mut d, mut end) = (d_out.to_vec(), self.params.len());
         for (layer, (inputs, outputs)) in self.layers().into_iter().enumerate().rev() {
             let at = end - (inputs + 1) * outputs;
