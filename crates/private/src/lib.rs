@@ -6,6 +6,7 @@
 
 pub mod accounting;
 pub mod audit;
+pub mod clinic;
 mod error;
 pub mod mechanism;
 pub mod rldp;
