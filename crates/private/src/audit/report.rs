@@ -56,7 +56,7 @@ pub struct Exposures {
 }
 
 /// What the canaries show.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Canaries {
     /// The guesses that gave the bound.
     pub guesses: Guesses,
@@ -64,6 +64,8 @@ pub struct Canaries {
     pub epsilon: f64,
     /// None when no canary was included, or nothing is there to rank it among.
     pub exposure: Option<Exposures>,
+    /// How well losses tell the included ones from the others; None with fewer than two of either.
+    pub membership: Option<Membership>,
 }
 
 /// What all attacks show.
@@ -82,7 +84,7 @@ pub struct Report {
 impl Report {
     /// Whether the canaries refute a proven ε.
     pub fn refutes(&self, epsilon: f64) -> bool {
-        self.canaries.is_some_and(|canaries| canaries.epsilon > epsilon)
+        self.canaries.as_ref().is_some_and(|canaries| canaries.epsilon > epsilon)
     }
 }
 
@@ -136,7 +138,12 @@ fn judge(canaries: &[&Scored], delta: f64, p: f64) -> Result<Canaries> {
         largest,
         possible,
     });
-    Ok(Canaries { guesses, epsilon, exposure })
+    let present: Vec<f64> =
+        canaries.iter().filter(|row| row.included).map(|row| row.score).collect();
+    let membership = (present.len() >= 2 && absent.len() >= 2)
+        .then(|| membership::infer(&present, &absent, p))
+        .transpose()?;
+    Ok(Canaries { guesses, epsilon, exposure, membership })
 }
 
 fn check_rows(rows: &[Scored]) -> Result<()> {

@@ -142,7 +142,7 @@ impl Patient {
             ),
             1 => write!(
                 text,
-                "Admission {how}, {ward}. {reason} in a {who}, age band {band}. Length of stay: {days} day{s}."
+                "Admission {how}, {ward}. Presented with {reason}: {who}, age band {band}. Length of stay: {days} day{s}."
             ),
             _ => write!(
                 text,
@@ -153,11 +153,7 @@ impl Patient {
 
     fn findings(&self, text: &mut String, chance: &mut Chance) {
         text.push_str(chance.pick(&[" Diagnoses: ", " Known conditions: ", " History: "]));
-        text.push_str(if self.sugar > 6.4 {
-            "type 2 diabetes"
-        } else {
-            "diet-controlled diabetes"
-        });
+        text.push_str(if self.sugar > 6.4 { "type 2 diabetes" } else { "mild type 2 diabetes" });
         for &condition in &self.conditions {
             // Not every stay lists everything.
             if chance.happens(0.85) {

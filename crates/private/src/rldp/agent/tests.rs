@@ -62,6 +62,55 @@ fn the_actors_gradient_is_the_slope_of_its_loss() {
     against_differences(&actor.params, &grads, |params| mean(params, |row| row.1));
 }
 
+#[test]
+fn an_update_moves_each_part_as_its_formula_says() {
+    let mut agent = Agent::new(3, 2, 8).unwrap();
+    batch((3, 2), 9).into_iter().for_each(|transition| agent.replay.push(transition));
+    // Critics that differ, and from their slow copies, so that it matters which is taken.
+    agent.critics[1].params.iter_mut().for_each(|w| *w *= 1.5);
+    let before = agent.clone();
+    agent.update(&mut Random::new(1, 0));
+
+    // The same draws, the targets in f64.
+    let mut random = Random::new(1, 0);
+    let batch = before.replay.sample(BATCH, &mut random);
+    assert_eq!(batch.len(), 9);
+    let actor = |params: &[f64], state: &[f32]| reference(&before.actor, params, &wide(state));
+    let targets = batch.iter().map(|t| {
+        let heads = actor(&wide(&before.actor.params), &t.next);
+        let (mut action, mut log_prob) = (Vec::new(), 0.0);
+        for (i, xi) in random.normals(2).into_iter().map(f64::from).enumerate() {
+            let a = (heads[i] + heads[2 + i].exp() * xi).tanh();
+            log_prob -= 0.5 * xi * xi + heads[2 + i] + 0.5 * (2.0 * std::f64::consts::PI).ln();
+            log_prob -= (1.0 - a * a).ln();
+            action.push(a);
+        }
+        let input = [&wide(&t.next)[..], &action].concat();
+        let q = before.slow.each_ref().map(|q| reference(q, &wide(&q.params), &input)[0]);
+        (f64::from(t.reward) + 0.99 * (q[0].min(q[1]) - 0.2 * log_prob)) as f32
+    });
+    let targets: Vec<f32> = targets.collect();
+    for (at, critic) in before.critics.iter().enumerate() {
+        let mut expected = critic.clone();
+        let mut adam = before.adams[1 + at].clone();
+        adam.step(&mut expected.params, &critic_gradient(critic, &batch, &targets));
+        let pairs = expected.params.iter().zip(&agent.critics[at].params);
+        // Adam's first step is 3e-4 times g/(|g| + 1e-8): gradients of 1e-6 and less may differ.
+        let off = pairs.filter(|(e, a)| (*e - *a).abs() > 1e-6).count();
+        assert!(off < 20, "critic {at}: {off}");
+    }
+    for at in 0..2 {
+        let weights = before.slow[at].params.iter().zip(&agent.critics[at].params);
+        for ((slow, fast), after) in weights.zip(&agent.slow[at].params) {
+            assert!((slow + 0.005 * (fast - slow) - after).abs() < 1e-7);
+        }
+    }
+    // A fresh policy is far from certain: its entropy is above −2, so the temperature falls, by
+    // Adam's first step.
+    let moved = agent.log_temperature[0] - before.log_temperature[0];
+    assert!((moved + 3e-4).abs() < 1e-6, "{moved}");
+}
+
 /// Mean reward of decisions `from..to` on a task that maps (state, action) to (reward, next).
 fn play(
     agent: &mut Agent,
