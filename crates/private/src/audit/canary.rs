@@ -19,6 +19,9 @@ use crate::{Error, Result};
 
 /// No plan has more canaries.
 pub const MOST: usize = 1 << 20;
+/// Streams of words, far from those that records of the same seed are made of.
+const COINS: u64 = 1 << 60;
+const PLANTED: u64 = COINS + 1;
 /// No row of tokens is longer.
 const MOST_LENGTH: usize = 1 << 12;
 
@@ -54,7 +57,7 @@ pub struct Canary {
 
 /// Fair coins, a pure function of the seed; the first of many are those of few.
 pub fn coins(count: usize, seed: u64) -> impl Iterator<Item = bool> {
-    let mut words = words(seed, 0);
+    let mut words = words(seed, COINS);
     (0..count).map(move |_| words.next_u32() >> 31 == 1)
 }
 
@@ -77,7 +80,7 @@ pub fn gradient(count: usize, dims: &[usize], seed: u64) -> Result<Vec<Canary>> 
         )));
     };
     // Floyd's: each set of `count` places is as likely as any other.
-    let (mut words, mut taken, mut places) = (words(seed, 1), HashSet::new(), Vec::new());
+    let (mut words, mut taken, mut places) = (words(seed, PLANTED), HashSet::new(), Vec::new());
     for last in total - count..total {
         let any = below(&mut words, last + 1);
         let place = if taken.insert(any) { any } else { last };
@@ -120,7 +123,7 @@ pub fn new_tokens(count: usize, tokens: &[u32], length: usize, seed: u64) -> Res
             tokens.len()
         )));
     }
-    let (mut words, mut taken) = (words(seed, 1), HashSet::new());
+    let (mut words, mut taken) = (words(seed, PLANTED), HashSet::new());
     let planted = std::iter::repeat_with(|| {
         loop {
             let row: Vec<u32> =

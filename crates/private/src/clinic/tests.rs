@@ -110,6 +110,19 @@ fn canaries_are_where_their_manifest_says_and_nowhere_else() {
 }
 
 #[test]
+fn no_patient_is_made_of_the_words_that_the_coins_are() {
+    // Else a record would tell who was planted. Coins are first bits of 32-bit words; the patient's
+    // 64-bit words have theirs in two.
+    let coins: Vec<bool> = crate::audit::canary::coins(128, PLAN.seed).collect();
+    for stream in [0, 1, PUBLIC, FOLDS, PLACES] {
+        let mut chance = Chance::new(PLAN.seed, stream);
+        let upper = (0..64).map(|_| chance.unit() >= 0.5);
+        let same = upper.zip(coins.chunks(2)).filter(|(upper, pair)| *upper == pair[1]).count();
+        assert!(same < 56, "{stream}: {same} of 64");
+    }
+}
+
+#[test]
 fn codes_that_could_have_been_planted_have_the_canaries_form() {
     let text = &secret::plan(1, 3)[0].text;
     let others = secret::alternatives(text, 500, 4);

@@ -131,7 +131,7 @@ mod tests {
 
     fn found(apart: f64) -> Report {
         let row = |i: u32| {
-            let included = i % 2 == 0;
+            let included = i.is_multiple_of(2);
             let score = f64::from(i * 7919 % 1009) / 1009.0 - if included { apart } else { 0.0 };
             Scored { id: i.to_string(), included, score, kind: Kind::Canary, candidates: vec![] }
         };
