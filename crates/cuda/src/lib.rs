@@ -22,6 +22,7 @@ mod kernel;
 mod library;
 mod matmul;
 mod memory;
+mod pinned;
 mod profile;
 mod tensor_map;
 mod timing;
@@ -37,6 +38,7 @@ pub use kernel::{Args, Kernel};
 pub use library::{Library, look_for};
 pub use matmul::{Matmul, Number};
 pub use memory::{Label, MemoryUse};
+pub use pinned::Pinned;
 pub use profile::KernelTime;
 pub use tensor_map::{Swizzle, TensorMap};
 

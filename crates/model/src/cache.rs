@@ -207,9 +207,9 @@ impl Model {
             let graph = DecodeGraph::capture(self, gpu, &mut cache.layers, 1, capacity)?;
             cache.graph = Some(graph);
         }
-        let Some(graph) = &cache.graph else { return Ok(None) };
+        let Some(graph) = &mut cache.graph else { return Ok(None) };
         let token = Token { sequence: 0, id: token, position: cache.len };
-        let logits = graph.run(&[token], self.config().nsa.as_ref())?;
+        let logits = graph.run(&[token], self.config().nsa.as_ref())?.to_vec();
         cache.layers.iter_mut().try_for_each(|layer| layer.advance(&[0]))?;
         cache.len += 1;
         cache.broken = false;

@@ -4,7 +4,7 @@
 
 use tercet_attention::NsaSpec;
 use tercet_tensor::caches::Rows;
-use tercet_tensor::{DType, Device, Gpu, Graph, Tape, Tensor, ops};
+use tercet_tensor::{DType, Device, Gpu, Graph, Pinned, Tape, Tensor, ops};
 
 use crate::batch::Inputs;
 use crate::cache::{LayerCache, NsaNew, mismatch};
@@ -93,6 +93,7 @@ pub(crate) struct DecodeGraph {
     graph: Graph,
     places: Places,
     logits: Tensor,
+    host: Pinned,
     capacity: usize,
 }
 
@@ -112,7 +113,9 @@ impl DecodeGraph {
         // tables are uploaded before anything is captured.
         step()?;
         let (graph, logits) = gpu.capture(step)?;
-        Ok(Self { graph, places, logits, capacity })
+        let host =
+            gpu.pinned(logits.len() * size_of::<f32>()).map_err(tercet_tensor::Error::from)?;
+        Ok(Self { graph, places, logits, host, capacity })
     }
 
     /// Tokens there is room for.
@@ -126,19 +129,12 @@ impl DecodeGraph {
     }
 
     /// The logits `[n, vocab]` after `tokens`.
-    pub fn run(&self, tokens: &[Token], spec: Option<&NsaSpec>) -> Result<Vec<f32>> {
+    pub fn run(&mut self, tokens: &[Token], spec: Option<&NsaSpec>) -> Result<&[f32]> {
         self.places.write(tokens, spec)?;
         self.graph.launch().map_err(tercet_tensor::Error::from)?;
-        first_rows(&self.logits, tokens.len())
+        let count = tokens.len() * (self.logits.len() / self.places.rows());
+        Ok(self.logits.read_first(count, &mut self.host)?)
     }
-}
-
-/// The first rows of logits `[n, vocab]`, in main memory.
-pub(crate) fn first_rows(logits: &Tensor, count: usize) -> Result<Vec<f32>> {
-    if count == logits.shape()[0] {
-        return Ok(logits.to_vec_f32()?);
-    }
-    Ok(logits.rows(0..count)?.to_vec_f32()?)
 }
 
 impl Model {

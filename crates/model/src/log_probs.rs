@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tercet_tensor::{Tape, ops};
+use tercet_tensor::{Tape, log_sum_exp, ops};
 
 use crate::batch::{Batch, Inputs};
 use crate::decoder::ForwardOptions;
@@ -10,11 +10,9 @@ use crate::{Model, Result};
 
 pub use tercet_tensor::ops::TokenLogProbs;
 
-/// `ln p` of a token in the distribution of logits `[vocab]`, summed in f64.
+/// `ln p` of a token in the distribution of logits `[vocab]`.
 pub(crate) fn log_prob(logits: &[f32], token: u32) -> f64 {
-    let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - most)).sum();
-    f64::from(logits[token as usize]) - most - libm::log(sum)
+    f64::from(logits[token as usize]) - log_sum_exp(logits)
 }
 
 impl Model {

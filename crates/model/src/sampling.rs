@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
+use tercet_tensor::exp_sum;
 
 use crate::init::unit;
 use crate::{Error, Result};
@@ -137,8 +138,24 @@ impl Sampler {
     /// Chooses from logits `[vocab]` and counts the choice as seen and written. A token of logit
     /// −∞ is never chosen.
     pub fn next(&mut self, logits: &[f32]) -> Result<u32> {
-        let mut logits = logits.to_vec();
-        self.penalise(&mut logits);
+        let settings = &self.settings;
+        let plain = settings.repetition_penalty == 1.0
+            && settings.frequency_penalty == 0.0
+            && settings.presence_penalty == 0.0
+            && settings.logit_bias.is_empty();
+        let token = if plain {
+            self.choose(logits)?
+        } else {
+            let mut logits = logits.to_vec();
+            self.penalise(&mut logits);
+            self.choose(&logits)?
+        };
+        self.see(token);
+        *self.written.entry(token).or_default() += 1;
+        Ok(token)
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         if logits.is_empty() || logits.iter().any(|l| l.is_nan() || *l == f32::INFINITY) {
             return Err(Error::Generate(
                 "the model's output is not a number; its weights are damaged or diverged".into(),
@@ -147,11 +164,7 @@ impl Sampler {
         if logits.iter().all(|&logit| logit == f32::NEG_INFINITY) {
             return Err(Error::Generate("no token is left to choose: all have p = 0".into()));
         }
-        let token =
-            if self.settings.temperature == 0.0 { argmax(&logits) } else { self.draw(&logits) };
-        self.see(token);
-        *self.written.entry(token).or_default() += 1;
-        Ok(token)
+        Ok(if self.settings.temperature == 0.0 { argmax(logits) } else { self.draw(logits) })
     }
 
     fn penalise(&self, logits: &mut [f32]) {
@@ -178,29 +191,36 @@ impl Sampler {
 
     fn draw(&mut self, logits: &[f32]) -> u32 {
         let Sampling { temperature, top_k, .. } = self.settings;
-        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-        if top_k > 0 && top_k < ids.len() {
+        let kept = (top_k > 0 && top_k < logits.len()).then(|| {
+            let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
             ids.select_nth_unstable_by(top_k, |a, b| by_logit(logits, *a, *b));
             ids.truncate(top_k);
             ids.sort_unstable();
-        }
-        let most = ids.iter().map(|&id| logits[id as usize]).fold(f32::NEG_INFINITY, f32::max);
+            ids
+        });
+        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weight = |id: &u32| {
             let above = f64::from(logits[*id as usize]) - f64::from(most);
             libm::exp(above / f64::from(temperature))
         };
-        let total: f64 = ids.iter().map(weight).sum();
+        let (total, count) = match &kept {
+            None => (exp_sum(logits, most, 1.0 / temperature), logits.len()),
+            Some(ids) => (ids.iter().map(weight).sum(), ids.len()),
+        };
         let at = unit(&mut self.rng);
         // Sorting a vocabulary takes longer than a small model's pass: only its head is sorted,
         // and more of it when that did not decide.
         for depth in [4.0, 8.0, 16.0, f32::INFINITY] {
             let least = most - depth * temperature;
-            let near = ids.iter().copied().filter(|&id| logits[id as usize] >= least);
-            let mut head: Vec<u32> = near.collect();
+            let near = |id: &u32| logits[*id as usize] >= least;
+            let mut head: Vec<u32> = match &kept {
+                None => (0..logits.len() as u32).filter(near).collect(),
+                Some(ids) => ids.iter().copied().filter(near).collect(),
+            };
             // Most probable first; ties by id, so that the order is one.
             head.sort_unstable_by(|a, b| by_logit(logits, *a, *b));
             let weights: Vec<f64> = head.iter().map(weight).collect();
-            if let Some(place) = self.place(at, total, &weights, head.len() == ids.len()) {
+            if let Some(place) = self.place(at, total, &weights, head.len() == count) {
                 return head[place];
             }
         }

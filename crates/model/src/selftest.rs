@@ -266,9 +266,10 @@ fn side_by_side(tally: &mut Tally, config: &str, device: &Device, dtype: DType) 
         named.rotate_left(turn % 2);
         let tokens: Vec<(usize, i32)> =
             named.iter().map(|&slot| (slot, ids[slots.len(slot)])).collect();
+        let lens: Vec<usize> = named.iter().map(|&slot| slots.len(slot) + 1).collect();
         let got = slots.step(&model, &tokens).map_err(fault)?;
-        for (&slot, got) in named.iter().zip(got.chunks(vocab)) {
-            hold("side by side", slots.len(slot), got);
+        for (at, got) in lens.into_iter().zip(got.chunks(vocab)) {
+            hold("side by side", at, got);
         }
     }
     slots.clear(4).map_err(fault)?;

@@ -6,7 +6,7 @@ use tercet_tensor::{Device, Gpu};
 use crate::batch::{Inputs, check_ids};
 use crate::cache::{Cache, LayerCache};
 use crate::cache_cuda::Room;
-use crate::decode_graph::{DecodeGraph, Places, Token, first_rows};
+use crate::decode_graph::{DecodeGraph, Places, Token};
 use crate::{Error, Model, Result};
 
 /// Some sequences' keys and values; each sequence has its number, from 0 on.
@@ -14,6 +14,8 @@ pub struct Slots {
     held: Held,
     states: Vec<State>,
     tokens: usize,
+    /// Of the last step, where no graph holds them.
+    logits: Vec<f32>,
 }
 
 /// What is known of a slot.
@@ -66,7 +68,7 @@ impl Model {
         } else {
             Held::Cpu((0..count).map(|_| None).collect())
         };
-        Ok(Slots { held, states: vec![State::default(); count], tokens })
+        Ok(Slots { held, states: vec![State::default(); count], tokens, logits: Vec::new() })
     }
 }
 
@@ -145,7 +147,7 @@ impl Slots {
                 let mut logits = Vec::new();
                 for (i, &id) in tokens.iter().enumerate() {
                     let token = Token { sequence: slot, id, position: held + i };
-                    logits = device.step(model, self.tokens, &[token])?;
+                    logits = device.step(model, self.tokens, &[token], &mut self.logits)?.to_vec();
                 }
                 logits
             }
@@ -209,7 +211,7 @@ impl Slots {
     /// `[n, vocab]`, in that order. Refused before anything changes: tokens outside the vocabulary,
     /// a slot without room, one that holds nothing, one filled under other weights or left behind
     /// by an error.
-    pub fn step(&mut self, model: &Model, tokens: &[(usize, i32)]) -> Result<Vec<f32>> {
+    pub fn step(&mut self, model: &Model, tokens: &[(usize, i32)]) -> Result<&[f32]> {
         let ids: Vec<i32> = tokens.iter().map(|&(_, id)| id).collect();
         check_ids(model.config(), &ids)?;
         let mut rows = Vec::with_capacity(tokens.len());
@@ -227,10 +229,10 @@ impl Slots {
             rows.push(Token { sequence: slot, id, position });
         }
         if rows.is_empty() {
-            return Ok(Vec::new());
+            return Ok(&[]);
         }
         rows.iter().for_each(|row| self.states[row.sequence].broken = true);
-        let logits = match &mut self.held {
+        let logits: &[f32] = match &mut self.held {
             Held::Cpu(caches) => {
                 // In the order of the tokens, whatever the order of the slots.
                 let mut own: Vec<Option<&mut Cache>> =
@@ -239,13 +241,14 @@ impl Slots {
                 for row in &rows {
                     named.push(own[row.sequence].take().ok_or_else(gone)?);
                 }
-                model.extend_many(&mut named, &ids)?
+                self.logits = model.extend_many(&mut named, &ids)?;
+                &self.logits
             }
             Held::Cuda(device) => {
                 for row in rows.iter().filter(|row| !self.states[row.sequence].stepped) {
                     device.layers.iter_mut().try_for_each(|layer| layer.prime(row.sequence))?;
                 }
-                device.step(model, self.tokens, &rows)?
+                device.step(model, self.tokens, &rows, &mut self.logits)?
             }
         };
         for row in &rows {
@@ -281,24 +284,35 @@ impl Slots {
 }
 
 impl OnDevice {
-    /// A step of some rows; the slots are ready for it.
-    fn step(&mut self, model: &Model, capacity: usize, tokens: &[Token]) -> Result<Vec<f32>> {
+    /// A step of some rows; the slots are ready for it. `own` takes the logits that no graph holds.
+    fn step<'l>(
+        &'l mut self,
+        model: &Model,
+        capacity: usize,
+        tokens: &[Token],
+        own: &'l mut Vec<f32>,
+    ) -> Result<&'l [f32]> {
         let stamp = model.stamp;
         let rows = tokens.len().next_power_of_two().min(self.count);
         let spec = model.config().nsa.as_ref();
         let logits = if self.fixed {
-            let known = |(own, graph): &(u64, DecodeGraph)| *own == stamp && graph.rows() == rows;
-            if !self.graphs.iter().any(known) {
-                let graph =
-                    DecodeGraph::capture(model, &self.gpu, &mut self.layers, rows, capacity)?;
-                self.graphs.push((stamp, graph));
-            }
-            let graph = self.graphs.iter().find(|graph| known(graph)).ok_or_else(gone)?;
-            graph.1.run(tokens, spec)?
+            let known = |(of, graph): &(u64, DecodeGraph)| *of == stamp && graph.rows() == rows;
+            let at = match self.graphs.iter().position(known) {
+                Some(at) => at,
+                None => {
+                    let layers = &mut self.layers;
+                    let graph = DecodeGraph::capture(model, &self.gpu, layers, rows, capacity)?;
+                    self.graphs.push((stamp, graph));
+                    self.graphs.len() - 1
+                }
+            };
+            self.graphs[at].1.run(tokens, spec)?
         } else {
             let places = Places::new(model, &Device::Cuda(self.gpu.clone()), rows, capacity)?;
             places.write(tokens, spec)?;
-            first_rows(&model.step(&places, &mut self.layers)?, tokens.len())?
+            let logits = model.step(&places, &mut self.layers)?;
+            *own = logits.rows(0..tokens.len())?.to_vec_f32()?;
+            own
         };
         let sequences: Vec<usize> = tokens.iter().map(|token| token.sequence).collect();
         self.layers.iter_mut().try_for_each(|layer| layer.advance(&sequences))?;

@@ -107,7 +107,9 @@ fn the_selected_blocks_are_those_of_the_last_token() {
     slots.copy(1, 2).unwrap();
     slots.clear(0).unwrap();
     slots.read(&model, 0, &tokens[..1]).unwrap();
-    tokens[1..2 * FEW_ROWS].iter().for_each(|&t| drop(slots.step(&model, &[(0, t)]).unwrap()));
+    for &token in &tokens[1..2 * FEW_ROWS] {
+        slots.step(&model, &[(0, token)]).unwrap();
+    }
     assert_eq!(slots.selected(0), slots.selected(1));
     assert_eq!(slots.selected(2), slots.selected(1));
 }

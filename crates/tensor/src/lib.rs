@@ -16,6 +16,7 @@ mod cuda;
 mod device;
 mod dtype;
 mod error;
+mod exponentials;
 mod grads;
 mod inspect;
 mod math;
@@ -35,6 +36,7 @@ pub use adamw::{AdamW, AdamWConfig, AdamWState, SlotState};
 pub use device::Device;
 pub use dtype::DType;
 pub use error::Error;
+pub use exponentials::{exp_sum, log_sum_exp};
 pub use grads::Grads;
 pub use inspect::{Chosen, choose};
 pub use project::FEW_ROWS;
@@ -44,7 +46,7 @@ pub use tape::{Tape, Var};
 pub use tensor::Tensor;
 pub use tercet_attention::cpu::Mask;
 pub use tercet_attention::{Compressor, NsaSpec};
-pub use tercet_cuda::{Gpu, Graph};
+pub use tercet_cuda::{Gpu, Graph, Pinned};
 
 /// Caches for decoding on a device.
 pub mod caches {

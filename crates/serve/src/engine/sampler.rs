@@ -4,6 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tercet_model::Sampler;
+use tercet_tensor::log_sum_exp;
 
 use super::request::{Constraint, EngineError, Finish, LogProbs, Request};
 
@@ -124,12 +125,10 @@ fn guarded<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, EngineError
     }
 }
 
-/// `ln p` of a token and of the `top` most probable ones in the distribution of logits `[vocab]`,
-/// summed in f64; of equals the smaller id comes first.
+/// `ln p` of a token and of the `top` most probable ones in the distribution of logits `[vocab]`;
+/// of equals the smaller id comes first.
 pub(super) fn log_probs(logits: &[f32], token: u32, top: usize) -> LogProbs {
-    let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - most)).sum();
-    let normaliser = most + libm::log(sum);
+    let normaliser = log_sum_exp(logits);
     let of =
         |id: u32| logits.get(id as usize).map_or(f32::NAN, |&l| (f64::from(l) - normaliser) as f32);
     let by_logit =

@@ -262,7 +262,7 @@ impl Worker {
                 Some((self.scheduler.slot(id)?, *last as i32))
             };
             let tokens: Vec<(usize, i32)> = ids.iter().filter_map(token).collect();
-            match self.slots.step(&self.models[model], &tokens) {
+            match self.slots.step(&self.models[model], &tokens).map(<[f32]>::to_vec) {
                 Ok(logits) => self.choose(&ids, &logits),
                 Err(error) => self.failed_together(&ids, &error.to_string()),
             }

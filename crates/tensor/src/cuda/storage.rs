@@ -2,7 +2,7 @@
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
-use tercet_cuda::{Buffer, Gpu, Label, Number};
+use tercet_cuda::{Buffer, Gpu, Label, Number, Pinned};
 
 use crate::pool;
 use crate::tensor::Storage;
@@ -131,6 +131,15 @@ impl Tensor {
         match self.storage() {
             Storage::Cuda(x) => Some((x.gpu(), x.ptr())),
             _ => None,
+        }
+    }
+
+    /// Reads the first `count` numbers of an f32 tensor on a device through page-locked memory,
+    /// which is several times as fast as [`Tensor::to_vec_f32`].
+    pub fn read_first<'p>(&self, count: usize, through: &'p mut Pinned) -> Result<&'p [f32]> {
+        match self.storage() {
+            Storage::Cuda(x) if x.dtype == DType::F32 => Ok(through.read(&x.buffer, count)?),
+            _ => Err(super::off_device()),
         }
     }
 

@@ -99,14 +99,18 @@ pub fn a_nan_key_or_value_reaches_no_earlier_token_and_no_other_sequence(
     let tokens = 150;
     let clean = Case::random(&small(Compressor::Mean), dims(6, 2, 8, 8), &[30, 100, 20], 11);
     let clean = clean.forward_only();
-    let unspoilt = (way.run)(&clean)?;
     for name in ["k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win"] {
+        // Compared with a NaN that only the last token sees: a way may compute otherwise, and round
+        // otherwise, where some number is none.
+        let mut late = clean.clone();
+        late.get_mut(name)[((tokens - 1) * 2 + 1) * 8] = f32::NAN;
+        let unspoilt = (way.run)(&late)?;
         for t in [30, 37, 45, 62, 129] {
             let mut case = clean.clone();
             case.get_mut(name)[(t * 2 + 1) * 8] = f32::NAN;
             let got = (way.run)(&case)?;
             let what = format!("NaN in {name} of token {t}");
-            for u in (0..t).chain(130..tokens) {
+            for u in (0..t).chain(130..tokens - 1) {
                 same_row(&what, (&unspoilt, u, tokens), (&got, u, tokens))?;
             }
             let own = got.row("out", t, tokens);
