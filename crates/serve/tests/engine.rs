@@ -114,7 +114,9 @@ impl Constraint for Script {
 }
 
 /// What a grammar of a client may do.
-struct Evil(fn() -> Result<Option<Vec<u32>>, String>);
+struct Evil(Mask);
+
+type Mask = fn() -> Result<Option<Vec<u32>>, String>;
 
 impl Constraint for Evil {
     fn mask(&mut self) -> Result<Option<Vec<u32>>, String> {
@@ -132,7 +134,7 @@ impl Constraint for Evil {
 fn a_constraint_that_fails_ends_its_own_sequence() {
     let (handle, _thread) = start(&model(nsa()), limits());
     let long = handle.submit(request(&ids(20, 1), 200)).unwrap();
-    let evil: [fn() -> Result<Option<Vec<u32>>, String>; 5] = [
+    let evil: [Mask; 5] = [
         || Err("no".into()),
         || Ok(Some(Vec::new())),
         || Ok(Some(vec![0, 0, 0, u32::MAX])),
@@ -184,13 +186,15 @@ fn what_memory_cannot_hold_is_refused_at_the_door() {
     assert!(failed.to_string().contains("cache_bytes = 100"), "{failed}");
 }
 
+type Change<'a> = &'a dyn Fn(&mut Request);
+
 #[test]
 fn requests_that_make_no_sense_are_refused_with_a_reason() {
     let (handle, thread) = start(&model(nsa()), limits());
     let refused = |change: &dyn Fn(&mut Request)| {
         let mut ask = request(&ids(20, 1), 10);
         change(&mut ask);
-        handle.submit(ask).err().expect("a refusal")
+        handle.submit(ask).expect_err("a refusal")
     };
     let vocab = VOCAB;
     assert_eq!(refused(&|ask| ask.prompt[3] = 96), Refused::Token { id: 96, vocab });
@@ -201,7 +205,7 @@ fn requests_that_make_no_sense_are_refused_with_a_reason() {
     let bias = |ask: &mut Request| ask.sampling.logit_bias = vec![(1, 2.0), (100, 1.0)];
     assert_eq!(refused(&bias), Refused::Token { id: 100, vocab });
     assert_eq!(refused(&|ask| ask.adapter = Some("x".into())), Refused::Adapter("x".into()));
-    let invalid: [(&str, &dyn Fn(&mut Request)); 14] = [
+    let invalid: [(&str, Change); 14] = [
         ("no tokens", &|ask| ask.prompt.clear()),
         ("min_tokens = 11", &|ask| ask.min_tokens = 11),
         ("log_probs = 21", &|ask| ask.log_probs = Some(21)),
