@@ -68,12 +68,7 @@ impl Cache {
     /// The blocks that the last token selected, layer by layer, each `[K, S]`, ascending and −1
     /// padded. `None` for dense models, empty caches, and on a GPU, where they stay on the device.
     pub fn selected(&self) -> Option<Vec<&[i32]>> {
-        let chosen = |layer| match layer {
-            &LayerCache::NsaF32(ref layer) => Some(layer.chosen()),
-            LayerCache::NsaBf16(layer) => Some(layer.chosen()),
-            _ => None,
-        };
-        self.layers.iter().map(|layer| chosen(layer).filter(|chosen| !chosen.is_empty())).collect()
+        self.layers.iter().map(LayerCache::chosen).collect()
     }
 }
 
@@ -378,6 +373,16 @@ impl LayerCache {
             Self::NsaF32(layer) => layer.bytes(),
             Self::NsaBf16(layer) => layer.bytes(),
         }
+    }
+
+    /// What the last token selected; see [`Cache::selected`].
+    fn chosen(&self) -> Option<&[i32]> {
+        let chosen = match self {
+            Self::NsaF32(layer) => layer.chosen(),
+            Self::NsaBf16(layer) => layer.chosen(),
+            _ => return None,
+        };
+        (!chosen.is_empty()).then_some(chosen)
     }
 
     fn fork(&self) -> Option<Self> {

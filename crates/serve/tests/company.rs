@@ -100,6 +100,15 @@ fn every_kind_of_model_keeps_its_bits_in_company() {
     }
 }
 
+/// More rows than have bits of their own in one product.
+#[test]
+fn forty_sequences_in_a_step_keep_their_bits() {
+    let limits = Limits { running: 40, prefill_tokens: 4096, ..limits() };
+    let mut callers = callers(60, &[None]);
+    callers.iter_mut().for_each(|caller| caller.answer += 60);
+    all_get_their_own(&model(nsa()), limits, &callers);
+}
+
 #[test]
 fn adapters_answer_side_by_side() {
     let model = with_adapter(with_adapter(model(nsa()), "a", 1), "b", 2);

@@ -89,6 +89,18 @@ fn answers_end_where_they_should() {
     assert_eq!((answer.tokens().len(), answer.finish), (4, Ok(Finish::EndOfText)));
 }
 
+#[test]
+fn given_ends_of_text_replace_the_models_own() {
+    let model = model(config(serde_json::json!({ "eos_token_id": 5 })));
+    let models = Models::new(model).unwrap().with_ends(vec![6]);
+    let (handle, _thread) = Engine::start(models, limits()).unwrap();
+    let mut ask = request(&ids(20, 1), 10);
+    ask.constraint = Some(Box::new(Script { tokens: vec![5, 4, 6], at: 0, done: 99 }));
+    ask.ignore_eos = false;
+    let answer = wait(handle.submit(ask).unwrap());
+    assert_eq!((answer.tokens(), answer.finish), (vec![5, 4], Ok(Finish::EndOfText)));
+}
+
 /// Allows one token after the other; is done after `done`.
 struct Script {
     tokens: Vec<u32>,
@@ -114,7 +126,9 @@ impl Constraint for Script {
 }
 
 /// What a grammar of a client may do.
-struct Evil(fn() -> Result<Option<Vec<u32>>, String>);
+struct Evil(Mask);
+
+type Mask = fn() -> Result<Option<Vec<u32>>, String>;
 
 impl Constraint for Evil {
     fn mask(&mut self) -> Result<Option<Vec<u32>>, String> {
@@ -132,7 +146,7 @@ impl Constraint for Evil {
 fn a_constraint_that_fails_ends_its_own_sequence() {
     let (handle, _thread) = start(&model(nsa()), limits());
     let long = handle.submit(request(&ids(20, 1), 200)).unwrap();
-    let evil: [fn() -> Result<Option<Vec<u32>>, String>; 5] = [
+    let evil: [Mask; 5] = [
         || Err("no".into()),
         || Ok(Some(Vec::new())),
         || Ok(Some(vec![0, 0, 0, u32::MAX])),
@@ -184,13 +198,15 @@ fn what_memory_cannot_hold_is_refused_at_the_door() {
     assert!(failed.to_string().contains("cache_bytes = 100"), "{failed}");
 }
 
+type Change<'a> = &'a dyn Fn(&mut Request);
+
 #[test]
 fn requests_that_make_no_sense_are_refused_with_a_reason() {
     let (handle, thread) = start(&model(nsa()), limits());
     let refused = |change: &dyn Fn(&mut Request)| {
         let mut ask = request(&ids(20, 1), 10);
         change(&mut ask);
-        handle.submit(ask).err().expect("a refusal")
+        handle.submit(ask).expect_err("a refusal")
     };
     let vocab = VOCAB;
     assert_eq!(refused(&|ask| ask.prompt[3] = 96), Refused::Token { id: 96, vocab });
@@ -201,7 +217,7 @@ fn requests_that_make_no_sense_are_refused_with_a_reason() {
     let bias = |ask: &mut Request| ask.sampling.logit_bias = vec![(1, 2.0), (100, 1.0)];
     assert_eq!(refused(&bias), Refused::Token { id: 100, vocab });
     assert_eq!(refused(&|ask| ask.adapter = Some("x".into())), Refused::Adapter("x".into()));
-    let invalid: [(&str, &dyn Fn(&mut Request)); 14] = [
+    let invalid: [(&str, Change); 14] = [
         ("no tokens", &|ask| ask.prompt.clear()),
         ("min_tokens = 11", &|ask| ask.min_tokens = 11),
         ("log_probs = 21", &|ask| ask.log_probs = Some(21)),
@@ -276,6 +292,49 @@ fn a_full_engine_says_when_to_come_back_and_a_draining_one_finishes() {
     assert_eq!((stats.finished_length, stats.generated_tokens), (5, 1500));
     assert_eq!((stats.queue_time.count(), stats.first_token.count()), (5, 5));
     assert_eq!((stats.inter_token.count(), stats.whole.count()), (1495, 5));
+}
+
+/// Ten times as many callers as there is room for, and a drain in the middle: whoever is let in is
+/// answered, nobody else is, and no one waits for ever.
+#[test]
+fn overload_is_refused_and_a_drain_loses_nobody() {
+    let limits = Limits { running: 3, waiting: 5, ..limits() };
+    let (handle, thread) = start(&model(nsa()), limits);
+    let caller = |seed: u64| {
+        let handle = handle.clone();
+        move || {
+            let (mut answered, mut full) = (0u64, 0u64);
+            loop {
+                match handle.submit(request(&ids(1 + (seed * 7 % 90) as usize, seed), 8)) {
+                    Ok(receiver) => {
+                        assert_eq!(wait(receiver).tokens().len(), 8);
+                        answered += 1;
+                    }
+                    Err(Refused::Full { .. }) => {
+                        full += 1;
+                        std::thread::yield_now();
+                    }
+                    Err(Refused::Draining) => return (answered, full),
+                    Err(other) => panic!("{other}"),
+                }
+            }
+        }
+    };
+    let callers: Vec<_> = (0..80).map(|seed| std::thread::spawn(caller(seed))).collect();
+    while handle.stats().finished_length < 200 {
+        let stats = handle.stats();
+        assert!(stats.running <= 3 && stats.running + stats.waiting <= 8);
+        assert!(stats.pages_used + stats.pages_cached <= stats.pages_total);
+        std::thread::yield_now();
+    }
+    handle.drain();
+    let ends: Vec<(u64, u64)> = callers.into_iter().map(|c| c.join().unwrap()).collect();
+    thread.join().unwrap();
+    let stats = handle.stats();
+    assert_eq!(stats.accepted, ends.iter().map(|(answered, _)| answered).sum::<u64>());
+    assert_eq!(stats.refused_full, ends.iter().map(|(_, full)| full).sum::<u64>());
+    assert_eq!(stats.finished_length, stats.accepted);
+    assert!(stats.refused_full > 0);
 }
 
 #[test]
