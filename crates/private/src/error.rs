@@ -56,6 +56,9 @@ pub enum Error {
     /// Sizes or numbers of a private step that do not fit one another.
     #[error("private step: {0}")]
     Step(String),
+    /// A method's state that does not belong to the run.
+    #[error("checkpoint: {0}")]
+    State(String),
     /// A ledger that cannot be gone on from.
     #[error("the privacy ledger {} {problem}", path.display())]
     Ledger {

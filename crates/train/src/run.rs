@@ -32,7 +32,7 @@ pub const CHECKPOINTS: &str = "checkpoints";
 pub const METRICS: &str = "metrics.jsonl";
 const CURVE: &str = "curve.svg";
 /// What stands in a run's folder before its first step, and can be made again at once.
-const BEFORE: [&str; 4] = [".lock", "config.toml", "rows.jsonl", "delta.svg"];
+const BEFORE: [&str; 5] = [".lock", "config.toml", "rows.jsonl", "delta.svg", "data.salt"];
 
 /// What a loop trains on.
 pub trait Task {
