@@ -1,9 +1,11 @@
-//! `tercet private`: what training with noise gives away, and how much noise it needs.
+//! `tercet private`: training with noise, what it gives away, and how much noise it needs.
 
 mod epsilon;
+pub mod plan;
 mod sigma;
+mod tune;
 
-/// Say what training with noise gives away, or how much noise it needs.
+/// Tune with a proof of privacy, or say what training with noise gives away and needs.
 ///
 /// For the Gaussian mechanism on Poisson samples (DP-SGD): every step draws each person with
 /// probability RATE, clips, and adds noise of SIGMA times the clipping norm. Adjacency is adding or
@@ -18,6 +20,14 @@ pub struct Args {
 enum What {
     Epsilon(epsilon::Args),
     Sigma(sigma::Args),
+    Tune(Box<tune::Args>),
+}
+
+impl Args {
+    /// Whether a closed output pipe must not end it.
+    pub fn has_something_to_save(&self) -> bool {
+        matches!(self.what, What::Tune(_))
+    }
 }
 
 /// Runs the chosen question.
@@ -25,6 +35,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     match &args.what {
         What::Epsilon(args) => epsilon::run(args),
         What::Sigma(args) => sigma::run(args),
+        What::Tune(args) => tune::run(args),
     }
 }
 

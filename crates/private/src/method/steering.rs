@@ -3,10 +3,10 @@
 
 use rayon::prelude::*;
 
-use super::adaclip::{self, Adaclip};
+use super::adaclip::Adaclip;
 use super::balance::Balance;
 use super::controller::{self, Controller};
-use super::geoclip::{self, Geoclip};
+use super::geoclip::Geoclip;
 use super::quantile::QuantileConfig;
 use super::random_action::RandomAction;
 use super::schedule::ScheduleConfig;
@@ -320,8 +320,6 @@ impl Method {
     pub fn threshold(self) -> f64 {
         match self {
             Self::AutoS => auto_s::THRESHOLD,
-            Self::Adaclip => adaclip::THRESHOLD,
-            Self::Geoclip => geoclip::THRESHOLD,
             _ => dp_sgd::THRESHOLD,
         }
     }

@@ -39,6 +39,7 @@ fn one_step_is_the_script_in_float64() {
         &[
             "train.steps=1",
             "train.warmup=0",
+            "train.final_lr=1.0",
             "private.cap=2",
             "private.method=\"per-layer\"",
             "private.threshold=0.5",
