@@ -40,7 +40,7 @@ pub struct Args {
 /// Prints the plan.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     if private::plan::is_private(&args.config, &args.overrides) {
-        return private::plan::run(&args.config, &args.overrides);
+        return private::plan::print(&args.config, &args.overrides);
     }
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let model = step::architecture(&config)?;

@@ -3,7 +3,8 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use tercet_private::tune::{Budget, PrivateConfig};
+use tercet_private::method::Method;
+use tercet_private::tune::{Budget, PrivateConfig, run};
 
 /// Whether a run file, or an override of it, has a section `[private]`.
 pub fn is_private(config: &Path, overrides: &[String]) -> bool {
@@ -14,7 +15,7 @@ pub fn is_private(config: &Path, overrides: &[String]) -> bool {
 }
 
 /// Prints the promise.
-pub fn run(config: &Path, overrides: &[String]) -> anyhow::Result<()> {
+pub fn print(config: &Path, overrides: &[String]) -> anyhow::Result<()> {
     print!("{}", text(&PrivateConfig::load(config, overrides)?)?);
     Ok(())
 }
@@ -24,6 +25,11 @@ fn text(config: &PrivateConfig) -> anyhow::Result<String> {
     let mut out = String::new();
     for (name, text) in budget.lines(config) {
         let _ = writeln!(out, "{name:<12}{text}");
+    }
+    // Of a count for each adapter the price is known when the model is.
+    let counts = config.private.method == Method::Quantile && config.private.by_adapter();
+    if !counts && let Some(price) = run::price(&run::statistics(config, &budget, 1)?) {
+        let _ = writeln!(out, "{:<12}{price}", "price");
     }
     let rows = config.rows()?;
     let _ = writeln!(
@@ -43,8 +49,15 @@ mod tests {
         let config = include_str!("../../../../configs/private.toml");
         let config = PrivateConfig::parse(config, &[]).unwrap();
         let text = text(&config).unwrap();
-        for part in ["epsilon at most 4", "delta", "sigma 0.", "steps", "at most 8 rows", "mode m1"]
-        {
+        for part in [
+            "epsilon at most 4",
+            "delta",
+            "sigma 0.",
+            "steps",
+            "at most 8 rows",
+            "mode m1",
+            "% more noise",
+        ] {
             assert!(text.contains(part), "{part} is missing from\n{text}");
         }
         assert!(!text.contains("WARNING"), "{text}");

@@ -164,7 +164,7 @@ mod tests {
             let bounds = [&c[..], &statistics.bounds()].concat();
             let scales = [own, statistics.scales(0.7)].concat();
             let sigma = effective_sigma(&bounds, &scales);
-            assert!(sigma >= 0.7 && sigma < 0.7 * (1.0 + 1e-12), "{sigma}");
+            assert!((0.7..0.7 * (1.0 + 1e-12)).contains(&sigma), "{sigma}");
         }
         let none = Statistics::new(f64::NAN, false, 0).unwrap();
         assert!(none.is_empty() && none.gradient_sigma(0.7) == 0.7);

@@ -308,13 +308,8 @@ impl PrivateSection {
 
     fn check_target(&self) -> Result<()> {
         match (self.noise, self.epsilon, self.sigma) {
-            (false, None, None) => {}
-            (false, ..) => {
-                return Err(Error::config(
-                    "private.noise",
-                    "is false: without noise there is neither an epsilon nor a sigma; remove them",
-                ));
-            }
+            // A control: nothing is promised, and what was asked for does not matter.
+            (false, ..) => {}
             (true, None, None) => {
                 return Err(Error::config(
                     "private.epsilon",

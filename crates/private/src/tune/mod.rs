@@ -6,6 +6,7 @@
 //! | [`budget`] | noise, rate and ε of the whole run, before it starts |
 //! | [`rows`] | rows to persons to examples |
 //! | [`task`] | one private step of the training loop |
+//! | `joint` | gradient and statistics of a step as one release |
 //! | [`account`] | what is spent so far, and whether one more step fits |
 //! | [`report`] | `privacy.json`: what is promised, beside the adapter |
 //! | [`run`](mod@run) | a whole run |
@@ -13,6 +14,7 @@
 pub mod account;
 pub mod budget;
 pub mod config;
+mod joint;
 mod kept;
 pub mod report;
 pub mod rows;

@@ -106,7 +106,7 @@ impl Promise {
             adjacency: "add or remove one",
             cap: private.cap,
             accountant,
-            target: private.epsilon,
+            target: private.epsilon.filter(|_| private.noise),
             method: private.method.name(),
             mode: budget.mode.name(),
             sigma: budget.sigma,

@@ -162,7 +162,10 @@ fn salt(output: &Path) -> Result<Vec<u8>> {
 }
 
 /// What the method is made of, now that the adapters are known.
-fn recipe(config: &PrivateConfig, budget: &Budget, layout: &Layout) -> Result<Recipe> {
+///
+/// # Errors
+/// As [`statistics`].
+pub fn recipe(config: &PrivateConfig, budget: &Budget, layout: &Layout) -> Result<Recipe> {
     let private = &config.private;
     let steps = budget.steps;
     let by_adapter = private.by_adapter();
@@ -187,6 +190,9 @@ fn recipe(config: &PrivateConfig, budget: &Budget, layout: &Layout) -> Result<Re
 }
 
 /// What is released beside the gradient, for `blocks` thresholds.
+///
+/// # Errors
+/// [`Error::Config`] when the counts would take nearly all of the budget.
 pub fn statistics(config: &PrivateConfig, budget: &Budget, blocks: usize) -> Result<Statistics> {
     let private = &config.private;
     let found = match (private.method, private.share) {
@@ -272,14 +278,20 @@ fn said(rows: &PrivateRows, model: &Model, statistics: &Statistics) -> Vec<Strin
             rows.over_cap
         ));
     }
-    if !statistics.is_empty() {
-        lines.push(format!(
-            "statistics take {:.2} % of the budget: {:.2} % more noise on the gradient",
-            100.0 * statistics.share(),
-            100.0 * Budget::price_of(statistics.share())
-        ));
-    }
+    lines.extend(price(statistics));
     lines
+}
+
+/// What statistics cost, in a line; `None` when there are none.
+pub fn price(statistics: &Statistics) -> Option<String> {
+    let share = statistics.share();
+    (share > 0.0).then(|| {
+        format!(
+            "statistics take {:.2} % of the budget: {:.2} % more noise on the gradient",
+            100.0 * share,
+            100.0 * Budget::price_of(share)
+        )
+    })
 }
 
 /// What needs less memory.

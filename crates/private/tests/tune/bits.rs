@@ -27,7 +27,7 @@ fn stopping_and_going_on_changes_no_bit_and_costs_nothing_for_every_method() {
     let room = Room::new();
     for (name, more) in [
         ("dp-sgd", &["private.share=0.1"][..]),
-        ("auto-s", &[]),
+        ("auto-s", &["train.dtype=\"bf16\""]),
         ("quantile", &["private.quantile.count_noise=5.0"]),
         ("adaclip", &[]),
         ("geoclip", &[]),

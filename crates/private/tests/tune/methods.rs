@@ -73,14 +73,12 @@ fn adaptive_noise_has_a_price_that_is_named_before_the_start() {
 #[test]
 fn a_control_without_noise_says_so_everywhere() {
     let room = Room::new();
-    let mut config = room.config("run", &["private.share=0.1"]);
-    (config.private.noise, config.private.epsilon) = (false, None);
-    config.check().unwrap();
+    let config = room.config("run", &["private.share=0.1", "private.noise=false"]);
     let report = run(&config, false).unwrap();
     for folder in [&config.output, report.checkpoint.as_ref().unwrap()] {
         let promise = json(&folder.join("privacy.json"));
         assert_eq!(promise["private"], false);
-        assert!(promise["epsilon"].is_null());
+        assert!(promise["epsilon"].is_null() && promise["target"].is_null());
         assert!(promise["warnings"][0].as_str().unwrap().contains("NOT PRIVATE"));
     }
     assert!(records(&config).iter().all(|r| !r.measures.contains_key("epsilon")));

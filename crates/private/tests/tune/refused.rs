@@ -24,7 +24,6 @@ fn configurations_that_promise_nothing_are_refused_by_key() {
         (&["private.epsilon=nan"], "private.epsilon"),
         (&["private.sigma=1.0"], "keep one of the two"),
         (&["lora.dropout=0.1"], "lora.dropout` must be 0"),
-        (&["private.noise=false"], "remove them"),
         (&["private.cap=0"], "private.cap"),
         (&["private.method=\"rldp\""], "not in this build"),
         (&["private.method=\"sgd\""], "private.method"),
