@@ -256,7 +256,8 @@ impl Steering {
         let Some(Control { controller, watch }) = &mut self.control else { return Ok(()) };
         let seen = watch.close(&Public {
             bounds: &self.bounds,
-            sigma_ratio: self.sigma / self.recipe.sigma,
+            // A control without noise has the ratio of one with all of it.
+            sigma_ratio: if self.recipe.sigma > 0.0 { self.sigma / self.recipe.sigma } else { 1.0 },
             progress: (step + 1) as f64 / self.recipe.steps as f64,
             spent,
         });

@@ -61,7 +61,8 @@ pub fn tune(
 
     let mut steering = Steering::new(recipe, layout)?;
     if config.private.hardened {
-        check_hardened(&budget, steering.blocks(), steering.statistics())?;
+        let least = steering.least_sigma(0).min(0.7 * budget.sigma);
+        check_hardened(&budget, least, steering.blocks(), steering.statistics())?;
     }
     let (mark, model) = match &place.from {
         Some(checkpoint) => {
@@ -213,12 +214,18 @@ pub fn statistics(config: &PrivateConfig, budget: &Budget, blocks: usize) -> Res
     Ok(found?)
 }
 
-/// Refuses hardened noise whose distance from a Gaussian is more than the δ that was kept for it.
-fn check_hardened(budget: &Budget, blocks: &Blocks, statistics: &Statistics) -> Result<()> {
+/// Refuses hardened noise whose distance from a Gaussian is more than the δ that was kept for it;
+/// no step has a smaller σ than `least`.
+fn check_hardened(
+    budget: &Budget,
+    least: f64,
+    blocks: &Blocks,
+    statistics: &Statistics,
+) -> Result<()> {
     let Some(epsilon) = budget.epsilon else { return Ok(()) };
     let dims = [blocks.dims(), statistics.sizes()].concat();
-    // No block has a smaller multiplier than all of them together; σ moves down to 0.7 of it.
-    let scale = vec![0.7 * budget.sigma; dims.len()];
+    // No block has a smaller multiplier than all of them together.
+    let scale = vec![least; dims.len()];
     let step = hardened_distance(&vec![1.0; dims.len()], &scale, &dims);
     let needed = (1.0 + libm::exp(epsilon)) * step * budget.steps as f64;
     if needed <= budget.delta - budget.accounted_delta {
@@ -247,7 +254,10 @@ fn ledger(
         parts.iter().for_each(|part| hasher.update(part));
         files::hex(&hasher.finalize())
     };
-    let private = toml::to_toml(&config.private)?;
+    // How many go through the model at once may change on the way: it changes no bit.
+    let mut private = config.private.clone();
+    private.micro_people = 1;
+    let private = toml::to_toml(&private)?;
     let numbers = [config.train.batch as u64, config.steps(), config.data.context as u64];
     let numbers: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
     let identity = Identity {

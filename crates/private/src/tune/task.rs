@@ -29,20 +29,16 @@ use crate::method::{Cost, Layout, Steering};
 
 /// Private tuning.
 pub struct Private<'a> {
-    /// The run.
-    pub config: &'a PrivateConfig,
+    config: &'a PrivateConfig,
     /// Trained on.
-    pub people: &'a [Person],
+    people: &'a [Person],
     /// Held out.
-    pub validation: &'a [Person],
+    validation: &'a [Person],
     /// The slots of the model that are released, in the order of the layout.
-    pub slots: Vec<usize>,
-    /// What decides thresholds.
-    pub steering: Steering,
-    /// What is spent.
-    pub account: Account,
-    /// Where it is written.
-    pub ledger: Ledger,
+    slots: Vec<usize>,
+    steering: Steering,
+    account: Account,
+    ledger: Ledger,
     key: Key,
     sampler: Sampler,
     noise: Noise,
@@ -120,7 +116,8 @@ pub struct Secrets {
 }
 
 impl<'a> Private<'a> {
-    /// From step `next` on.
+    /// From step `next` on: persons to train on and to hold out, the slots of the model that are
+    /// released, in the order of the layout, what decides thresholds and what counts the budget.
     ///
     /// # Errors
     /// As [`ClippedSum::with_rules`] and [`Sampler::new`].
@@ -210,11 +207,6 @@ impl<'a> Private<'a> {
     pub fn promise(&self) -> Result<Promise> {
         let epsilon = self.account.epsilon_now(&self.ledger)?;
         Ok(Promise::of(self.config, self.account.budget(), epsilon, self.ledger.entries()))
-    }
-
-    /// Steps that are written, repeated ones too.
-    pub fn attempts(&self) -> u64 {
-        self.ledger.next_stream()
     }
 }
 

@@ -14,6 +14,11 @@ fn portions_and_threads_change_no_bit() {
     ] {
         assert!(result(&run(&room.config(name, more), false).unwrap()) == whole, "{name}");
     }
+    // The cut may change on the way, when memory turns out to be short.
+    let config = room.config("smaller", &[]);
+    run_until(&config, false, 3).unwrap();
+    let config = room.config("smaller", &["private.micro_people=2"]);
+    assert!(result(&run(&config, true).unwrap()) == whole, "another cut after a stop");
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let config = room.config(&format!("threads{threads}"), &[]);
