@@ -108,5 +108,8 @@ fn outliers_are_judged_against_the_last_128_steps_only() {
         }
         other => panic!("{other:?}"),
     }
+    // A task may keep its loss to itself; its gradient is looked at all the same.
+    assert_eq!(guard.judge(None, 1.0, 3, 5.0), Verdict::Fine);
+    assert_eq!(guard.judge(None, f64::NAN, 3, 5.0), Verdict::Skip);
     assert_eq!(guard.judge(Some(1e9), 1.0, 3, 0.0), Verdict::Fine, "0 switches it off");
 }
