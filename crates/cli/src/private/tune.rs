@@ -78,7 +78,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let closing = tuned.closing(&report);
     let promise = config.output.join(tercet_private::tune::report::FILE);
-    let _ = write!(std::io::stdout(), "{closing}promise  {}\n", promise.display());
+    let _ = writeln!(std::io::stdout(), "{closing}promise  {}", promise.display());
     Ok(())
 }
 
