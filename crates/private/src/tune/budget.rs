@@ -95,7 +95,16 @@ impl Budget {
             return Ok(budget);
         }
         budget.calibrate(config).map_err(refused)?;
-        Ok(budget)
+        match budget.epsilon {
+            Some(epsilon) if !epsilon.is_finite() => Err(Error::config(
+                "private.sigma",
+                format!(
+                    "= {} leaves epsilon without a bound; give more noise, or private.epsilon",
+                    budget.sigma
+                ),
+            )),
+            _ => Ok(budget),
+        }
     }
 
     fn calibrate(&mut self, config: &PrivateConfig) -> crate::Result<()> {

@@ -1,6 +1,12 @@
 //! What is refused, in words, before anything is spent.
 
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
+
 use serde_json::{Value, json};
+use tercet_private::tune::rows::Person;
+use tercet_train::tune::Encoder;
+use tercet_train::tune::start::Beside;
 
 use crate::common::{Room, error, rows, run};
 
@@ -159,4 +165,27 @@ fn held_out_persons_are_whole_persons() {
     assert!(report.validation_loss.is_some());
     let promise = crate::common::json(&config.output.join("privacy.json"));
     assert!(promise["validation"].as_str().unwrap().contains("parallel composition"));
+
+    let beside = Beside::load(&room.at("model")).unwrap();
+    let (model, _) = tercet_model::load_config(&room.at("model")).unwrap();
+    let encoder = Encoder::new(&beside.tokenizer, &model, &beside.generation).unwrap();
+    let stop = AtomicBool::new(false);
+    let rows = tercet_private::tune::rows::rows(&config, &encoder, &[], &stop).unwrap();
+    // Every text begins with its person's number, and ids of letters are their bytes.
+    let whose = |people: &[Person]| -> Vec<Vec<i32>> {
+        let number = |ids: &[i32]| ids.iter().copied().take_while(|&id| id != 32).collect();
+        people
+            .iter()
+            .map(|person| {
+                let all: BTreeSet<Vec<i32>> =
+                    person.examples.iter().map(|example| number(&example.ids)).collect();
+                assert_eq!(all.len(), 1, "rows of two persons are one");
+                all.into_iter().next().unwrap()
+            })
+            .collect()
+    };
+    let (train, held_out) = (whose(&rows.train), whose(&rows.validation));
+    assert!(!train.is_empty() && !held_out.is_empty());
+    let all: BTreeSet<&Vec<i32>> = train.iter().chain(&held_out).collect();
+    assert_eq!((all.len(), train.len() + held_out.len()), (12, 12), "somebody is on both sides");
 }
