@@ -221,7 +221,7 @@ impl Found {
         if !deltas.is_empty() {
             measures.push(("delta", deltas.iter().sum::<f64>() / deltas.len() as f64));
         }
-        Measured { loss: self.loss, tokens: self.tokens, place: self.place, measures }
+        Measured { loss: Some(self.loss), tokens: self.tokens, place: self.place, measures }
     }
 }
 

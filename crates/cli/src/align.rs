@@ -44,7 +44,13 @@ pub struct Args {
 
 impl Args {
     fn watched<'a>(&'a self, doing: &'a str, dtype: Precision) -> Watched<'a> {
-        Watched { doing, device: &self.device, resume: self.resume, yardstick: Some(dtype) }
+        Watched {
+            doing,
+            device: &self.device,
+            resume: self.resume,
+            yardstick: Some(dtype),
+            stamp: "",
+        }
     }
 }
 

@@ -128,14 +128,17 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
 impl Verb {
     /// Whether a closed output pipe must not end the verb.
     fn has_something_to_save(&self) -> bool {
-        matches!(
-            self,
-            Self::Align(_)
-                | Self::Pretrain(_)
-                | Self::Quickstart(_)
-                | Self::Sample(_)
-                | Self::Sft(_)
-        )
+        match self {
+            Self::Private(args) => args.has_something_to_save(),
+            _ => matches!(
+                self,
+                Self::Align(_)
+                    | Self::Pretrain(_)
+                    | Self::Quickstart(_)
+                    | Self::Sample(_)
+                    | Self::Sft(_)
+            ),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use tercet_train::RunConfig;
 use crate::bench::step;
 use crate::device::{Choice, DeviceArg};
 use crate::machine::Machine;
-use crate::{human, yardstick};
+use crate::{human, private, yardstick};
 
 /// Share of the matrix-product rate that a training step is expected to reach; measured steps
 /// here reach 35 to 50 %.
@@ -20,7 +20,8 @@ const EXPECTED_SHARE: f64 = 0.4;
 /// Say what a run will cost before it starts.
 ///
 /// Parameters, memory by part, FLOP per token (sparse and dense), time on this machine, disk.
-/// Starts nothing and reads no data. A plan with --device cuda can be made without a GPU.
+/// Of a private run (a file with [private]): noise, epsilon, who is protected, and what the method
+/// costs. Starts nothing and reads no data. A plan with --device cuda can be made without a GPU.
 #[derive(clap::Args)]
 #[command(after_help = "Example: tercet plan configs/nsa-27b-moe.toml --gflops 400000")]
 pub struct Args {
@@ -38,6 +39,9 @@ pub struct Args {
 
 /// Prints the plan.
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    if private::plan::is_private(&args.config, &args.overrides) {
+        return private::plan::print(&args.config, &args.overrides);
+    }
     let config = RunConfig::load(&args.config, &args.overrides)?;
     let model = step::architecture(&config)?;
     let device = match args.device.choose() {

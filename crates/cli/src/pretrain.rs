@@ -48,6 +48,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         device: &args.device,
         resume: args.resume,
         yardstick: Some(config.train.dtype),
+        stamp: "",
     };
     let report =
         watched.run(|control, observe| tercet_train::pretrain(&config, control, observe))?;
@@ -126,13 +127,16 @@ pub fn how_to_go_on(report: &Report, verb: &str, config: &Path, overrides: &[Str
 
 /// Losses and pace of a run, in a few lines.
 pub fn summary(report: &Report) -> String {
-    let mut out = format!(
-        "{} steps, {} tokens, {} tok/s, {:.0} GFLOP/s",
-        human::grouped(report.steps),
-        human::grouped(report.tokens),
-        human::grouped(report.tokens_per_second.round() as u64),
-        report.flops_per_second / 1e9,
-    );
+    let mut out = format!("{} steps", human::grouped(report.steps));
+    // A private run tells neither tokens nor their rate.
+    if report.tokens > 0 {
+        out.push_str(&format!(
+            ", {} tokens, {} tok/s, {:.0} GFLOP/s",
+            human::grouped(report.tokens),
+            human::grouped(report.tokens_per_second.round() as u64),
+            report.flops_per_second / 1e9,
+        ));
+    }
     if let Some(share) = report.gemm_share {
         out.push_str(&format!(", {:.0} % of gemm", 100.0 * share));
     }

@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tercet_private::tune::budget::shown;
 use tercet_train::{Event, Progress, Summary};
 
 use crate::human;
@@ -16,13 +17,17 @@ pub struct Watcher {
     last_line: Option<Instant>,
     bar: Option<ProgressBar>,
     tokenising: bool,
+    /// What must stand on every line of the run, such as a warning; empty for nothing.
+    stamp: String,
 }
 
 impl Watcher {
-    /// A bar when standard error is a terminal, else lines at least `interval` apart.
-    pub fn new(interval: Duration) -> Self {
+    /// A bar when standard error is a terminal, else lines at least `interval` apart; `stamp`
+    /// stands on each of them.
+    pub fn new(interval: Duration, stamp: &str) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        Self { terminal, interval, last_line: None, bar: None, tokenising: false }
+        let stamp = if stamp.is_empty() { String::new() } else { format!(" · {stamp}") };
+        Self { terminal, interval, last_line: None, bar: None, tokenising: false, stamp }
     }
 
     /// Shows one event.
@@ -123,14 +128,14 @@ impl Watcher {
         let record = &progress.record;
         if let Some(bar) = &self.bar {
             bar.set_prefix(format!("step {}/{}", record.step, progress.steps));
-            bar.set_message(brief(progress));
+            bar.set_message(format!("{}{}", brief(progress), self.stamp));
             bar.set_position(record.step);
             return;
         }
         let due = self.last_line.is_none_or(|last| last.elapsed() >= self.interval);
         if due || record.step == progress.steps {
             self.last_line = Some(Instant::now());
-            print_line(&step_line(progress));
+            print_line(&format!("{}{}", step_line(progress), self.stamp));
         }
     }
 
@@ -149,20 +154,37 @@ fn print_line(text: &str) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
+/// `loss 5.2500 · `; nothing for a loss that may not be told. One that is not finite has made the
+/// guard skip the step.
 fn loss(progress: &Progress) -> String {
-    progress.record.loss.map_or_else(|| "not finite".into(), |loss| format!("{loss:.4}"))
+    match progress.record.loss {
+        Some(loss) => format!("loss {loss:.4} · "),
+        None if progress.record.skipped => "loss not finite · ".into(),
+        None => String::new(),
+    }
+}
+
+/// `epsilon 1.2345 · ` of a private run, rounded up.
+fn epsilon(progress: &Progress) -> String {
+    let epsilon = progress.record.measures.get("epsilon");
+    epsilon.map_or_else(String::new, |epsilon| format!("epsilon {} · ", shown(*epsilon)))
 }
 
 fn pace(progress: &Progress) -> String {
+    let left = Duration::from_secs_f64(progress.seconds_left.clamp(0.0, 1e9));
+    let eta = format!("eta {}", human::duration(left));
+    // Of a run that does not tell its tokens there is no rate.
+    if progress.tokens_per_second == 0.0 {
+        return eta;
+    }
     let rate = human::grouped(progress.tokens_per_second.round() as u64);
     let share = progress.gemm_share.map(|s| format!(" · {:.0} % of gemm", 100.0 * s));
-    let left = Duration::from_secs_f64(progress.seconds_left.clamp(0.0, 1e9));
-    format!("{rate} tok/s{} · eta {}", share.unwrap_or_default(), human::duration(left))
+    format!("{rate} tok/s{} · {eta}", share.unwrap_or_default())
 }
 
 /// Beside the bar.
 fn brief(progress: &Progress) -> String {
-    format!("loss {} · {}", loss(progress), pace(progress))
+    format!("{}{}{}", loss(progress), epsilon(progress), pace(progress))
 }
 
 /// In a log: everything of a step on one line.
@@ -170,11 +192,12 @@ fn step_line(progress: &Progress) -> String {
     let record = &progress.record;
     let norm = record.grad_norm.map_or_else(|| "not finite".into(), |norm| format!("{norm:.3}"));
     let mut line = format!(
-        "step {}/{} · loss {} · lr {:.2e} · grad norm {norm} · {}",
+        "step {}/{} · {}lr {:.2e} · grad norm {norm} · {}{}",
         record.step,
         progress.steps,
         loss(progress),
         record.lr,
+        epsilon(progress),
         pace(progress)
     );
     if record.skipped {
@@ -224,6 +247,16 @@ mod tests {
             "step 7/100 · loss 5.2500 · lr 1.00e-3 · grad norm 0.500 · 4,096 tok/s · 41 % of gemm \
              · eta 2m05s"
         );
+    }
+
+    #[test]
+    fn a_private_run_tells_its_epsilon_and_neither_tokens_nor_loss() {
+        let mut private = progress();
+        (private.record.loss, private.tokens_per_second, private.gemm_share) = (None, 0.0, None);
+        private.record.measures.insert("epsilon".into(), 1.23401);
+        let line = step_line(&private);
+        assert_eq!(line, "step 7/100 · lr 1.00e-3 · grad norm 0.500 · epsilon 1.2341 · eta 2m05s");
+        assert_eq!(brief(&private), "epsilon 1.2341 · eta 2m05s");
     }
 
     #[test]

@@ -35,8 +35,13 @@ pub struct Args {
 /// Samples, and says what the answers are worth.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let config = SampleConfig::load(&args.config, &args.overrides)?;
-    let watched =
-        Watched { doing: "sampling", device: &args.device, resume: args.resume, yardstick: None };
+    let watched = Watched {
+        doing: "sampling",
+        device: &args.device,
+        resume: args.resume,
+        yardstick: None,
+        stamp: "",
+    };
     let report = watched.run(|control, observe| sample(&config, control, observe))?;
     let mut out = String::new();
     match &report.worth {

@@ -52,6 +52,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         device: &args.device,
         resume: args.resume,
         yardstick: Some(config.train.dtype),
+        stamp: "",
     };
     let report = watched.run(|control, observe| sft(&config, control, observe))?;
     let tuned = Tuned {

@@ -19,6 +19,8 @@ pub struct Watched<'a> {
     pub resume: bool,
     /// Storage type whose matrix products the pace is compared with; `None` for no comparison.
     pub yardstick: Option<Precision>,
+    /// What must stand on every line of the run; empty for nothing.
+    pub stamp: &'a str,
 }
 
 impl Watched<'_> {
@@ -39,7 +41,7 @@ impl Watched<'_> {
             }
         };
         let control = Control { stop: &stop, resume: self.resume, gemm_flops, device: &tensors };
-        let mut watcher = Watcher::new(Duration::ZERO);
+        let mut watcher = Watcher::new(Duration::ZERO, self.stamp);
         let outcome = train(&control, &mut |event| watcher.show(&event));
         watcher.finish();
         Ok(outcome?)

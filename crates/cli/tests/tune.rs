@@ -19,6 +19,11 @@ const ALIGN: &str = "output = \"run\"\n[model]\npath = \"model\"\n[data]\npaths 
     context = 64\n[align]\nprecompute = true\nterms = [{ objective = \"mappo\" }]\n[train]\n\
     steps = 4\nbatch = 4\nlr = 1e-4\n[checkpoint]\nevery = 2\n";
 
+const PRIVATE: &str = "output = \"run\"\n[model]\npath = \"model\"\n[lora]\nr = 2\n[data]\n\
+    paths = [\"people.jsonl\"]\ncontext = 64\n[private]\nunit = \"who\"\npeople = 20\nepsilon = 4.0\n\
+    cap = 2\nmethod = \"random-action\"\n[train]\nsteps = 4\nbatch = 4\nlr = 1e-3\n[checkpoint]\n\
+    every = 2\n";
+
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
@@ -33,6 +38,9 @@ fn folder() -> tempfile::TempDir {
                "score_chosen": 1.0, "score_rejected": -0.25 * i as f64})
     };
     write_rows(&at("pairs.jsonl"), &(0..12).map(pair).collect::<Vec<_>>());
+    let told = |i: usize| json!({"who": format!("p{}", i % 5), "text": format!("{i} is odd")});
+    write_rows(&at("people.jsonl"), &(0..12).map(told).collect::<Vec<_>>());
+    std::fs::write(at("private.toml"), PRIVATE).unwrap();
     std::fs::write(at("sft.toml"), SFT).unwrap();
     std::fs::write(at("align.toml"), ALIGN).unwrap();
     folder
@@ -62,6 +70,45 @@ fn names(folder: &Path) -> Vec<String> {
         entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
+}
+
+#[test]
+fn a_private_run_is_planned_shown_run_and_gone_on_with() {
+    let folder = folder();
+    let before = names(folder.path());
+    let plan = fine(folder.path(), &["plan", "private.toml"]);
+    for part in
+        ["epsilon at most 4,", "by the column \"who\"", "4 steps", "mode m1", "% more noise"]
+    {
+        assert!(plan.contains(part), "{part} is missing from {plan}");
+    }
+    let shown = fine(folder.path(), &["private", "tune", "private.toml", "--show", "1"]);
+    assert!(shown.contains("person 1:") && !shown.contains("person 2:"), "{shown}");
+    assert_eq!(names(folder.path()), before, "a plan or a look made something");
+
+    let seeded = ["private", "tune", "private.toml", "--device", "cpu", "--insecure-seed", "3"];
+    let text = fine(folder.path(), &seeded);
+    let steps: Vec<&str> = text.lines().filter(|line| line.starts_with("step ")).collect();
+    let told: Vec<&&str> = steps.iter().filter(|line| line.contains(" · lr ")).collect();
+    assert_eq!(told.len(), 4, "{text}");
+    for line in told {
+        assert!(line.contains("epsilon ") && line.contains("INSECURE SEED"), "{line}");
+        assert!(!line.contains("tok/s"), "{line}");
+    }
+    assert!(text.contains("privacy.json") && text.contains("at delta"), "{text}");
+    let promise = std::fs::read_to_string(folder.path().join("run/privacy.json")).unwrap();
+    assert!(promise.contains("\"private\": false"), "{promise}");
+    let refused = tercet(folder.path(), &seeded[..5]);
+    assert_eq!(refused.status.code(), Some(2));
+    let again = fine(folder.path(), &[&seeded[..], &["--resume"]].concat());
+    assert!(again.contains("4 steps"), "{again}");
+    let missing = tercet(
+        folder.path(),
+        &["private", "tune", "private.toml", "private.unit=\"x\"", "output=\"other\""],
+    );
+    assert_eq!(missing.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&missing.stderr).into_owned();
+    assert!(text.contains("row 1 has no \"x\""), "{text}");
 }
 
 #[test]

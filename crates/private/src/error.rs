@@ -65,6 +65,9 @@ pub enum Error {
     /// Records that cannot be generated as asked.
     #[error("records: {0}")]
     Records(String),
+    /// A method's state that does not belong to the run.
+    #[error("checkpoint: {0}")]
+    State(String),
     /// A ledger that cannot be gone on from.
     #[error("the privacy ledger {} {problem}", path.display())]
     Ledger {

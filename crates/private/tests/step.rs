@@ -138,6 +138,24 @@ fn assert_close(got: &[f32], want: impl Iterator<Item = f64>, most: f64, what: &
     }
 }
 
+/// A person among others and the same person alone, in a batch of their own: sums of the same f32
+/// numbers in another order, 1e-5 of the largest.
+#[test]
+fn persons_gradients_are_those_of_persons_alone() {
+    let (model, people) = (model(), people(9));
+    let all: Vec<&Person> = people.iter().collect();
+    let together = by_person(&model, &all);
+    for (at, &person) in all.iter().enumerate() {
+        let alone = walk(&model, &[person], 1.0, Grads::new(model.trained().len()));
+        for (slot, together) in slices(&together, 9).into_iter().enumerate() {
+            let alone = alone.get(slot).unwrap().as_f32().unwrap();
+            let own = &together.unwrap()[at * alone.len()..][..alone.len()];
+            let want = alone.iter().map(|&x| f64::from(x));
+            assert_close(own, want, 1e-5, model.trained().name(slot));
+        }
+    }
+}
+
 /// Two ways of summing the same f32 numbers, through two layers: 1e-5 of the largest, as for
 /// gradients by group.
 #[test]

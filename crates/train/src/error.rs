@@ -79,6 +79,9 @@ pub enum Error {
     /// The stop flag was raised before training began; nothing was lost.
     #[error("interrupted while preparing the data; nothing was lost")]
     Interrupted,
+    /// What should not have happened: our fault.
+    #[error("{0}")]
+    Fault(String),
     /// The model refused.
     #[error(transparent)]
     Model(#[from] tercet_model::Error),
@@ -96,6 +99,7 @@ impl Error {
         match self {
             Self::Model(error) => error.is_users(),
             Self::Tensor(error) => error.is_users(),
+            Self::Fault(_) => false,
             _ => true,
         }
     }

@@ -61,17 +61,23 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Looks at a step. `patience` skipped steps in a row stop the run; an outlier lies more than
+    /// Looks at a step, whose loss may not be told. `patience` skipped steps in a row stop the run; an outlier lies more than
     /// `outlier_z` deviations above the mean (0: nothing is an outlier).
-    pub fn judge(&mut self, loss: f64, grad_norm: f64, patience: usize, outlier_z: f64) -> Verdict {
-        if !loss.is_finite() || !grad_norm.is_finite() {
+    pub fn judge(
+        &mut self,
+        loss: Option<f64>,
+        grad_norm: f64,
+        patience: usize,
+        outlier_z: f64,
+    ) -> Verdict {
+        if loss.is_some_and(|loss| !loss.is_finite()) || !grad_norm.is_finite() {
             self.skipped_in_a_row += 1;
             self.skipped += 1;
             return if self.skipped_in_a_row >= patience { Verdict::Stop } else { Verdict::Skip };
         }
         self.skipped_in_a_row = 0;
         let far = |z: &f64| outlier_z > 0.0 && *z > outlier_z;
-        let loss_z = self.loss.z_score(loss).filter(far);
+        let loss_z = loss.and_then(|loss| self.loss.z_score(loss)).filter(far);
         let grad_norm_z = self.grad_norm.z_score(grad_norm).filter(far);
         if loss_z.is_some() || grad_norm_z.is_some() {
             Verdict::Outlier { loss_z, grad_norm_z }

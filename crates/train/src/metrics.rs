@@ -15,10 +15,11 @@ use crate::files;
 pub struct StepRecord {
     /// Steps done.
     pub step: u64,
-    /// Tokens trained on, in all.
+    /// Tokens trained on, in all; 0, and left out, where that may not be told.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub tokens: u64,
     /// What was descended: in pretraining the mean cross-entropy of the step's targets, in nats;
-    /// `None` when it is not finite.
+    /// `None` when it is not finite, or may not be told.
     pub loss: Option<f64>,
     /// Learning rate.
     pub lr: f64,
@@ -36,12 +37,18 @@ pub struct StepRecord {
     /// The same of the held-out examples, when they were looked at after this step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
-    /// Wall time of the step in seconds, evaluation and saving left out.
+    /// Wall time of the step in seconds, evaluation and saving left out; 0, and left out, where
+    /// that may not be told.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub seconds: f64,
     /// Further numbers of the task, by name, such as `rewards/margins`; those of held-out examples
     /// begin with `eval_`.
     #[serde(flatten)]
     pub measures: BTreeMap<String, f64>,
+}
+
+fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// The file, open for appending.

@@ -122,14 +122,16 @@ impl Task for Pretrain<'_> {
             losses.push(parts.cross_entropy.value().clone());
         }
         let mut measured = Measured { tokens: train.batch_tokens as u64, ..Measured::default() };
+        let mut total = 0.0;
         for (part, loss) in losses.iter().enumerate() {
             let loss = f64::from(loss.item()?);
             if !loss.is_finite() && measured.place.is_none() {
                 let place = format!("loss {loss} in part {} of the batch", part + 1);
                 measured.place = Some(place);
             }
-            measured.loss += share * loss;
+            total += share * loss;
         }
+        measured.loss = Some(total);
         Ok(Some(measured))
     }
 
@@ -147,7 +149,7 @@ impl Task for Pretrain<'_> {
             targets += batch.targets.len() as u64;
         }
         let loss = sum / targets as f64;
-        Ok(Some(Measured { loss, tokens: targets, ..Measured::default() }))
+        Ok(Some(Measured { loss: Some(loss), tokens: targets, ..Measured::default() }))
     }
 
     fn sample(&mut self, model: &Model, step: u64) -> Result<Option<(String, String)>> {

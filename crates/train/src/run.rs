@@ -32,7 +32,7 @@ pub const CHECKPOINTS: &str = "checkpoints";
 pub const METRICS: &str = "metrics.jsonl";
 const CURVE: &str = "curve.svg";
 /// What stands in a run's folder before its first step, and can be made again at once.
-const BEFORE: [&str; 4] = [".lock", "config.toml", "rows.jsonl", "delta.svg"];
+const BEFORE: [&str; 5] = [".lock", "config.toml", "rows.jsonl", "delta.svg", "data.salt"];
 
 /// What a loop trains on.
 pub trait Task {
@@ -57,13 +57,30 @@ pub trait Task {
 
     /// First example (or position) that step `step` reads; kept in checkpoints.
     fn position(&self, step: u64) -> u64;
+
+    /// What the task itself must find again in a checkpoint: names (such as `state/NAME`) and
+    /// contents, asked for at every save.
+    fn sidecars(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        Ok(Vec::new())
+    }
+
+    /// Whether the run ends here, before its last step, such as when a budget is used up.
+    fn is_done(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Whether what a step saw is nobody's business: then no record says how many tokens went
+    /// through the model, nor how long a step took, which says the same.
+    fn is_discreet(&self) -> bool {
+        false
+    }
 }
 
 /// What a step, or an evaluation, came to.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
-    /// What was descended.
-    pub loss: f64,
+    /// What was descended; `None` when it may not be told.
+    pub loss: Option<f64>,
     /// Tokens that went through the model.
     pub tokens: u64,
     /// Where the first number that is not finite was found, if there is one.
@@ -271,6 +288,7 @@ impl<'a> Run<'a> {
             optimizer = Some(state.optimizer);
         }
         let trainer = Trainer::new(model, optimizer, guard, plan.train)?;
+        let discreet = task.is_discreet();
         let saved = from.map(|path| (step, path));
         if let Some((step, path)) = &saved {
             observe(Event::Resumed { step: *step, path });
@@ -284,7 +302,7 @@ impl<'a> Run<'a> {
             trainer,
             schedule: Schedule::new(plan.train, plan.steps),
             metrics: Metrics::open(&plan.output.join(METRICS), step)?,
-            events: EventFile::create(&plan.output.join("tensorboard"), step + 1)?,
+            events: EventFile::create(&plan.output.join("tensorboard"), step + 1, !discreet)?,
             pace: Pace::new(plan.steps, plan.flops_per_token, control.gemm_flops),
             step,
             tokens,
@@ -295,7 +313,7 @@ impl<'a> Run<'a> {
 
     /// All steps that are left. False when the stop flag was raised before the last.
     fn steps(&mut self) -> Result<bool> {
-        while self.step < self.plan.steps {
+        while self.step < self.plan.steps && !self.task.is_done()? {
             if !self.one_step()? {
                 self.save()?;
                 return Ok(false);
@@ -327,6 +345,7 @@ impl<'a> Run<'a> {
             return Ok(false);
         };
         let seconds = start.elapsed().as_secs_f64();
+        let seconds = if self.task.is_discreet() { 0.0 } else { seconds };
         self.step += 1;
         self.tokens += outcome.measured.tokens;
         let (loss_z, grad_norm_z) = match outcome.verdict {
@@ -337,7 +356,7 @@ impl<'a> Run<'a> {
         let mut record = StepRecord {
             step: self.step,
             tokens: self.tokens,
-            loss: finite(outcome.measured.loss),
+            loss: outcome.measured.loss.and_then(finite),
             lr,
             grad_norm: finite(outcome.grad_norm),
             skipped: matches!(outcome.verdict, Verdict::Skip | Verdict::Stop),
@@ -359,7 +378,7 @@ impl<'a> Run<'a> {
         if (self.step == self.plan.steps || (every > 0 && self.step.is_multiple_of(every)))
             && let Some(measured) = self.evaluate()?
         {
-            record.validation_loss = Some(measured.loss);
+            record.validation_loss = measured.loss;
             record.measures.extend(finite_measures(&measured, "eval_"));
         }
         self.record(record, outcome.measured.tokens)?;
@@ -392,8 +411,10 @@ impl<'a> Run<'a> {
     fn evaluate(&mut self) -> Result<Option<Measured>> {
         let Some(measured) = self.task.evaluate(&self.trainer.model)? else { return Ok(None) };
         self.evaluated = Some((self.step, measured.clone()));
-        let (step, loss, unit) = (self.step, measured.loss, self.plan.loss_unit);
-        (self.observe)(Event::Evaluated { step, loss, unit });
+        if let Some(loss) = measured.loss {
+            let (step, unit) = (self.step, self.plan.loss_unit);
+            (self.observe)(Event::Evaluated { step, loss, unit });
+        }
         Ok(Some(measured))
     }
 
@@ -403,6 +424,7 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         let optimizer = self.trainer.optimizer()?;
+        let sidecars = [self.plan.sidecars, &self.task.sidecars()?].concat();
         let run = RunState {
             step: self.step,
             data_position: self.task.position(self.step),
@@ -418,7 +440,7 @@ impl<'a> Run<'a> {
             optimizer: &optimizer,
             run: &run,
             config: self.plan.config,
-            sidecars: self.plan.sidecars,
+            sidecars: &sidecars,
         };
         let folder = self.plan.output.join(CHECKPOINTS);
         let path = checkpoint::save(&folder, self.plan.checkpoint.keep, &snapshot)?;
@@ -448,7 +470,7 @@ impl<'a> Run<'a> {
             tokens: self.tokens,
             train_loss: (!losses.is_empty())
                 .then(|| losses.iter().sum::<f64>() / losses.len() as f64),
-            validation_loss: self.evaluated.map(|(_, measured)| measured.loss),
+            validation_loss: self.evaluated.and_then(|(_, measured)| measured.loss),
             unigram_entropy: self.plan.unigram,
             loss_unit: self.plan.loss_unit,
             skipped: self.trainer.guard.skipped,

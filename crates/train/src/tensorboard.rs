@@ -16,12 +16,15 @@ use crate::error::{Error, Result};
 pub struct EventFile {
     file: File,
     path: std::path::PathBuf,
+    /// The time that every point has, where its own may not be told.
+    at: Option<f64>,
 }
 
 impl EventFile {
     /// Begins a new file in `folder`, whose first point will be that of step `next`. Points that
-    /// earlier files hold from there on are superseded: TensorBoard drops them.
-    pub fn create(folder: &Path, next: u64) -> Result<Self> {
+    /// earlier files hold from there on are superseded: TensorBoard drops them. Unless `timed`, all
+    /// points have the time at which the file was made.
+    pub fn create(folder: &Path, next: u64, timed: bool) -> Result<Self> {
         crate::files::create_folder(folder)?;
         let now = wall_time();
         // The name must contain `tfevents`; TensorBoard reads files of a folder in name order.
@@ -34,7 +37,7 @@ impl EventFile {
         let path = folder.join(name);
         let file = OpenOptions::new().create_new(true).append(true).open(&path);
         let file = file.map_err(Error::io("write", &path))?;
-        let mut events = Self { file, path };
+        let mut events = Self { file, path, at: (!timed).then_some(now) };
         events.write(&event(now, 0, &bytes_field(3, b"brain.Event:2")))?;
         // SessionLog { status: START }.
         events.write(&event(now, next, &bytes_field(7, &varint_field(1, 1))))?;
@@ -50,7 +53,8 @@ impl EventFile {
             point.extend((*value as f32).to_le_bytes());
             summary.extend(bytes_field(1, &point));
         }
-        self.write(&event(wall_time(), step, &bytes_field(5, &summary)))
+        let time = self.at.unwrap_or_else(wall_time);
+        self.write(&event(time, step, &bytes_field(5, &summary)))
     }
 
     fn write(&mut self, data: &[u8]) -> Result<()> {

@@ -137,7 +137,7 @@ mod tests {
             let parts = model.forward_loss(&mut tape, &batch, &ForwardOptions::default())?;
             tape.backward(&parts.loss, grads)?;
             let loss = f64::from(parts.loss.value().item()?);
-            Ok(Some(Measured { loss, tokens: 8, ..Measured::default() }))
+            Ok(Some(Measured { loss: Some(loss), tokens: 8, ..Measured::default() }))
         }
 
         fn evaluate(&mut self, _: &Model) -> Result<Option<Measured>> {

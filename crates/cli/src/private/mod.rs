@@ -1,11 +1,13 @@
-//! `tercet private`: what training with noise gives away, and how much noise it needs.
+//! `tercet private`: training with noise, what it gives away, and how much noise it needs.
 
 mod audit;
 mod epsilon;
+pub mod plan;
 mod records;
 mod sigma;
+mod tune;
 
-/// Say what training with noise gives away, or how much noise it needs.
+/// Tune with a proof of privacy, or say what training with noise gives away and needs.
 ///
 /// For the Gaussian mechanism on Poisson samples (DP-SGD): every step draws each person with
 /// probability RATE, clips, and adds noise of SIGMA times the clipping norm. Adjacency is adding or
@@ -22,6 +24,14 @@ enum What {
     Epsilon(epsilon::Args),
     Records(records::Args),
     Sigma(sigma::Args),
+    Tune(Box<tune::Args>),
+}
+
+impl Args {
+    /// Whether a closed output pipe must not end it.
+    pub fn has_something_to_save(&self) -> bool {
+        matches!(self.what, What::Tune(_))
+    }
 }
 
 /// Runs the chosen question.
@@ -31,6 +41,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         What::Epsilon(args) => epsilon::run(args),
         What::Records(args) => records::run(args),
         What::Sigma(args) => sigma::run(args),
+        What::Tune(args) => tune::run(args),
     }
 }
 

@@ -87,7 +87,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let tensors = device.tensors();
     let control =
         Control { stop: &stop, resume: false, gemm_flops: Some(1e9 * gemm), device: &tensors };
-    let mut watcher = Watcher::new(Duration::from_secs(2));
+    let mut watcher = Watcher::new(Duration::from_secs(2), "");
     let report = tercet_train::pretrain(&config, &control, &mut |event| watcher.show(&event));
     watcher.finish();
     let report = report?;

@@ -57,13 +57,27 @@ pub fn sigma(
     rate: f64,
     steps: u64,
 ) -> Result<Calibrated> {
+    scaled(accountant, (target, delta), &[Phase::new(1.0, rate, steps)?])
+}
+
+/// As [`sigma`] for steps whose multipliers differ: the smallest factor on all of them. What is
+/// called `sigma` in the answer is the factor.
+///
+/// # Errors
+/// As [`sigma`], and [`Error::TooManyPhases`].
+pub fn scaled(
+    accountant: Accountant,
+    (target, delta): (f64, f64),
+    phases: &[Phase],
+) -> Result<Calibrated> {
     check_epsilon(target)?;
     check_delta(delta)?;
-    if steps == 0 {
+    if phases.iter().all(|phase| phase.steps() == 0) {
         return Err(Error::parameter("steps", 0.0, "without a step no noise is needed"));
     }
     let at = |sigma: f64| -> Result<Calibrated> {
-        let epsilon = accountant.epsilon(&[Phase::new(sigma, rate, steps)?], delta)?;
+        let scaled = phases.iter().map(|p| Phase::new(sigma * p.sigma(), p.rate(), p.steps()));
+        let epsilon = accountant.epsilon(&scaled.collect::<Result<Vec<_>>>()?, delta)?;
         Ok(Calibrated { sigma, epsilon })
     };
     let (mut low, mut high) = bracket(at, target)?;

@@ -165,7 +165,7 @@ pub struct Norms {
 pub struct ClippedSum {
     blocks: Blocks,
     bounds: Vec<f64>,
-    rule: Rule,
+    rules: Vec<Rule>,
     grid: Grid,
     /// The unit of each block, a power of two.
     units: Vec<f64>,
@@ -181,27 +181,59 @@ impl ClippedSum {
     /// [`Error::Step`] when there are not as many thresholds as blocks; [`Error::Parameter`] when
     /// one is not a number from 2⁻¹⁰⁰ to 2¹⁰⁰, or gamma not one from 10⁻⁶ to 10⁶.
     pub fn new(blocks: Blocks, bounds: Vec<f64>, rule: Rule, grid: Grid) -> Result<Self> {
-        if bounds.len() != blocks.len() {
-            return Err(Error::Step(format!(
-                "there are {} thresholds for {} blocks",
-                bounds.len(),
-                blocks.len()
-            )));
+        let rules = vec![rule; blocks.len()];
+        Self::with_rules(blocks, bounds, rules, grid)
+    }
+
+    /// The same with a rule for each block, as where statistics are released beside the gradient.
+    ///
+    /// # Errors
+    /// As [`ClippedSum::new`]; and when there are not as many rules as blocks.
+    pub fn with_rules(
+        blocks: Blocks,
+        bounds: Vec<f64>,
+        rules: Vec<Rule>,
+        grid: Grid,
+    ) -> Result<Self> {
+        if rules.len() != blocks.len() {
+            let (got, expected) = (rules.len(), blocks.len());
+            return Err(Error::Step(format!("there are {got} rules for {expected} blocks")));
+        }
+        for rule in &rules {
+            if let Rule::AutoS { gamma } = *rule
+                && !(1e-6..=1e6).contains(&gamma)
+            {
+                return Err(Error::parameter("gamma", gamma, "expected a number from 1e-6 to 1e6"));
+            }
+        }
+        let sums = blocks.sizes.iter().map(|&size| vec![0; size]).collect();
+        let (units, people, not_finite) = (Vec::new(), 0, 0);
+        let mut sum = Self { blocks, bounds: vec![], rules, grid, units, sums, people, not_finite };
+        sum.set_bounds(bounds)?;
+        Ok(sum)
+    }
+
+    /// Other thresholds, from the next person on.
+    ///
+    /// # Errors
+    /// As [`ClippedSum::new`]; and when somebody was added already: the sum would mix two grids.
+    pub fn set_bounds(&mut self, bounds: Vec<f64>) -> Result<()> {
+        if self.people > 0 {
+            return Err(Error::Step("thresholds cannot change within a step".into()));
+        }
+        if bounds.len() != self.blocks.len() {
+            let (got, expected) = (bounds.len(), self.blocks.len());
+            return Err(Error::Step(format!("there are {got} thresholds for {expected} blocks")));
         }
         let range = 2f64.powi(-100)..=2f64.powi(100);
         if let Some(&bound) = bounds.iter().find(|bound| !range.contains(bound)) {
             let expected = "a clipping threshold is a number above 0, from 2^-100 to 2^100";
             return Err(Error::parameter("bound", bound, expected));
         }
-        if let Rule::AutoS { gamma } = rule
-            && !(1e-6..=1e6).contains(&gamma)
-        {
-            return Err(Error::parameter("gamma", gamma, "expected a number from 1e-6 to 1e6"));
-        }
-        let units = bounds.iter().map(|&bound| power_from(bound) * 2f64.powi(-grid.bits()));
-        let units = units.collect();
-        let sums = blocks.sizes.iter().map(|&size| vec![0; size]).collect();
-        Ok(Self { blocks, bounds, rule, grid, units, sums, people: 0, not_finite: 0 })
+        let unit = |&bound: &f64| power_from(bound) * 2f64.powi(-self.grid.bits());
+        self.units = bounds.iter().map(unit).collect();
+        self.bounds = bounds;
+        Ok(())
     }
 
     /// The blocks.
@@ -220,32 +252,13 @@ impl ClippedSum {
     /// # Errors
     /// [`Error::Step`] when sizes do not fit; nothing is added then.
     pub fn add(&mut self, people: usize, gradients: &[Option<&[f32]>]) -> Result<Norms> {
-        if gradients.len() != self.sums.len() {
-            return Err(Error::Step(format!(
-                "there are gradients of {} slots, expected {}",
-                gradients.len(),
-                self.sums.len()
-            )));
-        }
-        for (slot, (gradient, &size)) in gradients.iter().zip(&self.blocks.sizes).enumerate() {
-            if let Some(gradient) = gradient
-                && Some(gradient.len()) != people.checked_mul(size)
-            {
-                return Err(Error::Step(format!(
-                    "slot {slot} has {} gradient elements, expected {size} for each of {people} \
-                     persons",
-                    gradient.len()
-                )));
-            }
-        }
+        let Norms { norms } = self.measure(people, gradients)?;
+        let norms: Vec<&[f64]> = norms.chunks_exact(self.blocks.len()).collect();
         let total = self.people.saturating_add(people as u64);
         if total > MOST_PEOPLE {
             return Err(Error::Step("there are more than 2^40 persons in a step".into()));
         }
         self.people = total;
-
-        let norms: Vec<Vec<f64>> =
-            (0..people).into_par_iter().map(|person| self.norms(person, gradients)).collect();
         let factors: Vec<Vec<f64>> = norms.iter().map(|norms| self.factors(norms)).collect();
         self.not_finite += norms.iter().filter(|n| n.iter().any(|n| !n.is_finite())).count() as u64;
 
@@ -269,6 +282,35 @@ impl ClippedSum {
         Ok(Norms { norms: norms.concat() })
     }
 
+    /// The norms that [`ClippedSum::add`] would find, without adding anything: statistics of them
+    /// are slots of the same sum.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when sizes do not fit.
+    pub fn measure(&self, people: usize, gradients: &[Option<&[f32]>]) -> Result<Norms> {
+        if gradients.len() != self.sums.len() {
+            return Err(Error::Step(format!(
+                "there are gradients of {} slots, expected {}",
+                gradients.len(),
+                self.sums.len()
+            )));
+        }
+        for (slot, (gradient, &size)) in gradients.iter().zip(&self.blocks.sizes).enumerate() {
+            if let Some(gradient) = gradient
+                && Some(gradient.len()) != people.checked_mul(size)
+            {
+                return Err(Error::Step(format!(
+                    "slot {slot} has {} gradient elements, expected {size} for each of {people} \
+                     persons",
+                    gradient.len()
+                )));
+            }
+        }
+        let norms: Vec<Vec<f64>> =
+            (0..people).into_par_iter().map(|person| self.norms(person, gradients)).collect();
+        Ok(Norms { norms: norms.concat() })
+    }
+
     /// A person's norm in each block.
     fn norms(&self, person: usize, gradients: &[Option<&[f32]>]) -> Vec<f64> {
         let mut squares = vec![0f64; self.blocks.blocks];
@@ -289,13 +331,13 @@ impl ClippedSum {
 
     /// What each block of a person of such norms is multiplied by: 0 when a norm is not finite.
     fn factors(&self, norms: &[f64]) -> Vec<f64> {
-        let factor = |(&norm, &bound): (&f64, &f64)| match self.rule {
+        let factor = |((&norm, &bound), rule): ((&f64, &f64), &Rule)| match *rule {
             _ if !norm.is_finite() => 0.0,
             Rule::Clip if norm <= SAFE * bound => 1.0,
             Rule::Clip => SAFE * bound / norm,
             Rule::AutoS { gamma } => SAFE * bound / (norm + gamma),
         };
-        norms.iter().zip(&self.bounds).map(factor).collect()
+        norms.iter().zip(&self.bounds).zip(&self.rules).map(factor).collect()
     }
 
     /// Persons of this step whose gradient was not finite and counted as 0. Private: it may be used

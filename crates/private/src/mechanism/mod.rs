@@ -6,6 +6,7 @@
 //! | [`sampling`] | every person is in a step or not by a coin of its own |
 //! | [`clip`] | gradients of persons are clipped and summed |
 //! | [`noise`] | standard deviations for thresholds; Gaussian noise, discrete where hardened |
+//! | [`statistics`] | a noisy mean loss and counts, released with the gradient |
 //! | [`ledger`] | what was spent, on disk before the noise is used |
 //! | [`key`] | the secret from which coins and noise come |
 //!
@@ -28,3 +29,4 @@ pub mod ledger;
 pub mod noise;
 pub mod people;
 pub mod sampling;
+pub mod statistics;

@@ -23,8 +23,9 @@ const RUN: &str = "run.json";
 const CONFIG: &str = "config.toml";
 
 /// Keys that may differ on resume: they change what is watched or kept, or name a place (what the
-/// text and the tokenizer must be is checked by their content).
-const FREE: [&str; 17] = [
+/// text and the tokenizer must be is checked by their content), or divide work without changing a
+/// bit.
+const FREE: [&str; 18] = [
     "output",
     "data.paths",
     "data.validation_paths",
@@ -40,6 +41,7 @@ const FREE: [&str; 17] = [
     "train.sample_tokens",
     "train.nan_patience",
     "train.outlier_z",
+    "private.micro_people",
     "checkpoint.every",
     "checkpoint.keep",
 ];

@@ -193,8 +193,9 @@ fn held_out(examples: Vec<Example>, share: f64) -> (Vec<Example>, Vec<Example>) 
     examples.into_iter().partition(|example| is_held_out(example.hash(), share))
 }
 
-/// What a row says: `{messages}`, `{prompt, completion}` or `{text}`.
-fn example(row: &Row, encoder: &Encoder) -> Result<Example, String> {
+/// What a row says: `{messages}`, `{prompt, completion}` or `{text}`; the reason when it says none
+/// of them.
+pub fn example(row: &Row, encoder: &Encoder) -> Result<Example, String> {
     let object = &row.object;
     if let Some(value) = object.get("messages") {
         let Value::Array(list) = value else {
@@ -254,7 +255,7 @@ impl Sft<'_> {
         examples: &[&Example],
         mut into: Option<(u64, &mut Grads, &AtomicBool)>,
     ) -> Result<Option<Measured>> {
-        let total: usize = examples.iter().map(|example| example.counted()).sum();
+        let all: usize = examples.iter().map(|example| example.counted()).sum();
         let lengths = examples.iter().map(|example| example.ids.len());
         let mut losses = Vec::new();
         let mut measured = Measured::default();
@@ -270,7 +271,7 @@ impl Sft<'_> {
             let batch = pack(part.iter().copied());
             measured.tokens += batch.input_ids.len() as u64;
             let counted: usize = part.iter().map(|example| example.counted()).sum();
-            let share = counted as f64 / total as f64;
+            let share = counted as f64 / all as f64;
             let mut tape = if into.is_some() { Tape::recording() } else { Tape::inference() };
             let parts = model.forward_loss(&mut tape, &batch, &options)?;
             if let Some((_, grads, _)) = &mut into {
@@ -278,13 +279,15 @@ impl Sft<'_> {
             }
             losses.push((share, parts.cross_entropy.value().clone()));
         }
+        let mut total = 0.0;
         for (i, (share, loss)) in losses.iter().enumerate() {
             let loss = f64::from(loss.item()?);
             if !loss.is_finite() && measured.place.is_none() {
                 measured.place = Some(format!("loss {loss} in part {} of the batch", i + 1));
             }
-            measured.loss += share * loss;
+            total += share * loss;
         }
+        measured.loss = Some(total);
         Ok(Some(measured))
     }
 }

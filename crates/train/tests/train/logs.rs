@@ -59,7 +59,7 @@ fn records(bytes: &[u8]) -> Vec<Vec<u8>> {
 #[test]
 fn an_event_file_is_whole_records_with_the_right_fields() {
     let room = tempfile::tempdir().unwrap();
-    let mut file = EventFile::create(room.path(), 7).unwrap();
+    let mut file = EventFile::create(room.path(), 7, true).unwrap();
     file.scalars(8, &[("train/loss", 2.5), ("train/lr", 0.001)]).unwrap();
     let path = fs::read_dir(room.path()).unwrap().next().unwrap().unwrap().path();
     assert!(path.file_name().unwrap().to_str().unwrap().contains("tfevents"));
@@ -78,7 +78,7 @@ fn an_event_file_is_whole_records_with_the_right_fields() {
 #[test]
 fn the_guard_skips_what_is_not_finite_and_stops_after_its_patience() {
     let mut guard = Guard::default();
-    let mut judge = |loss, norm| guard.judge(loss, norm, 3, 5.0);
+    let mut judge = |loss, norm| guard.judge(Some(loss), norm, 3, 5.0);
     assert_eq!(judge(1.0, 1.0), Verdict::Fine);
     assert_eq!(judge(f64::NAN, 1.0), Verdict::Skip);
     assert_eq!(judge(1.0, f64::INFINITY), Verdict::Skip);
@@ -94,19 +94,22 @@ fn outliers_are_judged_against_the_last_128_steps_only() {
     let mut guard = Guard::default();
     // Far away at first, then around 2 with deviation 0.1.
     for _ in 0..40 {
-        guard.judge(100.0, 1.0, 3, 5.0);
+        guard.judge(Some(100.0), 1.0, 3, 5.0);
     }
     for step in 0..WINDOW {
         let loss = if step % 2 == 0 { 1.9 } else { 2.1 };
-        assert_eq!(guard.judge(loss, 1.0, 3, 5.0), Verdict::Fine, "a fall is no outlier");
+        assert_eq!(guard.judge(Some(loss), 1.0, 3, 5.0), Verdict::Fine, "a fall is no outlier");
     }
-    assert_eq!(guard.judge(2.45, 1.0, 3, 5.0), Verdict::Fine);
-    match guard.judge(2.7, 1.0, 3, 5.0) {
+    assert_eq!(guard.judge(Some(2.45), 1.0, 3, 5.0), Verdict::Fine);
+    match guard.judge(Some(2.7), 1.0, 3, 5.0) {
         Verdict::Outlier { loss_z: Some(z), grad_norm_z: None } => {
             // (2.7 − 2.0) / 0.1, shifted a little by the 2.45 in the window.
             assert!((6.0..7.5).contains(&z), "{z}");
         }
         other => panic!("{other:?}"),
     }
-    assert_eq!(guard.judge(1e9, 1.0, 3, 0.0), Verdict::Fine, "0 switches it off");
+    // A task may keep its loss to itself; its gradient is looked at all the same.
+    assert_eq!(guard.judge(None, 1.0, 3, 5.0), Verdict::Fine);
+    assert_eq!(guard.judge(None, f64::NAN, 3, 5.0), Verdict::Skip);
+    assert_eq!(guard.judge(Some(1e9), 1.0, 3, 0.0), Verdict::Fine, "0 switches it off");
 }

@@ -1,0 +1,327 @@
+//! The public side of a run: thresholds, coordinates and noise of the next step, from what earlier
+//! steps released.
+
+use rayon::prelude::*;
+
+use super::adaclip::Adaclip;
+use super::balance::Balance;
+use super::controller::{self, Controller};
+use super::geoclip::Geoclip;
+use super::quantile::QuantileConfig;
+use super::random_action::RandomAction;
+use super::schedule::ScheduleConfig;
+use super::state::{Reader, State};
+use super::watch::{Public, Watch};
+use super::{Layout, Method, auto_s, dp_sgd, per_layer};
+use crate::mechanism::clip::{Blocks, Rule};
+use crate::mechanism::noise::Split;
+use crate::mechanism::statistics::{Noisy, Statistics};
+use crate::{Error, Result};
+
+/// Everything that decides a method, fixed before the run.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    /// Which method.
+    pub method: Method,
+    /// A threshold for each adapter, and not one for all.
+    pub by_adapter: bool,
+    /// C: of everything together.
+    pub threshold: f64,
+    /// How the gradient's noise is divided among blocks.
+    pub split: Split,
+    /// Clip and add noise as if A and B had equal norms.
+    pub balance: bool,
+    /// What is released beside the gradient; counts are of these blocks.
+    pub statistics: Statistics,
+    /// Nominal σ of everything a step releases.
+    pub sigma: f64,
+    /// Whether a controller may move σ.
+    pub moves_sigma: bool,
+    /// Steps between a controller's decisions.
+    pub every: u64,
+    /// Steps of the run.
+    pub steps: u64,
+    /// The expected batch.
+    pub batch: f64,
+    /// A controller's seed; public.
+    pub seed: u64,
+    /// `quantile`'s numbers.
+    pub quantile: QuantileConfig,
+    /// `schedule`'s numbers.
+    pub schedule: ScheduleConfig,
+}
+
+/// What a step cost, for a controller.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Its Rényi divergence at one order fixed before the run.
+    pub rho: f64,
+    /// Share of the budget that is spent, this step included.
+    pub spent: f64,
+}
+
+/// In which coordinates gradients are clipped.
+#[derive(Clone, Debug)]
+enum Coordinates {
+    Own,
+    Balanced(Balance),
+    Adaclip(Adaclip),
+    Geoclip(Geoclip),
+}
+
+/// A controller and what it will be shown.
+#[derive(Clone, Debug)]
+struct Control {
+    controller: Controller,
+    watch: Watch,
+}
+
+/// Thresholds, coordinates and noise of the next step.
+#[derive(Clone, Debug)]
+pub struct Steering {
+    recipe: Recipe,
+    layout: Layout,
+    blocks: Blocks,
+    bounds: Vec<f64>,
+    sigma: f64,
+    coordinates: Coordinates,
+    control: Option<Control>,
+}
+
+impl Steering {
+    /// As the run begins.
+    ///
+    /// # Errors
+    /// [`Error::Step`] for a layout that has no blocks; [`Error::State`] for `rldp`, which this
+    /// build does not have.
+    pub fn new(recipe: Recipe, layout: Layout) -> Result<Self> {
+        let blocks = blocks(recipe.by_adapter, &layout)?;
+        let bounds = per_layer::bounds(recipe.threshold, blocks.len());
+        let coordinates = match recipe.method {
+            Method::Adaclip => Coordinates::Adaclip(Adaclip::new(&layout.sizes)),
+            Method::Geoclip => Coordinates::Geoclip(Geoclip::new(&layout)),
+            _ if recipe.balance => Coordinates::Balanced(Balance::none(layout.sizes.len())),
+            _ => Coordinates::Own,
+        };
+        let controller = match recipe.method {
+            Method::RandomAction => Some(Controller::Random(RandomAction::new(recipe.seed))),
+            Method::Rldp => return Err(Error::State("there is no rldp in this build".into())),
+            _ => None,
+        };
+        let watch = Watch::new(&blocks);
+        let control = controller.map(|controller| Control { controller, watch });
+        let sigma = recipe.sigma;
+        Ok(Self { recipe, layout, blocks, bounds, sigma, coordinates, control })
+    }
+
+    /// The blocks that have a threshold each.
+    pub fn blocks(&self) -> &Blocks {
+        &self.blocks
+    }
+
+    /// The thresholds of the next step.
+    pub fn bounds(&self) -> &[f64] {
+        &self.bounds
+    }
+
+    /// How each block is shortened.
+    pub fn rules(&self) -> Vec<Rule> {
+        let rule = if self.recipe.method == Method::AutoS { auto_s::RULE } else { Rule::Clip };
+        vec![rule; self.blocks.len()]
+    }
+
+    /// What is released beside the gradient.
+    pub fn statistics(&self) -> &Statistics {
+        &self.recipe.statistics
+    }
+
+    /// Effective noise multiplier of everything that `step` releases: what the ledger holds.
+    pub fn sigma(&self, step: u64) -> f64 {
+        match self.recipe.method {
+            Method::Schedule => self.sigma * self.recipe.schedule.sigma(step, self.recipe.steps),
+            _ => self.sigma,
+        }
+    }
+
+    /// A σ that no step from `step` on is planned to be below.
+    pub fn least_sigma(&self, step: u64) -> f64 {
+        self.sigma(step).min(self.sigma(self.recipe.steps.saturating_sub(1)))
+    }
+
+    /// Standard deviations on the sums of `step`, by block, without those of the statistics.
+    ///
+    /// # Errors
+    /// As [`Split::scales`].
+    pub fn scales(&self, step: u64) -> Result<Vec<f64>> {
+        let sigma = self.recipe.statistics.gradient_sigma(self.sigma(step));
+        self.recipe.split.scales(sigma, &self.bounds, &self.blocks.dims())
+    }
+
+    /// Whether [`Steering::prepare`] wants the weights.
+    pub fn wants_weights(&self) -> bool {
+        matches!(self.coordinates, Coordinates::Balanced(_))
+    }
+
+    /// Makes ready for `step`; `squares` are the squared norms of the slots' weights, where they
+    /// are wanted.
+    pub fn prepare(&mut self, step: u64, squares: &[f64]) {
+        if self.recipe.method == Method::Schedule {
+            let factor = self.recipe.schedule.threshold(step, self.recipe.steps);
+            self.bounds = per_layer::bounds(self.recipe.threshold * factor, self.blocks.len());
+        }
+        if let Coordinates::Balanced(balance) = &mut self.coordinates {
+            *balance = Balance::of(&self.layout, squares);
+        }
+    }
+
+    /// Whether gradients are clipped in other coordinates than their own.
+    pub fn changes_coordinates(&self) -> bool {
+        !matches!(self.coordinates, Coordinates::Own)
+    }
+
+    /// Persons' gradients, `[persons, elements]` for each slot, into the coordinates in which they
+    /// are clipped: each person's by itself.
+    pub fn forward(&self, gradients: &mut [Vec<f32>]) {
+        let sizes = &self.layout.sizes;
+        match &self.coordinates {
+            Coordinates::Own => {}
+            Coordinates::Balanced(balance) => {
+                for (slot, values) in gradients.iter_mut().enumerate() {
+                    values.par_chunks_mut(sizes[slot]).for_each(|own| balance.forward(slot, own));
+                }
+            }
+            Coordinates::Adaclip(adaclip) => {
+                for (slot, values) in gradients.iter_mut().enumerate() {
+                    values.par_chunks_mut(sizes[slot]).for_each(|own| adaclip.forward(slot, own));
+                }
+            }
+            Coordinates::Geoclip(geoclip) => {
+                let mut people: Vec<Vec<&mut [f32]>> = Vec::new();
+                for (values, &size) in gradients.iter_mut().zip(sizes) {
+                    for (person, own) in values.chunks_mut(size).enumerate() {
+                        if person == people.len() {
+                            people.push(Vec::new());
+                        }
+                        people[person].push(own);
+                    }
+                }
+                people.par_iter_mut().for_each(|gradient| geoclip.forward(gradient));
+            }
+        }
+    }
+
+    /// Learns from what `step` released, which is all it is ever told, and returns the gradient
+    /// for the optimizer, in its own coordinates. `scales` are the standard deviations by block
+    /// that went into the sum.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when a controller's answer makes no sense.
+    pub fn learn(
+        &mut self,
+        step: u64,
+        scales: &[f64],
+        mut released: Vec<Vec<f32>>,
+        noisy: &Noisy,
+        cost: Cost,
+    ) -> Result<Vec<Vec<f32>>> {
+        let noise: Vec<f64> = scales.iter().map(|scale| scale / self.recipe.batch).collect();
+        if let Some(Control { watch, .. }) = &mut self.control {
+            watch.take(&self.blocks, &released, &noise, (&self.bounds, noisy), cost.rho);
+        }
+        let slots = 0..released.len();
+        let by_slot: Vec<f64> = slots.map(|slot| noise[self.blocks.block_of(slot)]).collect();
+        match &mut self.coordinates {
+            Coordinates::Own => {}
+            Coordinates::Balanced(balance) => {
+                let slots = released.iter_mut().enumerate();
+                slots.for_each(|(slot, values)| balance.back(slot, values));
+            }
+            Coordinates::Adaclip(adaclip) => {
+                adaclip.learn(&mut released, &by_slot, self.recipe.batch);
+            }
+            Coordinates::Geoclip(geoclip) => {
+                geoclip.learn(&mut released, &by_slot, self.recipe.batch);
+            }
+        }
+        if let (Method::Quantile, Some(below)) = (self.recipe.method, &noisy.below) {
+            self.bounds = self.recipe.quantile.next(&self.bounds, below);
+        }
+        if (step + 1).is_multiple_of(self.recipe.every) {
+            self.decide(step, cost.spent)?;
+        }
+        Ok(released)
+    }
+
+    fn decide(&mut self, step: u64, spent: f64) -> Result<()> {
+        let Some(Control { controller, watch }) = &mut self.control else { return Ok(()) };
+        let seen = watch.close(&Public {
+            bounds: &self.bounds,
+            // A control without noise has the ratio of one with all of it.
+            sigma_ratio: if self.recipe.sigma > 0.0 { self.sigma / self.recipe.sigma } else { 1.0 },
+            progress: (step + 1) as f64 / self.recipe.steps as f64,
+            spent,
+        });
+        let bounds = self.bounds.len();
+        let action = controller.decide(&seen, bounds + usize::from(self.recipe.moves_sigma))?;
+        self.bounds = controller::thresholds(&self.bounds, &action[..bounds])?;
+        if self.recipe.moves_sigma {
+            self.sigma = controller::sigma(self.recipe.sigma, action[bounds])?;
+        }
+        Ok(())
+    }
+
+    /// Everything that a checkpoint must hold of it.
+    pub fn state(&self) -> State {
+        let mut state = State { numbers: self.bounds.clone(), arrays: Vec::new() };
+        state.numbers.push(self.sigma);
+        match &self.coordinates {
+            // Made anew from the weights at every step.
+            Coordinates::Own | Coordinates::Balanced(_) => {}
+            Coordinates::Adaclip(adaclip) => adaclip.write(&mut state),
+            Coordinates::Geoclip(geoclip) => geoclip.write(&mut state),
+        }
+        if let Some(Control { controller, watch }) = &self.control {
+            controller.write(&mut state);
+            watch.write(&mut state);
+        }
+        state
+    }
+
+    /// Goes on from a checkpoint's state.
+    ///
+    /// # Errors
+    /// [`Error::State`] when it is of another method or other tensors.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        let mut reader = Reader::new(state);
+        self.bounds = reader.numbers(self.bounds.len())?;
+        self.sigma = reader.number()?;
+        match &mut self.coordinates {
+            Coordinates::Own | Coordinates::Balanced(_) => {}
+            Coordinates::Adaclip(adaclip) => adaclip.read(&mut reader)?,
+            Coordinates::Geoclip(geoclip) => geoclip.read(&mut reader)?,
+        }
+        if let Some(Control { controller, watch }) = &mut self.control {
+            controller.read(&mut reader)?;
+            watch.read(&mut reader)?;
+        }
+        reader.end()
+    }
+}
+
+/// One block, or one for each adapter.
+///
+/// # Errors
+/// As [`Blocks::by_pair`].
+pub fn blocks(by_adapter: bool, layout: &Layout) -> Result<Blocks> {
+    if by_adapter { per_layer::blocks(layout) } else { dp_sgd::blocks(layout) }
+}
+
+impl Method {
+    /// The threshold of everything together when none is given.
+    pub fn threshold(self) -> f64 {
+        match self {
+            Self::AutoS => auto_s::THRESHOLD,
+            _ => dp_sgd::THRESHOLD,
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! A private tuning run: from a configuration to an adapter and what it gives away.
+//!
+//! | room | what it does |
+//! |---|---|
+//! | [`config`] | the file: unknown keys refused, every number in its range |
+//! | [`budget`] | noise, rate and ε of the whole run, before it starts |
+//! | [`rows`] | rows to persons to examples |
+//! | [`task`] | one private step of the training loop |
+//! | `joint` | gradient and statistics of a step as one release |
+//! | [`account`] | what is spent so far, and whether one more step fits |
+//! | [`report`] | `privacy.json`: what is promised, beside the adapter |
+//! | [`run`](mod@run) | a whole run |
+
+pub mod account;
+pub mod budget;
+pub mod config;
+mod joint;
+mod kept;
+pub mod report;
+pub mod rows;
+pub mod run;
+pub mod task;
+
+pub use budget::{Budget, Mode};
+pub use config::{PrivateConfig, PrivateSection};
+pub use run::{LEDGER, tune};
+
+impl From<crate::Error> for tercet_train::Error {
+    fn from(error: crate::Error) -> Self {
+        use crate::Error as Private;
+        let text = error.to_string();
+        match error {
+            Private::Parameter { .. }
+            | Private::TooManySteps { .. }
+            | Private::TooManyPhases { .. }
+            | Private::Unreachable { .. } => Self::config("private", format!("cannot be: {text}")),
+            Private::People(_) => Self::Data(text),
+            Private::State(_) | Private::Ledger { .. } => Self::Checkpoint(text),
+            Private::Io { action, path, reason } => {
+                Self::Io { action, path, source: std::io::Error::other(reason) }
+            }
+            Private::Step(_) | Private::Entropy(_) => Self::Fault(text),
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! One private step of the training loop.
+//!
+//! Everything that depends on a person stays on this side of [`joint::release`]: losses,
+//! norms, how many were drawn. What the loop, a record, a controller or a checkpoint is given has
+//! come out of it, or is public.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tercet_model::{ForwardOptions, Model};
+use tercet_tensor::{Device, Grads, Tape, Tensor};
+use tercet_train::run::{Measured, Task};
+use tercet_train::tune::{pack, portions};
+use tercet_train::{Error, Result};
+
+use super::account::Account;
+use super::config::PrivateConfig;
+use super::joint;
+use super::kept;
+use super::report::Promise;
+use super::rows::Person;
+use crate::mechanism::clip::ClippedSum;
+use crate::mechanism::key::Key;
+use crate::mechanism::ledger::Ledger;
+use crate::mechanism::noise::Noise;
+use crate::mechanism::sampling::Sampler;
+use crate::method::{Cost, Layout, Steering};
+
+/// Private tuning.
+pub struct Private<'a> {
+    config: &'a PrivateConfig,
+    /// Trained on.
+    people: &'a [Person],
+    /// Held out.
+    validation: &'a [Person],
+    /// The slots of the model that are released, in the order of the layout.
+    slots: Vec<usize>,
+    steering: Steering,
+    account: Account,
+    ledger: Ledger,
+    key: Key,
+    sampler: Sampler,
+    noise: Noise,
+    sum: ClippedSum,
+    /// Rows of every portion.
+    rows: usize,
+    /// The next step, counted from 0.
+    next: u64,
+}
+
+/// A forward pass over persons, filled up to a number of rows that is always the same.
+struct Pass<'m> {
+    tape: Tape<'m>,
+    found: tercet_model::TokenLogProbs,
+    /// Rows of each person, and those that are nobody's.
+    groups: Vec<Range<usize>>,
+    /// −1/n for each of a person's n tokens that count.
+    slopes: Vec<f32>,
+}
+
+impl<'m> Pass<'m> {
+    fn new(
+        model: &'m Model,
+        people: &[&Person],
+        (rows, context): (usize, usize),
+        tape: Tape<'m>,
+        recompute: bool,
+    ) -> Result<Self> {
+        let mut batch = pack(people.iter().flat_map(|person| &person.examples));
+        batch.fill_up(rows, context)?;
+        let all = batch.input_ids.len();
+        let (mut groups, mut slopes, mut from) = (Vec::new(), vec![0.0; all], 0);
+        for person in people {
+            let to = from + person.tokens();
+            let slope = -1.0 / person.counted() as f32;
+            let counts = batch.targets[from..to].iter().map(|&target| target >= 0);
+            let own = slopes[from..to].iter_mut().zip(counts);
+            own.for_each(|(own, counts)| *own = if counts { slope } else { 0.0 });
+            groups.push(from..to);
+            from = to;
+        }
+        if from < all {
+            groups.push(from..all);
+        }
+        let mut tape = tape;
+        let options = ForwardOptions { recompute, ..ForwardOptions::default() };
+        let found = model.token_log_probs(&mut tape, &batch, &options)?;
+        Ok(Self { tape, found, groups, slopes })
+    }
+
+    /// Σ −log p of each person's tokens that count, in nats.
+    fn sums(&self, people: usize) -> Result<Vec<f64>> {
+        let log_probs = self.found.log_probs.value().to_vec_f32()?;
+        let own = |rows: &Range<usize>| {
+            log_probs[rows.clone()].iter().map(|&x| -f64::from(x)).sum::<f64>()
+        };
+        Ok(self.groups.iter().take(people).map(own).collect())
+    }
+
+    /// A gradient for each group.
+    fn back(mut self, slots: usize) -> Result<Grads> {
+        let mut grads = Grads::by_group(slots, self.groups)?;
+        let seed = Tensor::from_f32(self.slopes, self.found.log_probs.shape())?;
+        self.tape.backward_from(&[(&self.found.log_probs, seed)], &mut grads)?;
+        Ok(grads)
+    }
+}
+
+/// The secrets of a run and where they are spent.
+pub struct Secrets {
+    /// Coins and noise.
+    pub key: Key,
+    /// What is spent.
+    pub ledger: Ledger,
+}
+
+impl<'a> Private<'a> {
+    /// From step `next` on: persons to train on and to hold out, the slots of the model that are
+    /// released, in the order of the layout, what decides thresholds and what counts the budget.
+    ///
+    /// # Errors
+    /// As [`ClippedSum::with_rules`] and [`Sampler::new`].
+    pub fn new(
+        config: &'a PrivateConfig,
+        (people, validation): (&'a [Person], &'a [Person]),
+        slots: Vec<usize>,
+        (steering, account): (Steering, Account),
+        Secrets { key, ledger }: Secrets,
+        next: u64,
+    ) -> Result<Self> {
+        let sampler = Sampler::new(&key, account.budget().rate)?;
+        let noise = Noise::new(&key);
+        let sum = joint::clipped_sum(&steering, config.private.hardened)?;
+        let rows = config.rows()?;
+        Ok(Self {
+            config,
+            people,
+            validation,
+            slots,
+            steering,
+            account,
+            ledger,
+            key,
+            sampler,
+            noise,
+            sum,
+            rows,
+            next,
+        })
+    }
+
+    /// Adds the clipped gradients of these persons to the sum. Private.
+    fn gather(&mut self, model: &Model, people: &[&Person]) -> Result<()> {
+        let cut = (self.rows, self.config.data.context);
+        let pass = Pass::new(model, people, cut, Tape::recording(), self.config.train.recompute)?;
+        let losses: Vec<f32> = match self.steering.statistics().is_empty() {
+            true => vec![0.0; people.len()],
+            false => {
+                let sums = pass.sums(people.len())?.into_iter().zip(people);
+                sums.map(|(sum, person)| (sum / person.counted() as f64) as f32).collect()
+            }
+        };
+        let grads = pass.back(model.trained().len())?;
+        let mut gradients = Vec::with_capacity(self.slots.len());
+        for &slot in &self.slots {
+            let most = people.len() * model.trained().tensor(slot).len();
+            gradients.push(grads.get(slot).map(|grad| numbers(grad, most)).transpose()?);
+        }
+        joint::add(&mut self.sum, &self.steering, &losses, gradients)?;
+        Ok(())
+    }
+
+    /// Squared norms of the released slots' weights; empty where nobody wants them.
+    fn squares(&self, model: &Model) -> Result<Vec<f64>> {
+        if !self.steering.wants_weights() {
+            return Ok(Vec::new());
+        }
+        let square = |&slot: &usize| -> Result<f64> {
+            let values = model.trained().tensor(slot).to_vec_f32()?;
+            Ok(values.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
+        };
+        self.slots.iter().map(square).collect()
+    }
+
+    /// The drawn persons' gradients into the sum; false when stopped, which leaves it empty.
+    fn draw(&mut self, model: &Model, stop: &AtomicBool) -> Result<bool> {
+        let stream = self.ledger.next_stream();
+        let drawn = self.sampler.draw(stream, self.people.len());
+        let everybody = self.people;
+        let drawn: Vec<&Person> = drawn.into_iter().map(|i| &everybody[i]).collect();
+        for portion in portions(drawn.iter().map(|person| person.tokens()), self.rows) {
+            for people in drawn[portion].chunks(self.config.private.micro_people) {
+                if stop.load(Ordering::Relaxed) {
+                    return Ok(false);
+                }
+                self.gather(model, people)?;
+            }
+        }
+        Ok(!stop.load(Ordering::Relaxed))
+    }
+
+    /// What is promised for what the ledger holds now.
+    ///
+    /// # Errors
+    /// As the accountants.
+    pub fn promise(&self) -> Result<Promise> {
+        let epsilon = self.account.epsilon_now(&self.ledger)?;
+        Ok(Promise::of(self.config, self.account.budget(), epsilon, self.ledger.entries()))
+    }
+}
+
+impl Task for Private<'_> {
+    fn step(
+        &mut self,
+        model: &Model,
+        step: u64,
+        grads: &mut Grads,
+        stop: &AtomicBool,
+    ) -> Result<Option<Measured>> {
+        let squares = self.squares(model)?;
+        self.steering.prepare(step, &squares);
+        self.sum.clear();
+        self.sum.set_bounds(joint::all_bounds(&self.steering))?;
+        if !self.draw(model, stop)? {
+            self.sum.clear();
+            return Ok(None);
+        }
+        let sigma = self.steering.sigma(step);
+        let scales = self.steering.scales(step)?;
+        // From here on nothing stops the step: what is written is spent.
+        self.account.count(sigma)?;
+        let budget = self.account.budget();
+        let (rate, batch) = (budget.rate, budget.batch);
+        let spent = self.ledger.spend(step, rate, sigma, &self.key)?;
+        let (sum, noise, all) = (&mut self.sum, &self.noise, (&scales[..], sigma));
+        let released = joint::release(sum, &self.steering, spent, noise, all, batch)?;
+        let noisy = self.steering.statistics().read(&released.statistics);
+        let threshold = self.steering.bounds().iter().map(|c| c * c).sum::<f64>().sqrt();
+        let cost = Cost { rho: self.account.rho(sigma)?, spent: self.account.share(&self.ledger) };
+        let gradient = self.steering.learn(step, &scales, released.gradient, &noisy, cost)?;
+        let device = model.device();
+        for (&slot, values) in self.slots.iter().zip(gradient) {
+            let tensor = Tensor::from_f32(values, model.trained().tensor(slot).shape())?;
+            grads.set(slot, tensor.to_device(&device)?)?;
+        }
+        self.next = step + 1;
+        let mut measures = vec![("threshold", threshold), ("sigma", sigma), ("budget", cost.spent)];
+        let least = self.steering.least_sigma(step);
+        if let Some(epsilon) = self.account.epsilon(&self.ledger, least)? {
+            measures.push(("epsilon", epsilon));
+        }
+        if let Some(below) = &noisy.below {
+            measures.push(("below", below.iter().sum::<f64>() / below.len() as f64));
+        }
+        Ok(Some(Measured { loss: noisy.loss, measures, ..Measured::default() }))
+    }
+
+    /// Mean cross-entropy of the held-out tokens: of other persons, or of public rows. It is
+    /// written down and looked at by nothing.
+    fn evaluate(&mut self, model: &Model) -> Result<Option<Measured>> {
+        if self.validation.is_empty() {
+            return Ok(None);
+        }
+        let (mut sum, mut tokens) = (0.0, 0);
+        let lengths = self.validation.iter().map(Person::tokens);
+        for portion in portions(lengths, self.rows) {
+            let people: Vec<&Person> = self.validation[portion].iter().collect();
+            let cut = (self.rows, self.config.data.context);
+            let pass = Pass::new(model, &people, cut, Tape::inference(), false)?;
+            sum += pass.sums(people.len())?.iter().sum::<f64>();
+            tokens += people.iter().map(|person| person.counted()).sum::<usize>();
+        }
+        Ok(Some(Measured { loss: Some(sum / tokens as f64), ..Measured::default() }))
+    }
+
+    fn position(&self, step: u64) -> u64 {
+        step
+    }
+
+    fn sidecars(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut files = kept::write(self.ledger.mark(), &self.steering.state())?;
+        files.push((super::report::FILE.into(), self.promise()?.to_json()?));
+        Ok(files)
+    }
+
+    fn is_done(&mut self) -> Result<bool> {
+        let sigma = self.steering.sigma(self.next);
+        Ok(!self.account.fits(&self.ledger, self.next, sigma)?)
+    }
+
+    fn is_discreet(&self) -> bool {
+        true
+    }
+}
+
+/// The first `most` numbers of a gradient, in main memory.
+fn numbers(gradient: &Tensor, most: usize) -> Result<Cow<'_, [f32]>> {
+    Ok(match gradient.device() {
+        Device::Cpu => Cow::Borrowed(&gradient.as_f32()?[..most]),
+        _ => {
+            let mut all = gradient.to_vec_f32()?;
+            all.truncate(most);
+            Cow::Owned(all)
+        }
+    })
+}
+
+/// The slots of an adapter that are released, and their layout: without the As where they are frozen.
+///
+/// # Errors
+/// [`Error::Fault`] without an adapter.
+pub fn layout(model: &Model, freeze_a: bool) -> Result<(Vec<usize>, Layout)> {
+    let adapter = model.active_adapter().and_then(|name| model.adapter(name));
+    let adapter = adapter.ok_or_else(|| Error::Fault("a private run has no adapter".into()))?;
+    let (mut slots, mut pairs, mut is_a) = (Vec::new(), Vec::new(), Vec::new());
+    for (_, own) in adapter.pairs() {
+        let mut pair = Vec::new();
+        for (at, slot) in own.into_iter().enumerate().skip(usize::from(freeze_a)) {
+            pair.push(slots.len());
+            slots.push(slot);
+            is_a.push(at == 0);
+        }
+        pairs.push(pair);
+    }
+    let sizes = slots.iter().map(|&slot| model.trained().tensor(slot).len()).collect();
+    Ok((slots, Layout { sizes, pairs, is_a }))
+}

@@ -1,0 +1,12 @@
+//! Private runs, end to end, on a model of a few thousand parameters.
+
+#[path = "../../../train/tests/train/tiny_chat.rs"]
+mod tiny_chat;
+
+mod bits;
+mod common;
+mod ledger;
+mod methods;
+mod refused;
+mod told;
+mod update;
