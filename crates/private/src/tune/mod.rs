@@ -34,8 +34,10 @@ impl From<crate::Error> for tercet_train::Error {
             | Private::TooManySteps { .. }
             | Private::TooManyPhases { .. }
             | Private::Unreachable { .. } => Self::config("private", format!("cannot be: {text}")),
-            Private::People(_) => Self::Data(text),
-            Private::State(_) | Private::Ledger { .. } => Self::Checkpoint(text),
+            Private::People(_) | Private::Audit(_) | Private::Records(_) => Self::Data(text),
+            Private::State(_) | Private::Controller(_) | Private::Ledger { .. } => {
+                Self::Checkpoint(text)
+            }
             Private::Io { action, path, reason } => {
                 Self::Io { action, path, source: std::io::Error::other(reason) }
             }
