@@ -9,14 +9,12 @@ use cudarc::driver::sys::{self, CUfunction_attribute as Attribute};
 use crate::error::check;
 use crate::{Error, Gpu, Result, TensorMap};
 
-/// Shared memory a block may use without asking.
-const SHARED_UNASKED: u32 = 48 << 10;
-
 /// An entry of a loaded module.
 pub(crate) struct Function {
     pub(crate) raw: sys::CUfunction,
     pub(crate) name: String,
-    /// The dynamic shared memory it may use.
+    /// The dynamic shared memory it was allowed. What needs no asking, 48 KiB, counts static memory
+    /// too, so everything is asked for.
     shared: AtomicU32,
 }
 
@@ -27,7 +25,7 @@ unsafe impl Sync for Function {}
 
 impl Function {
     pub(crate) fn new(raw: sys::CUfunction, name: String) -> Self {
-        Function { raw, name, shared: AtomicU32::new(SHARED_UNASKED) }
+        Function { raw, name, shared: AtomicU32::new(0) }
     }
 }
 

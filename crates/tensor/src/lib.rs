@@ -36,7 +36,7 @@ pub use adamw::{AdamW, AdamWConfig, AdamWState, SlotState};
 pub use device::Device;
 pub use dtype::DType;
 pub use error::Error;
-pub use exponentials::{exp_sum, log_sum_exp};
+pub use exponentials::{exp_quantile, exp_sum, log_sum_exp};
 pub use grads::Grads;
 pub use inspect::{Chosen, choose};
 pub use project::FEW_ROWS;
