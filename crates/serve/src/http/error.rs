@@ -1,10 +1,10 @@
 //! Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`.
 
-use axum::body::Body;
-use axum::http::{HeaderValue, Response, StatusCode, header};
-use axum::response::IntoResponse;
+use hyper::header::{self, HeaderValue};
+use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
 
+use super::body::{Response, json_response};
 use super::limits;
 use crate::engine::{EngineError, Refused};
 
@@ -23,6 +23,8 @@ pub struct ApiError {
     pub code: Value,
     /// Seconds to wait before trying again.
     pub retry_after: Option<u64>,
+    /// The methods that the path knows, of a 405.
+    pub allow: Option<&'static str>,
 }
 
 /// Result of everything that answers a request.
@@ -31,7 +33,15 @@ pub type ApiResult<T> = Result<T, ApiError>;
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { status, kind, message, param: None, code: Value::Null, retry_after: None }
+        Self {
+            status,
+            kind,
+            message,
+            param: None,
+            code: Value::Null,
+            retry_after: None,
+            allow: None,
+        }
     }
 
     /// 400: the request itself is wrong.
@@ -47,6 +57,13 @@ impl ApiError {
     /// Another status of the client's own making.
     pub fn client(status: StatusCode, message: impl Into<String>) -> Self {
         Self::new(status, "invalid_request_error", message)
+    }
+
+    /// 405: the path is there, not for this method.
+    pub fn method(given: &Method, allow: &'static str) -> Self {
+        let message = format!("this path does not take {given}; it takes {allow}");
+        let error = Self::client(StatusCode::METHOD_NOT_ALLOWED, message);
+        Self { allow: Some(allow), ..error }
     }
 
     /// 401: no key, or none that is known.
@@ -106,27 +123,21 @@ impl ApiError {
     }
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response<Body> {
-        let mut response = json_response(self.status, &self.json());
-        if let Some(seconds) = self.retry_after {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+impl From<ApiError> for Response {
+    fn from(error: ApiError) -> Self {
+        let mut response = json_response(error.status, &error.json());
+        let headers = response.headers_mut();
+        if let Some(seconds) = error.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if self.status == StatusCode::UNAUTHORIZED {
-            let scheme = HeaderValue::from_static("Bearer");
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
+        if let Some(methods) = error.allow {
+            headers.insert(header::ALLOW, HeaderValue::from_static(methods));
+        }
+        if error.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }
-}
-
-/// A JSON answer.
-pub fn json_response(status: StatusCode, body: &Value) -> Response<Body> {
-    let mut response = Response::new(Body::from(body.to_string()));
-    *response.status_mut() = status;
-    let kind = HeaderValue::from_static("application/json");
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    response
 }
 
 impl From<Refused> for ApiError {
@@ -154,6 +165,10 @@ impl From<EngineError> for ApiError {
 impl From<tercet_model::Error> for ApiError {
     /// What the tokenizer or a chat template says of a client's text.
     fn from(error: tercet_model::Error) -> Self {
-        if error.is_users() { Self::invalid(error.to_string()) } else { Self::ours(error.to_string()) }
+        if error.is_users() {
+            Self::invalid(error.to_string())
+        } else {
+            Self::ours(error.to_string())
+        }
     }
 }

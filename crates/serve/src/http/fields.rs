@@ -152,13 +152,15 @@ impl Fields {
     /// Refuses what was not asked for. On the outermost object, fields that OpenAI documents and
     /// we have no use for are let pass.
     pub fn finish(mut self) -> ApiResult<()> {
+        self.map.retain(|_, value| !value.is_null());
         if self.path.is_empty() {
             self.map.retain(|name, _| !WITHOUT_EFFECT.contains(&name.as_str()));
         }
         let Some(name) = self.map.keys().next() else { return Ok(()) };
-        let near = self.asked.iter().max_by(|a, b| {
-            strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name))
-        });
+        let near = self
+            .asked
+            .iter()
+            .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
         let near = near.filter(|near| strsim::jaro_winkler(near, name) > 0.85);
         let hint = near.map_or(String::new(), |near| format!("; did you mean `{near}`?"));
         let path: String = self.path(name).chars().take(100).collect();

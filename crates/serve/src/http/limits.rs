@@ -83,8 +83,8 @@ pub const GUIDED_CHOICES: usize = 256;
 /// Characters of `cache_salt` and of other names.
 pub const NAME_CHARS: usize = 256;
 
-/// Time for a chat template to run, for a grammar to be compiled.
-pub const COMPILE_TIME: Duration = Duration::from_secs(10);
+/// Time for a chat template to run, a prompt to be tokenised, a grammar to be compiled.
+pub const COMPILE_TIME: Duration = Duration::from_secs(30);
 
 /// Chat templates, tokenisations and grammars that are computed at once.
 pub const COMPILING: usize = 8;
