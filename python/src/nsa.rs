@@ -259,7 +259,8 @@ fn forward_chosen_cuda(
 }
 
 /// Writes `out` and, where given, the choice of blocks `chosen` and `saved`. With `choice`, that is
-/// the choice. On CUDA `saved` needs `chosen`, and each of `chosen` and `choice` needs `saved`.
+/// the choice; on CUDA `chosen` is then left as it is. There `saved` needs `chosen`, and each of
+/// `chosen` and `choice` needs `saved`.
 #[pyfunction]
 #[pyo3(name = "nsa_forward")]
 #[expect(clippy::too_many_arguments, reason = "a Python function's arguments")]

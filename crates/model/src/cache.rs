@@ -2,7 +2,7 @@
 
 use half::bf16;
 use tercet_attention::cpu::DenseCache;
-use tercet_tensor::{DType, Device, Gpu, Tape, Tensor, ops};
+use tercet_tensor::{DType, Device, FEW_ROWS, Gpu, Tape, Tensor, ops};
 
 use crate::batch::Inputs;
 use crate::cache_cpu::{self, NsaLayer};
@@ -61,6 +61,17 @@ impl Cache {
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerCache::bytes).sum()
     }
+
+    /// The blocks that the last token selected, layer by layer, each `[K, S]`, ascending and −1
+    /// padded. `None` for dense models, empty caches, and on a GPU, where they stay on the device.
+    pub fn selected(&self) -> Option<Vec<&[i32]>> {
+        let chosen = |layer| match layer {
+            &LayerCache::NsaF32(ref layer) => Some(layer.chosen()),
+            LayerCache::NsaBf16(layer) => Some(layer.chosen()),
+            _ => None,
+        };
+        self.layers.iter().map(|layer| chosen(layer).filter(|chosen| !chosen.is_empty())).collect()
+    }
 }
 
 impl Model {
@@ -85,7 +96,7 @@ impl Model {
 
     /// As [`Model::extend`], never by a captured step: what follows may be
     /// [`Model::extend_many`].
-    pub(crate) fn read(&self, cache: &mut Cache, tokens: &[i32]) -> Result<Vec<f32>> {
+    pub fn read(&self, cache: &mut Cache, tokens: &[i32]) -> Result<Vec<f32>> {
         let chunk = if self.device() == Device::Cpu { PREFILL_CHUNK } else { CUDA_PREFILL_CHUNK };
         let Some(last) = tokens.chunks(chunk).next_back() else {
             return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
@@ -105,6 +116,35 @@ impl Model {
             let row = tape.leaf(row);
             Ok(self.head(tape, &row)?.to_vec_f32()?)
         })
+    }
+
+    /// As [`Model::read`], with the logits after every token: `each(i, logits)` gets `[vocab]`
+    /// after token i, all in their order, those of the last with the bits that `read` returns.
+    /// Few of them exist at once.
+    pub fn read_each(
+        &self,
+        cache: &mut Cache,
+        tokens: &[i32],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let chunk = if self.device() == Device::Cpu { PREFILL_CHUNK } else { CUDA_PREFILL_CHUNK };
+        Inputs::appended(self.config(), &Device::Cpu, tokens, cache.len)?;
+        let mut done = 0;
+        for chunk in tokens.chunks(chunk) {
+            let hidden = self.append(cache, chunk)?;
+            // Products of few rows have the bits of one row.
+            for first in (0..chunk.len()).step_by(FEW_ROWS) {
+                let rows = hidden.rows(first..chunk.len().min(first + FEW_ROWS))?;
+                let tape = &mut Tape::inference();
+                let rows = tape.leaf(rows);
+                let logits = self.head(tape, &rows)?.to_vec_f32()?;
+                for logits in logits.chunks_exact(self.config().vocab_size) {
+                    each(done, logits);
+                    done += 1;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Appends tokens; returns the logits after each, f32 `[c, vocab]`.

@@ -17,6 +17,8 @@ pub(crate) struct NsaLayer<E> {
     cache: NsaCache,
     k_tail: CompressTail<E>,
     v_tail: CompressTail<E>,
+    /// Blocks that the last token selected, `[K, S]`, ascending and −1 padded; empty before it.
+    chosen: Vec<i32>,
 }
 
 impl<E: Stored> NsaLayer<E> {
@@ -27,11 +29,17 @@ impl<E: Stored> NsaLayer<E> {
             cache: NsaCache::new(spec, dims)?,
             k_tail: CompressTail::new(spec, dims.kv_heads, dims.key_dim)?,
             v_tail: CompressTail::new(spec, dims.kv_heads, dims.value_dim)?,
+            chosen: Vec::new(),
         })
     }
 
     pub fn bytes(&self) -> usize {
         self.cache.bytes()
+    }
+
+    /// Blocks that the last token selected, `[K, S]`.
+    pub fn chosen(&self) -> &[i32] {
+        &self.chosen
     }
 }
 
@@ -126,11 +134,13 @@ pub(crate) fn nsa<E: Stored>(
         });
     }
     let share = out.len() / counts.len();
-    layers
-        .into_par_iter()
-        .zip(steps)
-        .zip(out.par_chunks_mut(share))
-        .try_for_each(|((layer, step), out)| layer.cache.extend(&step, out).map(drop))?;
+    let last = dims.kv_heads * config.nsa.as_ref().map_or(0, |spec| spec.select_count);
+    let work = layers.into_par_iter().zip(steps).zip(out.par_chunks_mut(share));
+    work.try_for_each(|((layer, step), out)| -> Result<()> {
+        let mut chosen = layer.cache.extend(&step, out)?;
+        layer.chosen = chosen.split_off(chosen.len().saturating_sub(last));
+        Ok(())
+    })?;
     E::tensor(out, &shape)
 }
 

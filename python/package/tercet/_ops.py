@@ -113,6 +113,8 @@ def nsa_forward(
         capsule(chosen) if choose else None,
         capsules(saved) if save else None,
     )
+    if choose and indices is not None and indices.device.type == "cuda":
+        chosen.copy_(indices)  # the device reads the given choice and writes none
     return outputs
 
 

@@ -1,24 +1,35 @@
 //! The engine from outside.
 
+use std::sync::Arc;
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use tercet_model::{Model, Result};
-use tokio::sync::mpsc::UnboundedReceiver;
+use tercet_model::Model;
+use tercet_tensor::{DType, Device, FEW_ROWS};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use super::admission::Door;
+use super::pages::{Costs, PAGE};
 use super::request::{Event, Refused, Request};
+use super::scheduler::{Rules, Scheduler};
+use super::slots::Slots;
 use super::stats::Stats;
+use super::worker::{Message, Worker};
+
+/// Beginnings of prompts that may be kept, if there are pages for them.
+const KEPT: usize = 64;
 
 /// A base model and its adapters by name; all share the base's tensors.
 pub struct Models {
     /// Without an adapter.
-    pub(super) base: Model,
+    base: Model,
     /// Each with its adapter active.
-    pub(super) adapted: Vec<(String, Model)>,
+    adapted: Vec<(String, Model)>,
 }
 
 impl Models {
     /// The model alone, and once with each adapter that is attached to it.
-    pub fn new(mut model: Model) -> Result<Self> {
+    pub fn new(mut model: Model) -> tercet_model::Result<Self> {
         let names: Vec<String> = model.adapters().map(str::to_owned).collect();
         let mut adapted = Vec::with_capacity(names.len());
         for name in names {
@@ -36,11 +47,14 @@ impl Models {
 pub struct Limits {
     /// Sequences computed side by side, 1..=1024.
     pub running: usize,
-    /// Sequences that may wait; more are refused with [`Refused::Full`].
+    /// Sequences that may wait beside those; more are refused with [`Refused::Full`].
     pub waiting: usize,
-    /// Tokens of prompts read in one step, at least 64. Between two steps every running answer
-    /// grows by a token: fewer keep answers flowing, more read prompts faster.
+    /// Tokens of prompts read in one step, at least `chunk`. Between two steps every running
+    /// answer grows by a token: fewer keep answers flowing, more read prompts faster.
     pub prefill_tokens: usize,
+    /// Tokens of a prompt read at once, a multiple of 64. Prompts are cut at its multiples and
+    /// kept up to one of them, so that what was read before changes no bit.
+    pub chunk: usize,
     /// Bytes for keys and values, prefix cache included.
     pub cache_bytes: usize,
     /// Tokens of prompt and answer together; `None` is what the model was made for.
@@ -55,6 +69,7 @@ impl Default for Limits {
             running: 64,
             waiting: 128,
             prefill_tokens: 512,
+            chunk: 256,
             cache_bytes: 4 << 30,
             context: None,
             prefix_cache: true,
@@ -62,49 +77,141 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    fn check(&self) -> Result<(), StartError> {
+        let limits = |text: String| Err(StartError::Limits(text));
+        let Self { running, waiting, prefill_tokens, chunk, .. } = *self;
+        if !(1..=1024).contains(&running) {
+            return limits(format!("running = {running} is outside 1..=1024"));
+        }
+        if waiting > 1 << 20 {
+            return limits(format!("waiting = {waiting} is more than 2^20"));
+        }
+        if chunk == 0 || !chunk.is_multiple_of(PAGE) || chunk > 1 << 20 {
+            return limits(format!("chunk = {chunk} is not a multiple of {PAGE} up to 2^20"));
+        }
+        if prefill_tokens < chunk {
+            return limits(format!(
+                "prefill_tokens = {prefill_tokens} is less than a chunk of {chunk}"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Why an engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A limit is outside its range, or the memory does not hold a single short sequence.
+    #[error("limits: {0}")]
+    Limits(String),
+    /// The system gave no thread.
+    #[error("the engine's thread could not be started: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
 /// The engine's side of the conversation; clones speak to the same engine.
 #[derive(Clone)]
-pub struct Handle;
+pub struct Handle {
+    door: Arc<Door>,
+    outbox: mpsc::Sender<Message>,
+}
 
 impl Handle {
-    /// Hands a request in; its events come through the receiver, and dropping that cancels it.
-    /// Never waits.
-    pub fn submit(
-        &self,
-        request: Request,
-    ) -> std::result::Result<UnboundedReceiver<Event>, Refused> {
-        let _ = request;
-        Err(Refused::Draining)
+    /// Hands a request in; its events come through the receiver, and dropping that cancels it:
+    /// everything of it is free before the next step. Never waits; hashes the prompt (about a
+    /// millisecond for 64k tokens).
+    pub fn submit(&self, request: Request) -> Result<UnboundedReceiver<Event>, Refused> {
+        let (sender, receiver) = unbounded_channel();
+        let arrival = self.door.enter(request, sender)?;
+        match self.outbox.send(Message::New(Box::new(arrival))) {
+            Ok(()) => Ok(receiver),
+            Err(_) => {
+                self.door.leave();
+                Err(Refused::Draining)
+            }
+        }
     }
 
     /// What the engine does now, and did so far.
     pub fn stats(&self) -> Stats {
-        Stats::default()
+        let mut stats = self.door.stats().clone();
+        stats.waiting = self.door.live().saturating_sub(stats.running);
+        stats
     }
 
     /// Names of the adapters.
     pub fn adapters(&self) -> Vec<String> {
-        Vec::new()
+        self.door.adapters.clone()
     }
 
     /// Tokens that prompt and answer may have together: the least of the model's context, that of
     /// the limits, and what the memory holds.
     pub fn context(&self) -> usize {
-        0
+        self.door.context
     }
 
     /// Finishes what runs and waits, refuses what comes; the engine's thread ends then.
-    pub fn drain(&self) {}
+    pub fn drain(&self) {
+        self.door.drain();
+        // A thread that is gone has drained.
+        let _ = self.outbox.send(Message::Wake);
+    }
 }
 
 /// The engine.
 pub struct Engine;
 
 impl Engine {
-    /// Starts the engine's thread. It ends when it was drained, or every handle was dropped and
+    /// Starts the engine's thread. It ends when it was drained, or every handle was dropped, and
     /// all is answered.
-    pub fn start(models: Models, limits: Limits) -> Result<(Handle, JoinHandle<()>)> {
-        let _ = (models, limits);
-        Ok((Handle, std::thread::spawn(|| ())))
+    pub fn start(models: Models, limits: Limits) -> Result<(Handle, JoinHandle<()>), StartError> {
+        limits.check()?;
+        let Models { base, adapted } = models;
+        let config = base.config();
+        let on_cpu = base.device() == Device::Cpu;
+        // Whatever the weights are, a CPU's caches hold f32.
+        let stored = if on_cpu { DType::F32 } else { base.params().dtype() };
+        let costs = Costs::new(config, stored);
+        let pages = limits.cache_bytes / costs.page_bytes;
+        let context = config
+            .max_position_embeddings
+            .min(limits.context.unwrap_or(usize::MAX))
+            .min(costs.tokens(pages));
+        if context < 2 {
+            return Err(StartError::Limits(format!(
+                "a context of {context} tokens holds no prompt and answer: cache_bytes = {} are \
+                 {pages} pages of {} bytes, of which a sequence needs {}",
+                limits.cache_bytes,
+                costs.page_bytes,
+                costs.pages(2)
+            )));
+        }
+        let kept = if limits.prefix_cache { KEPT } else { 0 };
+        let rules = Rules {
+            running: limits.running,
+            prefill_tokens: limits.prefill_tokens,
+            chunk: limits.chunk,
+            // So few rows have the bits of single steps.
+            replay: if on_cpu { FEW_ROWS.min(limits.chunk) } else { limits.chunk },
+        };
+        let stats = Stats {
+            pages_total: pages,
+            page_tokens: PAGE,
+            page_bytes: costs.page_bytes,
+            bytes_per_token: costs.bytes_per_token,
+            ..Stats::default()
+        };
+        let slots = Slots::new(limits.running + kept);
+        let scheduler = Scheduler::new(rules, costs, pages, kept);
+        let vocab = config.vocab_size;
+        let (names, with): (Vec<String>, Vec<Model>) = adapted.into_iter().unzip();
+        let door = Arc::new(Door::new(limits, vocab, context, names, stats));
+        let models = std::iter::once(base).chain(with).collect();
+        let (outbox, inbox) = mpsc::channel();
+        let worker = Worker::new(models, slots, scheduler, door.clone(), inbox);
+        let thread = std::thread::Builder::new().name("engine".into());
+        let thread = thread.spawn(|| worker.run())?;
+        Ok((Handle { door, outbox }, thread))
     }
 }

@@ -28,7 +28,7 @@ DEVICE int first_key(const Visible& a, int p) { return MASK == WINDOW ? max(0, p
 // Positions [first_query, last_query) of a sequence of `length` tokens see key j.
 DEVICE int first_query(const Visible& a, int j) { return MASK == COMPRESSED ? j * a.stride + a.block - 1 : j; }
 DEVICE int last_query(const Visible& a, int j, int length) {
-    return MASK == WINDOW ? min(length, j + a.window) : length;
+    return MASK == WINDOW && a.window < length - j ? j + a.window : length;  // a window may be endless
 }
 
 // One thread's two rows see the columns [first, last) only: 64×N scores outside become −∞.

@@ -1,0 +1,438 @@
+//! The engine's thread: takes requests in, computes step after step, hands tokens out.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+use tercet_model::Model;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::admission::{Arrival, Door};
+use super::request::{EngineError, Event, Finish, LogProbs, Reads, Usage};
+use super::sampler::{Chooser, Chosen, log_probs};
+use super::scheduler::{Id, Op, Plan, Scheduler};
+use super::slots::Slots;
+
+/// How often an engine without work looks whether it should end.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What the handles send.
+pub(super) enum Message {
+    New(Box<Arrival>),
+    /// Look at the door: it may be draining.
+    Wake,
+}
+
+/// A sequence inside.
+struct Sequence {
+    events: UnboundedSender<Event>,
+    model: usize,
+    /// Prompt and answer.
+    tokens: Vec<u32>,
+    prompt: usize,
+    chooser: Chooser,
+    /// Tokens to write at most.
+    most: usize,
+    /// How many log-probabilities of the prompt's tokens are still to be sent.
+    prompt_top: Option<usize>,
+    /// Those there are, from the first token on.
+    prompt_log_probs: Vec<Option<LogProbs>>,
+    reads: bool,
+    /// Tokens of the prompt that were not computed, once it was admitted.
+    cached: Option<usize>,
+    /// Its neighbours in a step failed once: it is computed by itself.
+    alone: bool,
+    at: Instant,
+    last: Option<Instant>,
+}
+
+impl Sequence {
+    fn written(&self) -> usize {
+        self.tokens.len() - self.prompt
+    }
+
+    fn send(&self, event: Event) {
+        // Whoever dropped the receiver is noticed before the next step.
+        let _ = self.events.send(event);
+    }
+}
+
+pub(super) struct Worker {
+    /// The base, then one for each adapter.
+    models: Vec<Model>,
+    slots: Slots,
+    scheduler: Scheduler,
+    door: Arc<Door>,
+    inbox: Receiver<Message>,
+    sequences: BTreeMap<Id, Sequence>,
+}
+
+impl Worker {
+    pub fn new(
+        models: Vec<Model>,
+        slots: Slots,
+        scheduler: Scheduler,
+        door: Arc<Door>,
+        inbox: Receiver<Message>,
+    ) -> Self {
+        Self { models, slots, scheduler, door, inbox, sequences: BTreeMap::new() }
+    }
+
+    /// Until the door drains, or every handle is gone, and nobody is inside.
+    pub fn run(mut self) {
+        while self.take_in() {
+            self.drop_cancelled();
+            let plan = self.scheduler.step();
+            let (decode, reads) = self.prepare(plan);
+            self.decode(&decode);
+            for (id, range) in reads {
+                self.read(id, range);
+            }
+            self.publish();
+        }
+        self.publish();
+    }
+
+    /// Takes in what came; waits when there is nothing to do. Whether to go on.
+    fn take_in(&mut self) -> bool {
+        loop {
+            let message = if !self.scheduler.is_idle() {
+                match self.inbox.try_recv() {
+                    Ok(message) => message,
+                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => return true,
+                }
+            } else if !self.door.is_draining() {
+                match self.inbox.recv() {
+                    Ok(message) => message,
+                    Err(_) => return false,
+                }
+            } else if self.door.live() == 0 {
+                return false;
+            } else {
+                match self.inbox.recv_timeout(LOOK) {
+                    Ok(message) => message,
+                    Err(RecvTimeoutError::Timeout) => continue,
+                    Err(RecvTimeoutError::Disconnected) => return false,
+                }
+            };
+            if let Message::New(arrival) = message {
+                self.add(*arrival);
+            }
+        }
+    }
+
+    fn add(&mut self, arrival: Arrival) {
+        let Arrival { id, mut request, model, keys, events, at } = arrival;
+        let prompt = request.prompt.len();
+        let most = request.max_tokens.min(self.door.context - prompt);
+        let ends = &self.models[0].config().eos_token_ids;
+        let chooser = match Chooser::new(&mut request, ends, most) {
+            Ok(chooser) => chooser,
+            Err(error) => {
+                let _ = events.send(Event::Failed(EngineError::Model(error.to_string())));
+                self.door.leave();
+                return;
+            }
+        };
+        let sequence = Sequence {
+            events,
+            model,
+            tokens: request.prompt,
+            prompt,
+            chooser,
+            most,
+            prompt_top: request.prompt_log_probs,
+            prompt_log_probs: Vec::new(),
+            reads: request.reads,
+            cached: None,
+            alone: false,
+            at,
+            last: None,
+        };
+        self.sequences.insert(id, sequence);
+        self.scheduler.add(id, prompt, keys);
+    }
+
+    fn drop_cancelled(&mut self) {
+        let gone = |(&id, sequence): (&Id, &Sequence)| sequence.events.is_closed().then_some(id);
+        let gone: Vec<Id> = self.sequences.iter().filter_map(gone).collect();
+        for id in gone {
+            self.door.stats().cancelled += 1;
+            self.end(id);
+        }
+    }
+
+    /// Frees everything of a sequence.
+    fn end(&mut self, id: Id) -> Option<Sequence> {
+        if let Some(op) = self.scheduler.remove(id) {
+            self.apply(op);
+        }
+        let sequence = self.sequences.remove(&id)?;
+        self.door.leave();
+        Some(sequence)
+    }
+
+    fn fail(&mut self, id: Id, error: EngineError) {
+        let Some(sequence) = self.end(id) else { return };
+        let mut stats = self.door.stats();
+        stats.failed += 1;
+        stats.whole.add(sequence.at.elapsed().as_secs_f64());
+        drop(stats);
+        sequence.send(Event::Failed(error));
+    }
+
+    fn done(&mut self, id: Id, finish: Finish) {
+        let Some(sequence) = self.end(id) else { return };
+        let mut stats = self.door.stats();
+        match finish {
+            Finish::Length => stats.finished_length += 1,
+            _ => stats.finished_stop += 1,
+        }
+        stats.whole.add(sequence.at.elapsed().as_secs_f64());
+        drop(stats);
+        let usage = Usage {
+            prompt: sequence.prompt,
+            cached: sequence.cached.unwrap_or(0),
+            completion: sequence.written(),
+        };
+        sequence.send(Event::Done { finish, usage });
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Clear(slot) => self.slots.clear(slot),
+            Op::Copy { from, to, id } => {
+                if self.slots.copy(from, to).is_err() {
+                    self.slots.clear(to);
+                    self.scheduler.not_copied(id);
+                }
+            }
+        }
+    }
+
+    /// Does what comes before the computing of a step.
+    fn prepare(&mut self, plan: Plan) -> (Vec<Id>, Vec<(Id, Range<usize>)>) {
+        let Plan { ops, admitted, preempted, decode, reads } = plan;
+        ops.into_iter().for_each(|op| self.apply(op));
+        let mut stats = self.door.stats();
+        stats.preempted += preempted.len() as u64;
+        for id in admitted {
+            let held = self.scheduler.held(id);
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            if sequence.cached.is_some() {
+                continue;
+            }
+            sequence.cached = Some(held);
+            stats.queue_time.add(sequence.at.elapsed().as_secs_f64());
+            stats.prompt_tokens += sequence.prompt as u64;
+            if self.door.limits.prefix_cache && sequence.prompt_top.is_none() {
+                stats.prefix_queries += sequence.prompt as u64;
+                stats.prefix_hits += held as u64;
+            }
+        }
+        drop(stats);
+        (decode, reads)
+    }
+
+    /// A token more for each, those of one model together.
+    fn decode(&mut self, ids: &[Id]) {
+        let mut groups: BTreeMap<(usize, Option<Id>), Vec<Id>> = BTreeMap::new();
+        for &id in ids {
+            let Some(sequence) = self.sequences.get(&id) else { continue };
+            let group = (sequence.model, sequence.alone.then_some(id));
+            groups.entry(group).or_default().push(id);
+        }
+        for ((model, _), ids) in groups {
+            let token = |&id: &Id| {
+                let last = self.sequences.get(&id)?.tokens.last()?;
+                Some((self.scheduler.slot(id)?, *last as i32))
+            };
+            let tokens: Vec<(usize, i32)> = ids.iter().filter_map(token).collect();
+            match self.slots.step(&self.models[model], &tokens) {
+                Ok(logits) => self.choose(&ids, &logits),
+                Err(error) => self.failed_together(&ids, &error.to_string()),
+            }
+        }
+    }
+
+    /// Chooses a token for each of `ids`, ascending, from logits `[n, vocab]`.
+    fn choose(&mut self, ids: &[Id], logits: &[f32]) {
+        let rows: Vec<&[f32]> = logits.chunks_exact(self.door.vocab).collect();
+        let mut work: Vec<(&mut Sequence, &[f32])> = self
+            .sequences
+            .iter_mut()
+            .filter_map(|(id, sequence)| Some((sequence, *rows.get(ids.binary_search(id).ok()?)?)))
+            .collect();
+        let choose = |(sequence, row): &mut (&mut Sequence, &[f32])| sequence.chooser.choose(row);
+        let chosen: Vec<Result<Chosen, EngineError>> = match &mut work[..] {
+            [one] => vec![choose(one)],
+            many => many.par_iter_mut().map(choose).collect(),
+        };
+        for (&id, chosen) in ids.iter().zip(chosen) {
+            if let Some(sequence) = self.sequences.get(&id) {
+                self.scheduler.holds(id, sequence.tokens.len());
+            }
+            self.take(id, chosen);
+        }
+    }
+
+    /// One of them may be to blame: each is computed again by itself, and fails by itself.
+    fn failed_together(&mut self, ids: &[Id], error: &str) {
+        if let &[id] = ids {
+            return self.fail(id, EngineError::Model(error.to_owned()));
+        }
+        for &id in ids {
+            if let Some(op) = self.scheduler.again(id) {
+                self.apply(op);
+            }
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.alone = true;
+            }
+        }
+        self.door.stats().preempted += ids.len() as u64;
+    }
+
+    /// Hands a choice out.
+    fn take(&mut self, id: Id, chosen: Result<Chosen, EngineError>) {
+        let Chosen { token, finish } = match chosen {
+            Ok(chosen) => chosen,
+            Err(error) => return self.fail(id, error),
+        };
+        let reads = self.selected(id);
+        if let Some(LogProbs { token, log_prob, top }) = token
+            && let Some(sequence) = self.sequences.get_mut(&id)
+        {
+            sequence.send(Event::Token { id: token, log_prob, top, reads });
+            sequence.tokens.push(token);
+            self.scheduler.wrote(id);
+            let (now, mut stats) = (Instant::now(), self.door.stats());
+            stats.generated_tokens += 1;
+            match sequence.last.replace(now) {
+                None => stats.first_token.add((now - sequence.at).as_secs_f64()),
+                Some(last) => stats.inter_token.add((now - last).as_secs_f64()),
+            }
+        }
+        if let Some(finish) = finish {
+            self.done(id, finish);
+        }
+    }
+
+    /// The blocks that the last token in a sequence's place selected, when they are asked for.
+    fn selected(&self, id: Id) -> Option<Reads> {
+        let sequence = self.sequences.get(&id).filter(|sequence| sequence.reads)?;
+        let spec = self.models[sequence.model].config().nsa.as_ref()?;
+        let layers = self.slots.selected(self.scheduler.slot(id)?)?;
+        let group = |blocks: &[i32]| blocks.iter().filter_map(|&b| u32::try_from(b).ok()).collect();
+        let layer = |chosen: &[i32]| chosen.chunks(spec.select_count).map(group).collect();
+        Some(Reads {
+            position: self.scheduler.held(id).saturating_sub(1),
+            block: spec.select_block,
+            layers: layers.into_iter().map(layer).collect(),
+        })
+    }
+
+    /// Reads a part of a prompt, or of what was written before a preemption.
+    fn read(&mut self, id: Id, range: Range<usize>) {
+        let (Some(sequence), Some(slot)) = (self.sequences.get_mut(&id), self.scheduler.slot(id))
+        else {
+            return;
+        };
+        // A part before this one failed, or could not be copied.
+        if self.scheduler.held(id) != range.start {
+            return;
+        }
+        let tokens: Vec<i32> = sequence.tokens[range.clone()].iter().map(|&t| t as i32).collect();
+        let model = &self.models[sequence.model];
+        let logits = match sequence.prompt_top {
+            None => self.slots.read(model, slot, &tokens),
+            Some(top) => {
+                if range.start == 0 {
+                    sequence.prompt_log_probs = vec![None];
+                }
+                let prompt = &sequence.tokens[..sequence.prompt];
+                let known = &mut sequence.prompt_log_probs;
+                let mut last = Vec::new();
+                let each = &mut |at: usize, logits: &[f32]| match prompt.get(range.start + at + 1) {
+                    Some(&next) => known.push(Some(log_probs(logits, next, top))),
+                    None => last = logits.to_vec(),
+                };
+                self.slots.read_each(model, slot, &tokens, each).map(|()| last)
+            }
+        };
+        match logits {
+            Err(error) => self.fail(id, EngineError::Model(error.to_string())),
+            Ok(logits) => self.was_read(id, slot, range.end, &logits),
+        }
+    }
+
+    /// A sequence's place holds `held` tokens now, and these logits come after them.
+    fn was_read(&mut self, id: Id, slot: usize, held: usize, logits: &[f32]) {
+        self.scheduler.holds(id, held);
+        self.keep(id, slot);
+        let Some(sequence) = self.sequences.get(&id) else { return };
+        if sequence.written() > 0 {
+            return;
+        }
+        let (done, total) = (held, sequence.prompt);
+        sequence.send(Event::Prefill { done, total, cached: sequence.cached.unwrap_or(0) });
+        if done < total {
+            return;
+        }
+        for other in self.scheduler.followers(id) {
+            let (Some(to), Some(sequence)) =
+                (self.scheduler.slot(other), self.sequences.get_mut(&other))
+            else {
+                continue;
+            };
+            if self.slots.copy(slot, to).is_err() {
+                self.slots.clear(to);
+                self.scheduler.not_copied(other);
+                continue;
+            }
+            self.scheduler.holds(other, held);
+            sequence.cached = Some(total);
+            sequence.send(Event::Prefill { done, total, cached: total });
+            self.first(other, logits);
+        }
+        self.first(id, logits);
+    }
+
+    /// The prompt was read: what was asked about it, and the first token.
+    fn first(&mut self, id: Id, logits: &[f32]) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if sequence.prompt_top.take().is_some() {
+            let known = std::mem::take(&mut sequence.prompt_log_probs);
+            sequence.send(Event::PromptLogProbs(known));
+        }
+        if sequence.most == 0 {
+            return self.done(id, Finish::Length);
+        }
+        let chosen = sequence.chooser.choose(logits);
+        self.take(id, chosen);
+    }
+
+    /// Copies what a sequence holds to where prefixes are kept, when it should be.
+    fn keep(&mut self, id: Id, slot: usize) {
+        let mut ops = Vec::new();
+        let kept = self.scheduler.keep(id, &mut ops);
+        ops.into_iter().for_each(|op| self.apply(op));
+        if let Some((key, to)) = kept
+            && self.slots.copy(slot, to).is_err()
+            && let Some(op) = self.scheduler.not_kept(&key)
+        {
+            self.apply(op);
+        }
+    }
+
+    fn publish(&self) {
+        let mut stats = self.door.stats();
+        let pages = self.scheduler.pages();
+        stats.running = self.scheduler.running();
+        stats.pages_used = pages.used();
+        stats.pages_cached = pages.cached();
+        stats.steps += 1;
+    }
+}
