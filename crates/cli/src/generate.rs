@@ -154,6 +154,7 @@ fn sampling(args: &Args, settings: &GenerationConfig) -> Sampling {
         seed: args.seed.unwrap_or_else(fresh_seed),
         max_tokens: args.max_tokens,
         stop: args.stop.clone(),
+        ..base
     }
 }
 
