@@ -5,8 +5,24 @@ use serde_json::{Map, Value, json};
 
 use super::limits;
 
-/// The document.
-pub fn document() -> Value {
+/// The document of a server that asks for a key or does not.
+pub fn document(keys: bool) -> Value {
+    let mut document = whole_document();
+    if !keys {
+        // Without keys nothing is closed, and nothing answers 401.
+        let all = document.as_object_mut();
+        all.map(|all| all.shift_remove("security"));
+        for path in document["paths"].as_object_mut().into_iter().flat_map(Map::values_mut) {
+            for method in ["get", "post"] {
+                let responses = path.get_mut(method).and_then(|m| m["responses"].as_object_mut());
+                responses.map(|responses| responses.shift_remove("401"));
+            }
+        }
+    }
+    document
+}
+
+fn whole_document() -> Value {
     json!({
         "openapi": "3.1.0",
         "info": {
@@ -44,8 +60,8 @@ pub fn document() -> Value {
                     "total_tokens": { "type": "integer" },
                     "prompt_tokens_details": { "type": "object" },
                 })),
-                "CompletionRequest": closed(&["prompt"], completion_fields()),
-                "ChatRequest": closed(&["messages"], chat_fields()),
+                "CompletionRequest": streams(closed(&["prompt"], completion_fields())),
+                "ChatRequest": streams(closed(&["messages"], chat_fields())),
                 "TokenizeRequest": tokenize_schema(),
                 "DetokenizeRequest": closed(&["tokens"], json!({
                     "model": name(),
@@ -165,6 +181,15 @@ fn answer(object_name: &str, own: Value) -> Value {
             "usage": { "$ref": "#/components/schemas/Usage" },
         }),
     )
+}
+
+/// `stream_options` are for streams.
+fn streams(mut schema: Value) -> Value {
+    schema["anyOf"] = json!([
+        { "properties": { "stream": { "const": true } }, "required": ["stream"] },
+        { "properties": { "stream_options": { "type": "null" } } },
+    ]);
+    schema
 }
 
 /// Fields of [`super::ask::Ask`].

@@ -124,7 +124,10 @@ async fn dispatch(
             front.served()?;
             Ok(json_response(StatusCode::OK, &json!({ "status": "ready" })))
         }
-        Route::OpenApi => Ok(json_response(StatusCode::OK, &openapi::document())),
+        Route::OpenApi => {
+            let document = openapi::document(!front.options.keys.is_empty());
+            Ok(json_response(StatusCode::OK, &document))
+        }
         Route::Metrics => Ok(metrics::page(&*front.loaded()?, &front.counts)),
         Route::Models => Ok(models::all(&*front.served()?)),
         Route::Model(name) => models::one(&*front.served()?, name),

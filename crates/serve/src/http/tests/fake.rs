@@ -28,7 +28,7 @@ pub struct Fake {
     pub room: usize,
     pub running: Arc<AtomicUsize>,
     pub draining: AtomicBool,
-    tokenizer: Tokenizer,
+    pub tokenizer: Tokenizer,
 }
 
 impl Fake {
