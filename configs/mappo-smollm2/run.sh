@@ -52,6 +52,7 @@ for seed in $seeds; do
         model=$(ls -d "$out"/checkpoints/step-* | tail -1)
         sample "$runs/held-out/$method-$seed" "${held_out[@]}" sampling.seed="$seed" \
             model.path="$model" start.path="$start"
+        rm -rf "$out/checkpoints" # 2 GB of weights and optimizer, which the table does not need
     done
     for method in dpo mappo; do
         out=$runs/iterative-$method-$seed

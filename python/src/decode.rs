@@ -373,6 +373,8 @@ impl PyCudaNsaCache {
             q,
             k_cmp,
             v_cmp,
+            ready: None,
+            sequences: None,
             k_slc,
             v_slc,
             k_win,

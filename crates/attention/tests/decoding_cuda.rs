@@ -299,6 +299,8 @@ fn captured_steps_do_what_the_cpu_does() {
             q,
             k_cmp,
             v_cmp,
+            ready: None,
+            sequences: None,
             k_slc,
             v_slc,
             k_win,

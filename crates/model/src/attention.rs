@@ -49,7 +49,7 @@ impl Model {
     }
 
     /// Rotates heads at `positions`; learned positions were added to the embedding instead.
-    fn rotate(&self, tape: &mut Tape, x: Var, positions: &Tensor) -> Result<Var> {
+    pub(crate) fn rotate(&self, tape: &mut Tape, x: Var, positions: &Tensor) -> Result<Var> {
         match &self.rope {
             None => Ok(x),
             Some(table) => Ok(ops::rope(tape, &x, positions, table)?),
@@ -74,13 +74,13 @@ impl Model {
         let positions = &site.inputs.positions;
         let q = self.rotate(tape, q, positions)?;
         let k = self.rotate(tape, k, positions)?;
-        if let ([cache], Some(_)) = (&*site.caches, site.step) {
-            let out = cache.step_dense(positions, [q.value(), k.value(), v.value()])?;
+        if let ([cache], Some(places)) = (&*site.caches, site.step) {
+            let out = cache.step_dense(places, [q.value(), k.value(), v.value()])?;
             return Ok(tape.leaf(out));
         }
         if !site.caches.is_empty() {
             let new = [q.value(), k.value(), v.value()];
-            let out = LayerCache::extend_dense(site.caches, self.config(), new)?;
+            let out = LayerCache::extend_dense(site.caches, site.sequence, self.config(), new)?;
             return Ok(tape.leaf(out));
         }
         let mask = self.mask(site.layer);
@@ -116,14 +116,15 @@ impl Model {
             return Ok(ops::attention_nsa(tape, &vars, spec, &inputs.cu_seqlens)?);
         }
         let new = [&q, &k_raw, &v_raw, &k_slc, &v_slc, &k_win, &v_win, &gate].map(Var::value);
-        if let ([cache], Some(turns)) = (&*site.caches, site.step) {
-            return Ok(tape.leaf(cache.step_nsa(&inputs.positions, &NsaNew::of(new), turns)?));
-        }
         let phi = [&phi_k, &phi_v];
+        if let ([cache], Some(places)) = (&*site.caches, site.step) {
+            let out = self.step_nsa(tape, cache, &NsaNew::of(new), phi, places)?;
+            return Ok(tape.leaf(out));
+        }
         let out = match q.value().device() {
-            Device::Cpu => self.extend_nsa(tape, site.caches, NsaNew::of(new), phi)?,
+            Device::Cpu => self.extend_nsa(tape, (site.caches, 0), NsaNew::of(new), phi)?,
             _ => one_by_one(site.caches, new, |cache, new| {
-                self.extend_nsa(tape, cache, NsaNew::of(new), phi)
+                self.extend_nsa(tape, (cache, site.sequence), NsaNew::of(new), phi)
             })?,
         };
         Ok(tape.leaf(out))
@@ -133,16 +134,16 @@ impl Model {
     fn extend_nsa(
         &self,
         tape: &mut Tape,
-        caches: &mut [&mut LayerCache],
+        (caches, sequence): (&mut [&mut LayerCache], usize),
         raw: NsaNew,
         phi: [&ops::Phi; 2],
     ) -> Result<Tensor> {
         let config = self.config();
-        let blocks = LayerCache::compress(caches, config, [raw.k_cmp, raw.v_cmp], phi)?;
+        let blocks = LayerCache::compress(caches, sequence, config, [raw.k_cmp, raw.v_cmp], phi)?;
         let k_cmp = tape.leaf(blocks.k);
         let k_cmp = self.rotate(tape, k_cmp, &blocks.starts)?;
         let new = NsaNew { k_cmp: k_cmp.value(), v_cmp: &blocks.v, ..raw };
-        LayerCache::extend_nsa(caches, config, &new, &blocks.counts)
+        LayerCache::extend_nsa(caches, sequence, config, &new, &blocks.counts)
     }
 
     fn phi(&self, tape: &Tape, slots: &PhiSlots) -> ops::Phi {

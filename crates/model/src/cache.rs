@@ -2,13 +2,13 @@
 
 use half::bf16;
 use tercet_attention::cpu::DenseCache;
-use tercet_tensor::{DType, Device, FEW_ROWS, Gpu, Tape, Tensor, ops};
+use tercet_tensor::{DType, Device, FEW_ROWS, Gpu, Tape, Tensor, Var, ops};
 
 use crate::batch::Inputs;
 use crate::cache_cpu::{self, NsaLayer};
-use crate::cache_cuda::{CudaDense, CudaNsa};
+use crate::cache_cuda::{CudaDense, CudaNsa, Room};
 use crate::config::ModelConfig;
-use crate::decode_graph::DecodeGraph;
+use crate::decode_graph::{DecodeGraph, Token};
 use crate::decoder::Site;
 use crate::{Error, Model, Result};
 
@@ -18,6 +18,9 @@ const PREFILL_CHUNK: usize = 512;
 
 /// The same on a GPU.
 const CUDA_PREFILL_CHUNK: usize = 2048;
+
+/// Tokens beyond the present ones that a captured step has room for.
+const AHEAD: usize = 1024;
 
 /// What a model remembers of one sequence.
 pub struct Cache {
@@ -65,12 +68,7 @@ impl Cache {
     /// The blocks that the last token selected, layer by layer, each `[K, S]`, ascending and −1
     /// padded. `None` for dense models, empty caches, and on a GPU, where they stay on the device.
     pub fn selected(&self) -> Option<Vec<&[i32]>> {
-        let chosen = |layer| match layer {
-            &LayerCache::NsaF32(ref layer) => Some(layer.chosen()),
-            LayerCache::NsaBf16(layer) => Some(layer.chosen()),
-            _ => None,
-        };
-        self.layers.iter().map(|layer| chosen(layer).filter(|chosen| !chosen.is_empty())).collect()
+        self.layers.iter().map(LayerCache::chosen).collect()
     }
 }
 
@@ -118,9 +116,9 @@ impl Model {
         })
     }
 
-    /// As [`Model::read`], with the logits after every token: `each(i, logits)` gets `[vocab]`
-    /// after token i, all in their order, those of the last with the bits that `read` returns.
-    /// Few of them exist at once.
+    /// As [`Model::read`], with the logits after every token, a few at a time: `each(i, logits)`
+    /// gets `[n, vocab]` after tokens i to i + n − 1, in their order, those of the last with the
+    /// bits that `read` returns.
     pub fn read_each(
         &self,
         cache: &mut Cache,
@@ -128,21 +126,32 @@ impl Model {
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<()> {
         let chunk = if self.device() == Device::Cpu { PREFILL_CHUNK } else { CUDA_PREFILL_CHUNK };
+        if tokens.is_empty() {
+            return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
+        }
         Inputs::appended(self.config(), &Device::Cpu, tokens, cache.len)?;
         let mut done = 0;
         for chunk in tokens.chunks(chunk) {
             let hidden = self.append(cache, chunk)?;
-            // Products of few rows have the bits of one row.
-            for first in (0..chunk.len()).step_by(FEW_ROWS) {
-                let rows = hidden.rows(first..chunk.len().min(first + FEW_ROWS))?;
-                let tape = &mut Tape::inference();
-                let rows = tape.leaf(rows);
-                let logits = self.head(tape, &rows)?.to_vec_f32()?;
-                for logits in logits.chunks_exact(self.config().vocab_size) {
-                    each(done, logits);
-                    done += 1;
-                }
-            }
+            self.logits_each(&hidden, done, each)?;
+            done += chunk.len();
+        }
+        Ok(())
+    }
+
+    /// See [`Model::read_each`]: of hidden rows `[c, C]` that come after `done` others.
+    fn logits_each(
+        &self,
+        hidden: &Tensor,
+        done: usize,
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let count = hidden.shape()[0];
+        // Products of few rows have the bits of one row.
+        for first in (0..count).step_by(FEW_ROWS) {
+            let tape = &mut Tape::inference();
+            let few = tape.leaf(hidden.rows(first..count.min(first + FEW_ROWS))?);
+            each(done + first, &self.head(tape, &few)?.to_vec_f32()?);
         }
         Ok(())
     }
@@ -184,12 +193,19 @@ impl Model {
         }
         cache.broken = true;
         if cache.graph.as_ref().is_none_or(|graph| graph.capacity() <= cache.len) {
-            let graph = DecodeGraph::capture(self, gpu, &mut cache.layers, cache.len + 1)?;
+            let longest = self.config().max_position_embeddings;
+            let mut capacity = longest;
+            for layer in &mut cache.layers {
+                capacity = capacity.min(layer.prepare((cache.len + 1 + AHEAD).min(longest))?);
+                layer.prime(0)?;
+            }
+            let graph = DecodeGraph::capture(self, gpu, &mut cache.layers, 1, capacity)?;
             cache.graph = Some(graph);
         }
         let Some(graph) = &cache.graph else { return Ok(None) };
-        let logits = graph.run(token, cache.len)?;
-        cache.layers.iter_mut().try_for_each(LayerCache::advance)?;
+        let token = Token { sequence: 0, id: token, position: cache.len };
+        let logits = graph.run(&[token], self.config().nsa.as_ref())?;
+        cache.layers.iter_mut().try_for_each(|layer| layer.advance(&[0]))?;
         cache.len += 1;
         cache.broken = false;
         Ok(Some(logits))
@@ -200,7 +216,7 @@ impl Model {
         self.check_cache(cache)?;
         let inputs = Inputs::appended(self.config(), &self.device(), tokens, cache.len)?;
         let tape = &mut Tape::inference();
-        let mut x = self.embed(tape, &inputs)?;
+        let x = self.embed(tape, &inputs)?;
         if cache.only_steps() {
             return Err(Error::Batch(
                 "a cache that has been decoded with on a GPU takes one token at a time".into(),
@@ -209,14 +225,76 @@ impl Model {
         cache.broken = true;
         // Memory may move as caches grow.
         cache.graph = None;
-        for (layer, held) in cache.layers.iter_mut().enumerate() {
-            let caches = &mut [held];
-            let site = Site { layer, inputs: &inputs, caches, dropout: None, step: None };
-            x = self.layer(tape, &x, site)?.swap_remove(0);
-        }
+        let hidden = self.through(tape, x, &inputs, &mut cache.layers, 0)?;
         cache.broken = false;
         cache.len += tokens.len();
+        Ok(hidden)
+    }
+
+    /// New tokens of one sequence, embedded x `[c, C]`, through all layers, whose caches take them;
+    /// returns the output of the last norm, `[c, C]`.
+    fn through(
+        &self,
+        tape: &mut Tape,
+        mut x: Var,
+        inputs: &Inputs,
+        layers: &mut [LayerCache],
+        sequence: usize,
+    ) -> Result<Tensor> {
+        for (layer, held) in layers.iter_mut().enumerate() {
+            let caches = &mut [held];
+            let site = Site { layer, inputs, caches, sequence, dropout: None, step: None };
+            x = self.layer(tape, &x, site)?.swap_remove(0);
+        }
         Ok(self.norm(tape, &self.slots.norm, &x)?.value().clone())
+    }
+
+    /// Appends tokens to a sequence that holds `held` tokens, of the layers on a GPU; returns the
+    /// logits after the last one, `[vocab]`.
+    pub(crate) fn read_device(
+        &self,
+        layers: &mut [LayerCache],
+        (sequence, held): (usize, usize),
+        tokens: &[i32],
+    ) -> Result<Vec<f32>> {
+        let (mut last, mut at) = (None, held);
+        for chunk in tokens.chunks(CUDA_PREFILL_CHUNK) {
+            let hidden = self.hidden_device(layers, (sequence, at), chunk)?;
+            last = Some(hidden.rows(chunk.len() - 1..chunk.len())?);
+            at += chunk.len();
+        }
+        let tape = &mut Tape::inference();
+        let last = tape.leaf(last.ok_or_else(mismatch)?);
+        Ok(self.head(tape, &last)?.to_vec_f32()?)
+    }
+
+    /// The same with the logits after every token, see [`Model::read_each`].
+    pub(crate) fn read_device_each(
+        &self,
+        layers: &mut [LayerCache],
+        (sequence, held): (usize, usize),
+        tokens: &[i32],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let mut done = 0;
+        for chunk in tokens.chunks(CUDA_PREFILL_CHUNK) {
+            let hidden = self.hidden_device(layers, (sequence, held + done), chunk)?;
+            self.logits_each(&hidden, done, each)?;
+            done += chunk.len();
+        }
+        Ok(())
+    }
+
+    fn hidden_device(
+        &self,
+        layers: &mut [LayerCache],
+        (sequence, held): (usize, usize),
+        chunk: &[i32],
+    ) -> Result<Tensor> {
+        let tape = &mut Tape::inference();
+        let inputs = Inputs::appended(self.config(), &self.device(), chunk, held)?;
+        let x = self.embed(tape, &inputs)?;
+        self.through(tape, x, &inputs, layers, sequence)
     }
 }
 
@@ -267,11 +345,7 @@ impl LayerCache {
     fn new(model: &Model, layer: usize) -> Result<Self> {
         let config = model.config();
         if let Device::Cuda(gpu) = model.device() {
-            let dtype = model.params().dtype();
-            return Ok(match &config.nsa {
-                None => Self::CudaDense(CudaDense::new(&gpu, config, dtype, model.mask(layer))?),
-                Some(spec) => Self::CudaNsa(Box::new(CudaNsa::new(&gpu, config, spec, dtype)?)),
-            });
+            return Self::on_device(model, &gpu, layer, Room::ONE);
         }
         if config.nsa.is_none() {
             return Ok(Self::Dense(DenseCache::new(config.dims(), model.mask(layer))?));
@@ -282,7 +356,16 @@ impl LayerCache {
         })
     }
 
-    fn bytes(&self) -> usize {
+    /// Of some sequences on a GPU.
+    pub fn on_device(model: &Model, gpu: &Gpu, layer: usize, room: Room) -> Result<Self> {
+        let (config, dtype) = (model.config(), model.params().dtype());
+        Ok(match &config.nsa {
+            None => Self::CudaDense(CudaDense::new(gpu, config, dtype, model.mask(layer), room)?),
+            Some(spec) => Self::CudaNsa(Box::new(CudaNsa::new(gpu, config, spec, dtype, room)?)),
+        })
+    }
+
+    pub fn bytes(&self) -> usize {
         match self {
             Self::CudaDense(layer) => layer.bytes(),
             Self::CudaNsa(layer) => layer.bytes(),
@@ -290,6 +373,16 @@ impl LayerCache {
             Self::NsaF32(layer) => layer.bytes(),
             Self::NsaBf16(layer) => layer.bytes(),
         }
+    }
+
+    /// What the last token selected; see [`Cache::selected`].
+    fn chosen(&self) -> Option<&[i32]> {
+        let chosen = match self {
+            Self::NsaF32(layer) => layer.chosen(),
+            Self::NsaBf16(layer) => layer.chosen(),
+            _ => return None,
+        };
+        (!chosen.is_empty()).then_some(chosen)
     }
 
     fn fork(&self) -> Option<Self> {
@@ -305,6 +398,7 @@ impl LayerCache {
     /// output `[B·c, H, V]`. On the CPU all at once, on a GPU one after the other.
     pub fn extend_dense(
         caches: &mut [&mut Self],
+        sequence: usize,
         config: &ModelConfig,
         qkv: [&Tensor; 3],
     ) -> Result<Tensor> {
@@ -312,16 +406,17 @@ impl LayerCache {
             (Device::Cpu, DType::BF16) => cache_cpu::dense::<bf16>(caches, config, qkv),
             (Device::Cpu, _) => cache_cpu::dense::<f32>(caches, config, qkv),
             _ => one_by_one(caches, qkv, |cache, qkv| match cache {
-                [Self::CudaDense(layer)] => layer.extend(qkv),
+                [Self::CudaDense(layer)] => layer.extend(sequence, qkv),
                 _ => Err(mismatch()),
             }),
         }
     }
 
     /// Passes raw compression keys and values `[B·c, K, _]` through φ; returns the blocks they
-    /// complete. On a GPU of one sequence only.
+    /// complete. On a GPU of the one cache's sequence `sequence`.
     pub fn compress(
         caches: &mut [&mut Self],
+        sequence: usize,
         config: &ModelConfig,
         raw: [&Tensor; 2],
         phi: [&ops::Phi; 2],
@@ -330,16 +425,17 @@ impl LayerCache {
             (Device::Cpu, DType::BF16) => cache_cpu::compress::<bf16>(caches, config, raw, phi),
             (Device::Cpu, _) => cache_cpu::compress::<f32>(caches, config, raw, phi),
             _ => match caches {
-                [Self::CudaNsa(layer)] => layer.compress(config, raw, phi),
+                [Self::CudaNsa(layer)] => layer.compress(sequence, config, raw, phi),
                 _ => Err(mismatch()),
             },
         }
     }
 
     /// Appends to the NSA layer of B sequences; `counts` of the compressed blocks are each one's.
-    /// Returns the output `[B·c, H, V]`. On a GPU of one sequence only.
+    /// Returns the output `[B·c, H, V]`. On a GPU of the one cache's `sequence`.
     pub fn extend_nsa(
         caches: &mut [&mut Self],
+        sequence: usize,
         config: &ModelConfig,
         new: &NsaNew,
         counts: &[usize],
@@ -348,27 +444,18 @@ impl LayerCache {
             (Device::Cpu, DType::BF16) => cache_cpu::nsa::<bf16>(caches, config, new, counts),
             (Device::Cpu, _) => cache_cpu::nsa::<f32>(caches, config, new, counts),
             _ => match caches {
-                [Self::CudaNsa(layer)] => layer.extend(new),
+                [Self::CudaNsa(layer)] => layer.extend(sequence, new),
                 _ => Err(mismatch()),
             },
         }
     }
 
-    /// Whether one token's step can be captured.
+    /// Whether one token's step can be captured while the cache grows.
     fn can_be_captured(&self) -> bool {
         match self {
-            Self::CudaNsa(layer) => layer.can_be_captured(),
+            Self::CudaNsa(_) => true,
             Self::CudaDense(layer) => layer.can_be_captured(),
             _ => false,
-        }
-    }
-
-    /// Notes that a captured step has been launched.
-    fn advance(&mut self) -> Result<()> {
-        match self {
-            Self::CudaNsa(layer) => layer.advance(),
-            Self::CudaDense(layer) => layer.advance(),
-            _ => Err(mismatch()),
         }
     }
 }

@@ -1,7 +1,7 @@
-//! One layer's cache on a GPU.
+//! One layer's caches on a GPU, of one sequence or some.
 
 use tercet_attention::NsaSpec;
-use tercet_tensor::caches::{DenseCache, NsaCache, NsaNew};
+use tercet_tensor::caches::{DenseCache, NsaBlocks, NsaCache, NsaNew, Rows};
 use tercet_tensor::{Compressor, DType, Device, Gpu, Mask, Tape, Tensor, ops};
 
 use crate::Result;
@@ -9,8 +9,17 @@ use crate::batch::{block_starts, tensor_i32};
 use crate::cache::{Blocks, NsaNew as New};
 use crate::config::ModelConfig;
 
-/// Tokens there is room for at first; caches grow by doubling.
-const ROOM: usize = 1024;
+/// Sequences of a layer's caches, and tokens there is room for at first; caches grow by doubling.
+#[derive(Clone, Copy)]
+pub(crate) struct Room {
+    pub sequences: usize,
+    pub tokens: usize,
+}
+
+impl Room {
+    /// What a cache of one sequence begins with.
+    pub const ONE: Self = Self { sequences: 1, tokens: 1024 };
+}
 
 /// Keys and values of a dense layer.
 pub(crate) struct CudaDense {
@@ -20,8 +29,15 @@ pub(crate) struct CudaDense {
 }
 
 impl CudaDense {
-    pub fn new(gpu: &Gpu, config: &ModelConfig, dtype: DType, mask: Mask) -> Result<Self> {
-        let cache = DenseCache::new(gpu, dtype, (mask, config.dims()), 1, ROOM)?;
+    pub fn new(
+        gpu: &Gpu,
+        config: &ModelConfig,
+        dtype: DType,
+        mask: Mask,
+        room: Room,
+    ) -> Result<Self> {
+        let dims = config.dims();
+        let cache = DenseCache::new(gpu, dtype, (mask, dims), room.sequences, room.tokens)?;
         Ok(Self { cache, window: mask != Mask::Causal })
     }
 
@@ -29,12 +45,12 @@ impl CudaDense {
         self.cache.bytes()
     }
 
-    /// Appends q, k, v `[c, …]`; returns the output `[c, H, V]`.
-    pub fn extend(&mut self, qkv: [&Tensor; 3]) -> Result<Tensor> {
-        Ok(self.cache.extend(0, qkv)?)
+    /// Appends q, k, v `[c, …]` to a sequence; returns the output `[c, H, V]`.
+    pub fn extend(&mut self, sequence: usize, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        Ok(self.cache.extend(sequence, qkv)?)
     }
 
-    /// Whether [`CudaDense::step`] serves this layer.
+    /// Whether [`CudaDense::step`] serves a sequence that grows.
     pub fn can_be_captured(&self) -> bool {
         !self.window
     }
@@ -45,61 +61,86 @@ impl CudaDense {
         Ok(self.cache.capacity())
     }
 
-    /// Appends one token's q, k, v `[1, …]` at `positions` (I32 `[1]`, on the device); returns its
-    /// output `[1, H, V]`. For a capture.
-    pub fn step(&self, positions: &Tensor, qkv: [&Tensor; 3]) -> Result<Tensor> {
-        Ok(self.cache.step(positions, qkv)?)
+    /// Appends a token of n sequences, q, k, v `[n, …]`; returns the output `[n, H, V]`. For a
+    /// capture.
+    pub fn step(&self, rows: Rows, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        Ok(self.cache.step(rows, qkv)?)
     }
 
     /// Notes that a captured step was launched.
-    pub fn advance(&mut self) -> Result<()> {
-        Ok(self.cache.advance(1)?)
+    pub fn advance(&mut self, sequences: &[usize]) -> Result<()> {
+        Ok(self.cache.advance(sequences.iter().copied())?)
+    }
+
+    pub fn clear(&mut self, sequence: usize) -> Result<()> {
+        Ok(self.cache.clear(sequence)?)
+    }
+
+    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+        Ok(self.cache.copy(from, to)?)
     }
 }
 
-/// Keys and values of an NSA layer, and the raw rows that no compressed block is made of yet.
+/// Of one sequence, what no compressed block is made of yet.
+#[derive(Clone, Default)]
+struct Tail {
+    /// Compressed blocks made.
+    blocks: usize,
+    /// Raw keys and values `[t, K, _]` from the first token of the next block on.
+    raw: Option<[Tensor; 2]>,
+}
+
+/// Keys and values of an NSA layer.
 pub(crate) struct CudaNsa {
     cache: NsaCache,
     spec: NsaSpec,
     device: Device,
     dtype: DType,
-    /// Compressed blocks made.
-    blocks: usize,
-    /// Raw keys and values `[t, K, _]` from the first token of the next block on.
-    tail: Option<[Tensor; 2]>,
+    tails: Vec<Tail>,
 }
 
 impl CudaNsa {
-    pub fn new(gpu: &Gpu, config: &ModelConfig, spec: &NsaSpec, dtype: DType) -> Result<Self> {
-        let cache = NsaCache::new(gpu, dtype, (spec, config.dims()), 1, ROOM)?;
+    pub fn new(
+        gpu: &Gpu,
+        config: &ModelConfig,
+        spec: &NsaSpec,
+        dtype: DType,
+        room: Room,
+    ) -> Result<Self> {
+        let dims = config.dims();
+        let cache = NsaCache::new(gpu, dtype, (spec, dims), room.sequences, room.tokens)?;
         let device = Device::Cuda(gpu.clone());
-        Ok(Self { cache, spec: spec.clone(), device, dtype, blocks: 0, tail: None })
+        let tails = vec![Tail::default(); room.sequences];
+        Ok(Self { cache, spec: spec.clone(), device, dtype, tails })
     }
 
     pub fn bytes(&self) -> usize {
         self.cache.bytes()
     }
 
-    /// Passes raw compression keys and values `[c, K, _]` through φ; returns the completed blocks.
+    /// Passes a sequence's raw compression keys and values `[c, K, _]` through φ; returns the
+    /// completed blocks.
     pub fn compress(
         &mut self,
+        sequence: usize,
         config: &ModelConfig,
         raw: [&Tensor; 2],
         phi: [&ops::Phi; 2],
     ) -> Result<Blocks> {
-        let joined = match &self.tail {
+        let tail = &mut self.tails[sequence];
+        let joined = match &tail.raw {
             None => raw.map(Tensor::clone),
             Some([k, v]) => [k.append_rows(raw[0])?, v.append_rows(raw[1])?],
         };
         let rows = joined[0].shape()[0];
         let blocks = self.spec.compressed_blocks(rows);
-        let first = self.blocks;
+        let first = tail.blocks;
         let starts = tensor_i32(&self.device, block_starts(&self.spec, first, blocks).collect())?;
         let dims = config.dims();
         if blocks == 0 {
             let none = |dim| Tensor::zeros_on(&self.device, self.dtype, &[0, dims.kv_heads, dim]);
             let (k, v) = (none(dims.key_dim)?, none(dims.value_dim)?);
-            self.tail = Some(joined);
+            tail.raw = Some(joined);
             return Ok(Blocks { k, v, starts, counts: vec![0] });
         }
         let tape = &mut Tape::inference();
@@ -111,42 +152,66 @@ impl CudaNsa {
         }
         let rest = blocks * self.spec.compress_stride..rows;
         let [k, v] = joined;
-        self.tail = Some([k.rows(rest.clone())?, v.rows(rest)?]);
-        self.blocks += blocks;
+        tail.raw = Some([k.rows(rest.clone())?, v.rows(rest)?]);
+        tail.blocks += blocks;
         let v = made.pop().ok_or_else(crate::cache::mismatch)?;
         let k = made.pop().ok_or_else(crate::cache::mismatch)?;
         Ok(Blocks { k, v, starts, counts: vec![blocks] })
     }
 
-    /// Appends new tokens; returns the output `[c, H, V]`.
-    pub fn extend(&mut self, new: &New) -> Result<Tensor> {
-        Ok(self.cache.extend(0, &device_new(new))?)
+    /// Appends new tokens to a sequence; returns the output `[c, H, V]`.
+    pub fn extend(&mut self, sequence: usize, new: &New) -> Result<Tensor> {
+        Ok(self.cache.extend(sequence, &device_new(new))?)
     }
 
-    /// Whether [`CudaNsa::step`] serves this layer: blocks are averaged on the device.
-    pub fn can_be_captured(&self) -> bool {
-        self.spec.compressor == Compressor::Mean
-    }
-
-    /// Makes room for `tokens` tokens and hands the raw rows over, for steps from here on; returns
-    /// how many tokens there is room for.
+    /// Makes room for `tokens` tokens, for steps from here on; returns how many there is room for.
     pub fn prepare(&mut self, tokens: usize) -> Result<usize> {
         self.cache.reserve(tokens)?;
-        if let Some([k, v]) = self.tail.take() {
-            self.cache.prime(0, &k, &v)?;
-        }
         Ok(self.cache.capacity())
     }
 
-    /// Appends one token at `positions` (I32 `[1]`, on the device), its compression rows raw;
-    /// returns its output `[1, H, V]`. For a capture.
-    pub fn step(&self, positions: &Tensor, new: &New, turns: Option<&Tensor>) -> Result<Tensor> {
-        Ok(self.cache.step(positions, &device_new(new), turns)?)
+    /// Hands a sequence's raw rows over to where steps read them: from here on it takes steps only.
+    pub fn prime(&mut self, sequence: usize) -> Result<()> {
+        if let Some([k, v]) = self.tails[sequence].raw.take() {
+            self.cache.prime(sequence, &k, &v)?;
+        }
+        Ok(())
+    }
+
+    /// Appends a token of n sequences, whose compression rows are raw, averaged on the device.
+    pub fn step_mean(&self, rows: Rows, new: &New, turns: Option<&Tensor>) -> Result<Tensor> {
+        Ok(self.cache.step(rows, &device_new(new), &NsaBlocks::Mean { turns })?)
+    }
+
+    /// Takes the raw compression rows of n sequences; returns the last l of each `[n·l, K, _]`,
+    /// from the positions `starts` on, of which a φ with parameters makes blocks.
+    pub fn tails(&self, rows: Rows, starts: &Tensor, raw: [&Tensor; 2]) -> Result<[Tensor; 2]> {
+        Ok(self.cache.tails(rows, starts, raw, self.spec.compress_block)?)
+    }
+
+    /// Appends a token of n sequences with its compressed blocks; `numbers` are theirs.
+    pub fn step_ready(&self, rows: Rows, new: &New, numbers: &Tensor) -> Result<Tensor> {
+        Ok(self.cache.step(rows, &device_new(new), &NsaBlocks::Ready { numbers })?)
+    }
+
+    /// Whether blocks are averages, which steps make themselves.
+    pub fn is_mean(&self) -> bool {
+        self.spec.compressor == Compressor::Mean
     }
 
     /// Notes that a captured step was launched.
-    pub fn advance(&mut self) -> Result<()> {
-        Ok(self.cache.advance(1)?)
+    pub fn advance(&mut self, sequences: &[usize]) -> Result<()> {
+        Ok(self.cache.advance(sequences.iter().copied())?)
+    }
+
+    pub fn clear(&mut self, sequence: usize) -> Result<()> {
+        self.tails[sequence] = Tail::default();
+        Ok(self.cache.clear(sequence)?)
+    }
+
+    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+        self.tails[to] = self.tails[from].clone();
+        Ok(self.cache.copy(from, to)?)
     }
 }
 

@@ -1,61 +1,118 @@
-//! One token's way through the model on a GPU, recorded once and launched for every token: at
-//! batch 1 the hundred launches of a step cost more than what they compute.
+//! A token of each of some sequences, all the way through the model on a GPU; where nothing has to
+//! ask the host, recorded once and launched for every token: at batch 1 the hundred launches of a
+//! step cost more than what they compute.
 
-use tercet_tensor::{DType, Device, Gpu, Graph, Tape, Tensor};
+use tercet_attention::NsaSpec;
+use tercet_tensor::caches::Rows;
+use tercet_tensor::{DType, Device, Gpu, Graph, Tape, Tensor, ops};
 
 use crate::batch::Inputs;
-use crate::cache::{LayerCache, mismatch};
+use crate::cache::{LayerCache, NsaNew, mismatch};
 use crate::decoder::{Site, into_tensor_error};
 use crate::{Model, Result};
 
-/// Tokens beyond the present ones that a graph has room for.
-const AHEAD: usize = 1024;
+/// A row of a step: its sequence's number, the token, its position.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Token {
+    pub sequence: usize,
+    pub id: i32,
+    pub position: usize,
+}
 
-/// A captured step. It reads the token and its position from fixed places on the device.
+/// Where n rows stand: fixed places on the device that launches read.
+pub(crate) struct Places {
+    /// Tokens and positions; 0 where a row rests.
+    inputs: Inputs,
+    /// Positions, −1 where a row rests.
+    positions: Tensor,
+    sequences: Tensor,
+    /// Of the compressed block that a token completes: its number (−1: none) and its first token.
+    numbers: Tensor,
+    starts: Tensor,
+    /// Cosines and sines of all positions there is room for.
+    turns: Option<Tensor>,
+}
+
+impl Places {
+    /// `rows` resting rows of sequences with room for `capacity` tokens.
+    pub fn new(model: &Model, device: &Device, rows: usize, capacity: usize) -> Result<Self> {
+        let place = || Tensor::zeros_on(device, DType::I32, &[rows]);
+        let turns = match &model.rope {
+            Some(table) => Some(table.turns(capacity)?.to_device(device)?),
+            None => None,
+        };
+        let inputs = Inputs {
+            ids: place()?,
+            positions: place()?,
+            block_positions: Tensor::zeros_on(device, DType::I32, &[0])?,
+            cu_seqlens: (0..=rows as i32).collect(),
+        };
+        let (positions, sequences) = (place()?, place()?);
+        let places =
+            Self { inputs, positions, sequences, numbers: place()?, starts: place()?, turns };
+        places.write(&[], model.config().nsa.as_ref())?;
+        Ok(places)
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Puts `tokens` into the first rows; the others rest.
+    pub fn write(&self, tokens: &[Token], spec: Option<&NsaSpec>) -> Result<()> {
+        let rows = self.rows();
+        let put = |to: &Tensor, rest: i32, of: &dyn Fn(&Token) -> i32| {
+            let mut values: Vec<i32> = tokens.iter().map(of).collect();
+            values.resize(rows, rest);
+            Ok::<_, crate::Error>(to.overwrite(&Tensor::from_i32(values, &[rows])?)?)
+        };
+        put(&self.inputs.ids, 0, &|token| token.id)?;
+        put(&self.inputs.positions, 0, &|token| token.position as i32)?;
+        put(&self.positions, -1, &|token| token.position as i32)?;
+        put(&self.sequences, 0, &|token| token.sequence as i32)?;
+        if let Some(spec) = spec {
+            let (block, stride) = (spec.compress_block as i32, spec.compress_stride as i32);
+            let start = |token: &Token| token.position as i32 + 1 - block;
+            put(&self.starts, -block, &start)?;
+            put(&self.numbers, -1, &|token| match start(token) {
+                first if first >= 0 && first % stride == 0 => first / stride,
+                _ => -1,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn rows_at(&self) -> Rows<'_> {
+        Rows { positions: &self.positions, sequences: &self.sequences }
+    }
+}
+
+/// A captured step of n rows.
 pub(crate) struct DecodeGraph {
     graph: Graph,
-    ids: Tensor,
-    positions: Tensor,
+    places: Places,
     logits: Tensor,
     capacity: usize,
-    /// What captured launches read besides: kept as long as they may happen.
-    _turns: Option<Tensor>,
 }
 
 impl DecodeGraph {
-    /// Makes room for `tokens` tokens, the next one included, and some more in every layer, and
-    /// captures a step.
+    /// Captures a step of `rows` rows over layers that have room for `capacity` tokens of each
+    /// sequence.
     pub fn capture(
         model: &Model,
         gpu: &Gpu,
         layers: &mut [LayerCache],
-        tokens: usize,
+        rows: usize,
+        capacity: usize,
     ) -> Result<Self> {
-        let longest = model.config().max_position_embeddings;
-        let mut capacity = longest;
-        for layer in layers.iter_mut() {
-            capacity = capacity.min(layer.prepare((tokens + AHEAD).min(longest))?);
-        }
-        let device = Device::Cuda(gpu.clone());
-        let turns = match &model.rope {
-            Some(table) => Some(table.turns(capacity)?.to_device(&device)?),
-            None => None,
-        };
-        let place = || Tensor::zeros_on(&device, DType::I32, &[1]);
-        let (ids, positions) = (place()?, place()?);
-        let inputs = Inputs {
-            ids: ids.clone(),
-            positions: positions.clone(),
-            block_positions: Tensor::zeros_on(&device, DType::I32, &[0])?,
-            cu_seqlens: vec![0, 1],
-        };
-        let mut step = || model.step(&inputs, layers, turns.as_ref()).map_err(into_tensor_error);
-        // Once for nobody: kernels are compiled, products choose their algorithms, and tables are
-        // uploaded before anything is captured. What it writes stands where the next token will.
-        positions.overwrite(&Tensor::from_i32(vec![tokens as i32 - 1], &[1])?)?;
+        let places = Places::new(model, &Device::Cuda(gpu.clone()), rows, capacity)?;
+        let mut step = || model.step(&places, layers).map_err(into_tensor_error);
+        // Once with all rows resting: kernels are compiled, products choose their algorithms, and
+        // tables are uploaded before anything is captured.
         step()?;
         let (graph, logits) = gpu.capture(step)?;
-        Ok(Self { graph, ids, positions, logits, capacity, _turns: turns })
+        Ok(Self { graph, places, logits, capacity })
     }
 
     /// Tokens there is room for.
@@ -63,40 +120,79 @@ impl DecodeGraph {
         self.capacity
     }
 
-    /// The logits `[vocab]` after `token` at `position`.
-    pub fn run(&self, token: i32, position: usize) -> Result<Vec<f32>> {
-        let one = |value: i32| Tensor::from_i32(vec![value], &[1]);
-        self.ids.overwrite(&one(token)?)?;
-        self.positions.overwrite(&one(position as i32)?)?;
+    /// How many rows it takes.
+    pub fn rows(&self) -> usize {
+        self.places.rows()
+    }
+
+    /// The logits `[n, vocab]` after `tokens`.
+    pub fn run(&self, tokens: &[Token], spec: Option<&NsaSpec>) -> Result<Vec<f32>> {
+        self.places.write(tokens, spec)?;
         self.graph.launch().map_err(tercet_tensor::Error::from)?;
-        Ok(self.logits.to_vec_f32()?)
+        first_rows(&self.logits, tokens.len())
     }
 }
 
+/// The first rows of logits `[n, vocab]`, in main memory.
+pub(crate) fn first_rows(logits: &Tensor, count: usize) -> Result<Vec<f32>> {
+    if count == logits.shape()[0] {
+        return Ok(logits.to_vec_f32()?);
+    }
+    Ok(logits.rows(0..count)?.to_vec_f32()?)
+}
+
 impl Model {
-    /// One token through all layers, its token and position read on the device: logits
-    /// `[1, vocab]`, f32.
-    fn step(
-        &self,
-        inputs: &Inputs,
-        layers: &mut [LayerCache],
-        turns: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let tape = &mut Tape::inference();
+    /// A token of each row through all layers, read on the device: logits `[n, vocab]`, f32.
+    pub(crate) fn step(&self, places: &Places, layers: &mut [LayerCache]) -> Result<Tensor> {
+        let (inputs, tape) = (&places.inputs, &mut Tape::inference());
         let mut x = self.embed(tape, inputs)?;
         for (layer, held) in layers.iter_mut().enumerate() {
             let caches = &mut [held];
-            let site = Site { layer, inputs, caches, dropout: None, step: Some(turns) };
+            let site =
+                Site { layer, inputs, caches, sequence: 0, dropout: None, step: Some(places) };
             x = self.layer(tape, &x, site)?.swap_remove(0);
         }
         let hidden = self.norm(tape, &self.slots.norm, &x)?;
         self.head(tape, &hidden)
     }
+
+    /// Attention of an NSA layer's step over its caches; compression rows of `new` are raw.
+    pub(crate) fn step_nsa(
+        &self,
+        tape: &mut Tape,
+        cache: &LayerCache,
+        new: &NsaNew,
+        phi: [&ops::Phi; 2],
+        places: &Places,
+    ) -> Result<Tensor> {
+        let (LayerCache::CudaNsa(layer), Some(spec)) = (cache, &self.config().nsa) else {
+            return Err(mismatch());
+        };
+        let rows = places.rows_at();
+        if layer.is_mean() {
+            return layer.step_mean(rows, new, places.turns.as_ref());
+        }
+        // Every row's newest l tokens are a block of their own, kept where one is complete.
+        let l = spec.compress_block;
+        let each = NsaSpec { compress_stride: l, select_block: l, ..spec.clone() };
+        let offsets = [0, (places.rows() * l) as i32];
+        let mut made = Vec::with_capacity(2);
+        for (raw, phi) in
+            layer.tails(rows, &places.starts, [new.k_cmp, new.v_cmp])?.into_iter().zip(phi)
+        {
+            let raw = tape.leaf(raw);
+            made.push(ops::compress(tape, &raw, phi, &each, &offsets)?);
+        }
+        let (v, k) = made.pop().zip(made.pop()).ok_or_else(mismatch)?;
+        let k = self.rotate(tape, k, &places.starts)?;
+        let new = NsaNew { k_cmp: k.value(), v_cmp: v.value(), ..*new };
+        layer.step_ready(rows, &new, &places.numbers)
+    }
 }
 
 impl LayerCache {
     /// Makes room for `tokens` tokens; returns how many there is room for.
-    fn prepare(&mut self, tokens: usize) -> Result<usize> {
+    pub fn prepare(&mut self, tokens: usize) -> Result<usize> {
         match self {
             Self::CudaNsa(layer) => layer.prepare(tokens),
             Self::CudaDense(layer) => layer.prepare(tokens),
@@ -104,23 +200,45 @@ impl LayerCache {
         }
     }
 
-    /// See [`crate::cache_cuda::CudaNsa::step`].
-    pub fn step_nsa(
-        &self,
-        positions: &Tensor,
-        new: &crate::cache::NsaNew,
-        turns: Option<&Tensor>,
-    ) -> Result<Tensor> {
+    /// A sequence takes steps from here on.
+    pub fn prime(&mut self, sequence: usize) -> Result<()> {
         match self {
-            Self::CudaNsa(layer) => layer.step(positions, new, turns),
-            _ => Err(mismatch()),
+            Self::CudaNsa(layer) => layer.prime(sequence),
+            _ => Ok(()),
         }
     }
 
     /// See [`crate::cache_cuda::CudaDense::step`].
-    pub fn step_dense(&self, positions: &Tensor, qkv: [&Tensor; 3]) -> Result<Tensor> {
+    pub fn step_dense(&self, places: &Places, qkv: [&Tensor; 3]) -> Result<Tensor> {
         match self {
-            Self::CudaDense(layer) => layer.step(positions, qkv),
+            Self::CudaDense(layer) => layer.step(places.rows_at(), qkv),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// Notes that a step of these sequences has been launched.
+    pub fn advance(&mut self, sequences: &[usize]) -> Result<()> {
+        match self {
+            Self::CudaNsa(layer) => layer.advance(sequences),
+            Self::CudaDense(layer) => layer.advance(sequences),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// Forgets what a sequence holds.
+    pub fn clear(&mut self, sequence: usize) -> Result<()> {
+        match self {
+            Self::CudaNsa(layer) => layer.clear(sequence),
+            Self::CudaDense(layer) => layer.clear(sequence),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// What sequence `from` holds becomes what `to` holds, too.
+    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+        match self {
+            Self::CudaNsa(layer) => layer.copy(from, to),
+            Self::CudaDense(layer) => layer.copy(from, to),
             _ => Err(mismatch()),
         }
     }

@@ -6,6 +6,7 @@ use tercet_tensor::{Tape, Tensor, Var, ops};
 
 use crate::batch::{Batch, IGNORE, Inputs};
 use crate::cache::LayerCache;
+use crate::decode_graph::Places;
 use crate::layout::{FeedForwardSlots, LinearSlots, NormSlots, SwiGluSlots};
 use crate::{Error, Model, Result};
 
@@ -36,10 +37,13 @@ pub(crate) struct Site<'s> {
     /// The layer's caches of the sequences that tokens are appended to, equally many to each;
     /// never while recording.
     pub caches: &'s mut [&'s mut LayerCache],
+    /// Of a cache that holds some sequences, the one that tokens are appended to.
+    pub sequence: usize,
     /// The seed of the adapter's dropout, when there is to be any.
     pub dropout: Option<u64>,
-    /// One token whose position only the device knows, and what turns its compressed keys.
-    pub step: Option<Option<&'s Tensor>>,
+    /// One token of each of some sequences, at places that only the device knows; the layer's only
+    /// cache then holds all of them.
+    pub step: Option<&'s Places>,
 }
 
 impl Model {
@@ -116,12 +120,17 @@ impl Model {
                 let inputs = inputs.clone();
                 let again = move |tape: &mut Tape<'a>, x: &[Var]| {
                     let inputs = &inputs;
-                    let site = Site { layer, inputs, caches: &mut [], dropout, step: None };
+                    let site =
+                        Site { layer, inputs, caches: &mut [], sequence: 0, dropout, step: None };
                     self.layer(tape, &x[0], site).map_err(into_tensor_error)
                 };
                 tape.recompute(&[x], again)?
             } else {
-                self.layer(tape, &x, Site { layer, inputs, caches: &mut [], dropout, step: None })?
+                self.layer(
+                    tape,
+                    &x,
+                    Site { layer, inputs, caches: &mut [], sequence: 0, dropout, step: None },
+                )?
             };
             balances.extend(outputs.drain(1..));
             x = outputs.swap_remove(0);

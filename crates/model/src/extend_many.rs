@@ -79,7 +79,8 @@ impl Model {
             let mut own: Vec<&mut LayerCache> =
                 caches.iter_mut().map(|cache| &mut cache.layers[layer]).collect();
             let caches = &mut own[..];
-            let site = Site { layer, inputs: &inputs, caches, dropout: None, step: None };
+            let site =
+                Site { layer, inputs: &inputs, caches, sequence: 0, dropout: None, step: None };
             x = self.layer(tape, &x, site)?.swap_remove(0);
         }
         let hidden = self.norm(tape, &self.slots.norm, &x)?;

@@ -36,6 +36,7 @@ mod plan_cuda;
 mod sample_many;
 mod sampling;
 mod selftest;
+pub mod slots;
 mod stop;
 mod stored;
 mod text_stream;

@@ -1,6 +1,6 @@
 //! Answers to many prompts at once: for alignment, which wants n answers to each of thousands.
 //!
-//! Some answers are written side by side, a token each at a time ([`Model::extend_many`]); as
+//! Some answers are written side by side, a token each at a time ([`crate::slots::Slots`]); as
 //! soon as one ends, the next prompt takes its place. What an answer is depends on its prompt and
 //! seed alone, not on its neighbours.
 
@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 
-use crate::cache::Cache;
 use crate::log_probs::log_prob;
 use crate::sampling::Sampling;
+use crate::slots::Slots;
 use crate::writer::{Finish, Writer, check_prompt};
 use crate::{Error, Model, Result, Tokenizer};
 
@@ -44,7 +44,7 @@ pub struct Written {
 /// How [`sample_many`] works; nothing of it changes an answer on a CPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Together<'s> {
-    /// Answers written side by side, at least 1. Each has a cache, and one more holds the prompt
+    /// Answers written side by side, at least 1. Each has a slot, and one more holds the prompt
     /// that was read last while other asks have the same.
     pub at_once: usize,
     /// Looked at before each step: once it is set, answers that are not complete are dropped.
@@ -56,8 +56,7 @@ pub struct Together<'s> {
 /// when `stop` was raised.
 ///
 /// `sampling.seed` is not used, each ask has its own. `end_of_text` replaces the model's own list
-/// when given. Asks of the same prompt are answered one after the other, so that it is read once
-/// (on a GPU, whose caches are not copied, once for each).
+/// when given. Asks of the same prompt are answered one after the other, so that it is read once.
 ///
 /// On a CPU an answer depends on its prompt, its seed, `sampling` and the weights alone, and is
 /// that of [`crate::Generator`]. On a GPU products of other sizes may round otherwise, so that
@@ -84,60 +83,80 @@ pub fn sample_many(
     }
     let end_of_text = end_of_text.unwrap_or(&model.config().eos_token_ids);
     let order = by_prompt(asks);
-    let mut queue = Queue { model, asks, order: &order, read: None };
-    let mut slots: Vec<Slot> = Vec::new();
+    let longest = asks.iter().map(|ask| ask.prompt.len()).max().unwrap_or(0);
+    let tokens = longest.saturating_add(sampling.max_tokens);
+    let tokens = tokens.min(model.config().max_position_embeddings);
+    let at_once = together.at_once.min(asks.len());
+    if at_once == 0 {
+        return Ok(0);
+    }
+    let mut queue = Queue {
+        model,
+        asks,
+        order: &order,
+        slots: model.slots(at_once + 1, tokens)?,
+        kept: at_once,
+        read: None,
+    };
+    let mut free: Vec<usize> = (0..at_once).rev().collect();
+    let mut writing: Vec<Writing> = Vec::new();
     let mut answered = 0;
     let stopped = || together.stop.load(Ordering::Relaxed);
     loop {
         // An answer may end with its first token, so that its place is free again at once.
-        while slots.len() < together.at_once && !stopped() {
-            let Some((at, cache, logits)) = queue.next()? else { break };
+        while let Some(&slot) = free.last()
+            && !stopped()
+        {
+            let Some((at, logits)) = queue.next(slot)? else { break };
             let ask = &asks[at];
             let settings = (sampling, ask.seed);
             let writer = Writer::new(model, tokenizer, settings, end_of_text, &ask.prompt)?;
-            let mut slot = Slot { at, cache, writer, next: 0, log_prob: 0.0 };
-            match slot.choose(&logits)? {
-                None => slots.push(slot),
+            let mut answer = Writing { at, slot, writer, next: 0, log_prob: 0.0 };
+            match answer.choose(&logits)? {
+                None => {
+                    free.pop();
+                    writing.push(answer);
+                }
                 Some(finish) => {
-                    slot.hand_over(finish, on_done)?;
+                    answer.hand_over(finish, on_done)?;
                     answered += 1;
                 }
             }
         }
-        if slots.is_empty() || stopped() {
+        if writing.is_empty() || stopped() {
             return Ok(answered);
         }
-        let tokens: Vec<i32> = slots.iter().map(|slot| slot.next).collect();
-        let mut caches: Vec<&mut Cache> = slots.iter_mut().map(|slot| &mut slot.cache).collect();
-        let logits = model.extend_many(&mut caches, &tokens)?;
+        let tokens: Vec<(usize, i32)> = writing.iter().map(|own| (own.slot, own.next)).collect();
+        let logits = queue.slots.step(model, &tokens)?;
         let rows = logits.par_chunks_exact(model.config().vocab_size);
         let chosen: Vec<Result<Option<Finish>>> =
-            slots.par_iter_mut().zip(rows).map(|(slot, row)| slot.choose(row)).collect();
-        let mut going_on = Vec::with_capacity(slots.len());
-        for (slot, finish) in slots.into_iter().zip(chosen) {
+            writing.par_iter_mut().zip(rows).map(|(own, row)| own.choose(row)).collect();
+        let mut going_on = Vec::with_capacity(writing.len());
+        for (own, finish) in writing.into_iter().zip(chosen) {
             match finish? {
-                None => going_on.push(slot),
+                None => going_on.push(own),
                 Some(finish) => {
-                    slot.hand_over(finish, on_done)?;
+                    free.push(own.slot);
+                    own.hand_over(finish, on_done)?;
                     answered += 1;
                 }
             }
         }
-        slots = going_on;
+        writing = going_on;
     }
 }
 
 /// An answer that is being written.
-struct Slot<'w> {
+struct Writing<'w> {
     at: usize,
-    cache: Cache,
+    slot: usize,
     writer: Writer<'w>,
     /// The token to read next.
     next: i32,
     log_prob: f64,
 }
 
-impl Slot<'_> {
+impl Writing<'_> {
     /// Chooses a token; why the answer ends, when it does.
     fn choose(&mut self, logits: &[f32]) -> Result<Option<Finish>> {
         let mut go_on = |_: &str| ControlFlow::Continue(());
@@ -174,30 +193,38 @@ struct Queue<'a> {
     model: &'a Model,
     asks: &'a [Ask],
     order: &'a [usize],
-    /// A prompt that was read and is wanted again, and the logits after it.
-    read: Option<(Cache, Vec<f32>)>,
+    slots: Slots,
+    /// The slot of a prompt that was read and is wanted again, and the logits after it.
+    kept: usize,
+    read: Option<Vec<f32>>,
 }
 
 impl Queue<'_> {
-    /// The next ask, a cache that holds its prompt, and the logits after it.
-    fn next(&mut self) -> Result<Option<(usize, Cache, Vec<f32>)>> {
+    /// The next ask, whose prompt `slot` then holds, and the logits after it.
+    fn next(&mut self, slot: usize) -> Result<Option<(usize, Vec<f32>)>> {
         let Some((&at, rest)) = self.order.split_first() else { return Ok(None) };
         self.order = rest;
         let prompt = &self.asks[at].prompt;
-        let (cache, logits) = match self.read.take() {
-            Some(read) => read,
+        let again = rest.first().is_some_and(|&next| self.asks[next].prompt == *prompt);
+        let logits = match self.read.take() {
+            Some(logits) => {
+                self.slots.copy(self.kept, slot)?;
+                logits
+            }
             None => {
-                let mut cache = self.model.cache()?;
                 let tokens = check_prompt(self.model, prompt).map_err(|e| named(at, e))?;
-                let logits = self.model.read(&mut cache, &tokens)?;
-                (cache, logits)
+                self.slots.clear(slot)?;
+                let logits = self.slots.read(self.model, slot, &tokens)?;
+                if again {
+                    self.slots.copy(slot, self.kept)?;
+                }
+                logits
             }
         };
-        let again = rest.first().is_some_and(|&next| self.asks[next].prompt == *prompt);
-        if again && let Some(fork) = cache.fork() {
-            self.read = Some((fork, logits.clone()));
+        if again {
+            self.read = Some(logits.clone());
         }
-        Ok(Some((at, cache, logits)))
+        Ok(Some((at, logits)))
     }
 }
 

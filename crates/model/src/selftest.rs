@@ -82,6 +82,9 @@ pub fn selftest(device: &Device, each: &mut dyn FnMut(Row)) {
             each(Row::of("model", name("decode with an adapter"), |tally| {
                 decode(tally, config, device, dtype, adapted)
             }));
+            each(Row::of("model", name("decode side by side"), |tally| {
+                side_by_side(tally, config, device, dtype)
+            }));
         }
     }
 }
@@ -191,26 +194,41 @@ fn train(tally: &mut Tally, config: &str, device: &Device, dtype: DType, make: M
     ensure(same(&recomputed, &grads), || "recomputation gives other bits".into())
 }
 
-/// Logits of a whole sequence against those of a prompt in two chunks and then single tokens.
-fn decode(tally: &mut Tally, config: &str, device: &Device, dtype: DType, make: Make) -> Check<()> {
+/// The logits of a whole sequence, and how far others may be from them.
+fn whole_and_allowed(
+    config: &str,
+    device: &Device,
+    dtype: DType,
+    make: Make,
+    ids: &[i32],
+) -> Check<(Model, Vec<f32>, f64)> {
     let (model, reference) =
         (make(config, device, dtype)?, make(config, &Device::Cpu, DType::F32)?);
-    let vocab = model.config().vocab_size;
-    let ids = ids(150, vocab);
     let logits = |model: &Model| -> Check<Vec<f32>> {
-        model.logits(&ids, &[0, 150]).and_then(|t| Ok(t.to_vec_f32()?)).map_err(fault)
+        let logits = model.logits(ids, &[0, ids.len() as i32]);
+        logits.and_then(|t| Ok(t.to_vec_f32()?)).map_err(fault)
     };
     let (whole, exact) = (logits(&model)?, logits(&reference)?);
-    let error = |a: &[f32], b: &[f32]| {
-        let each = a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs()));
-        each.fold(0.0, |m, x| if x > m || x.is_nan() { x } else { m })
-    };
     let size = exact.iter().fold(0.0, |m: f64, x| m.max(f64::from(x.abs())));
     let mut allowed = CHAIN * ROUNDING * size;
     if dtype == DType::BF16 {
         // Two ways through the same model round independently, each as far off as the other.
         allowed += 4.0 * error(&whole, &exact) + size / 256.0;
     }
+    Ok((model, whole, allowed))
+}
+
+/// The largest difference; NaN where there is one.
+fn error(a: &[f32], b: &[f32]) -> f64 {
+    let each = a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs()));
+    each.fold(0.0, |m, x| if x > m || x.is_nan() { x } else { m })
+}
+
+/// Logits of a whole sequence against those of a prompt in two chunks and then single tokens.
+fn decode(tally: &mut Tally, config: &str, device: &Device, dtype: DType, make: Make) -> Check<()> {
+    let ids = ids(150, 96);
+    let (model, whole, allowed) = whole_and_allowed(config, device, dtype, make, &ids)?;
+    let vocab = model.config().vocab_size;
     let mut cache = model.cache().map_err(fault)?;
     let mut at = 0;
     for count in [61, 39].into_iter().chain(std::iter::repeat_n(1, 50)) {
@@ -219,6 +237,47 @@ fn decode(tally: &mut Tally, config: &str, device: &Device, dtype: DType, make: 
         let want = &whole[(at - 1) * vocab..at * vocab];
         tally.hold(&format!("logits after {at} tokens"), error(&got, want), allowed);
     }
+    Ok(())
+}
+
+/// The same for sequences in slots: begun at other lengths, one of them a copy, one resting now and
+/// then, their order and number changing from step to step.
+fn side_by_side(tally: &mut Tally, config: &str, device: &Device, dtype: DType) -> Check<()> {
+    let ids = ids(150, 96);
+    let (model, whole, allowed) = whole_and_allowed(config, device, dtype, model, &ids)?;
+    let vocab = model.config().vocab_size;
+    let mut slots = model.slots(5, 150).map_err(fault)?;
+    let mut hold = |what: &str, at: usize, got: &[f32]| {
+        let want = &whole[(at - 1) * vocab..at * vocab];
+        tally.hold(&format!("{what} after {at} tokens"), error(got, want), allowed);
+    };
+    for (slot, count) in [(0, 70), (1, 1), (3, 32), (4, 99)] {
+        let got = slots.read(&model, slot, &ids[..count]).map_err(fault)?;
+        hold("a prompt", count, &got);
+    }
+    let got = slots.read(&model, 0, &ids[70..81]).map_err(fault)?;
+    hold("a second chunk", 81, &got);
+    for turn in 0..40 {
+        if turn == 20 {
+            slots.copy(0, 2).map_err(fault)?;
+        }
+        let mut named: Vec<usize> = (0..5).filter(|&slot| slots.len(slot) > 0).collect();
+        named.retain(|slot| (turn + slot) % 3 != 0);
+        named.rotate_left(turn % 2);
+        let tokens: Vec<(usize, i32)> =
+            named.iter().map(|&slot| (slot, ids[slots.len(slot)])).collect();
+        let got = slots.step(&model, &tokens).map_err(fault)?;
+        for (&slot, got) in named.iter().zip(got.chunks(vocab)) {
+            hold("side by side", slots.len(slot), got);
+        }
+    }
+    slots.clear(4).map_err(fault)?;
+    let got = slots.read(&model, 4, &ids[..50]).map_err(fault)?;
+    hold("after another sequence", 50, &got);
+    // On a GPU what has taken a step takes the next chunk by steps.
+    let at = slots.len(1);
+    let got = slots.read(&model, 1, &ids[at..at + 5]).map_err(fault)?;
+    hold("a chunk after steps", at + 5, &got);
     Ok(())
 }
 

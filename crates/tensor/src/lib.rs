@@ -48,7 +48,7 @@ pub use tercet_cuda::{Gpu, Graph};
 
 /// Caches for decoding on a device.
 pub mod caches {
-    pub use crate::cuda::caches::{DenseCache, NsaCache, NsaNew};
+    pub use crate::cuda::caches::{DenseCache, NsaBlocks, NsaCache, NsaNew, Rows};
 }
 
 /// Result of every fallible call of this crate.

@@ -71,10 +71,15 @@ impl Door {
     /// Lets a request in, or says why not.
     pub fn enter(
         &self,
-        request: Request,
+        mut request: Request,
         events: UnboundedSender<Event>,
     ) -> Result<Arrival, Refused> {
+        // Those two fields are not read here, whatever they say.
+        (request.sampling.max_tokens, request.sampling.stop) = (1, Vec::new());
         let model = self.check(&request)?;
+        if self.is_draining() {
+            return Err(Refused::Draining);
+        }
         let most = self.limits.running + self.limits.waiting;
         let add = |live: usize| (live < most).then_some(live + 1);
         let before = self.live.fetch_update(Ordering::SeqCst, Ordering::SeqCst, add);
@@ -83,7 +88,7 @@ impl Door {
             stats.refused_full += 1;
             return Err(Refused::Full { retry_after_s: retry_after(&stats, most) });
         };
-        // After it was counted: the thread ends when it drains and nobody is inside.
+        // Again, after it was counted: the thread ends when it drains and nobody is inside.
         if self.is_draining() {
             self.leave();
             return Err(Refused::Draining);
@@ -146,10 +151,7 @@ impl Door {
                 )));
             }
         }
-        // Those two fields are not read here.
-        let mut sampling = request.sampling.clone();
-        (sampling.max_tokens, sampling.stop) = (1, Vec::new());
-        sampling.validate().map_err(|error| Refused::Invalid(error.to_string()))?;
+        request.sampling.validate().map_err(|error| Refused::Invalid(error.to_string()))?;
         match &request.adapter {
             None => Ok(0),
             Some(name) => match self.adapters.iter().position(|held| held == name) {

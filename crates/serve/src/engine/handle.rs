@@ -12,7 +12,6 @@ use super::admission::Door;
 use super::pages::{Costs, PAGE};
 use super::request::{Event, Refused, Request};
 use super::scheduler::{Rules, Scheduler};
-use super::slots::Slots;
 use super::stats::Stats;
 use super::worker::{Message, Worker};
 
@@ -45,7 +44,8 @@ impl Models {
 /// What the engine may use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limits {
-    /// Sequences computed side by side, 1..=1024.
+    /// Sequences computed side by side, 1..=1024; on a GPU no more than places of a whole context
+    /// fit into `cache_bytes`.
     pub running: usize,
     /// Sequences that may wait beside those; more are refused with [`Refused::Full`].
     pub waiting: usize,
@@ -105,6 +105,9 @@ pub enum StartError {
     /// A limit is outside its range, or the memory does not hold a single short sequence.
     #[error("limits: {0}")]
     Limits(String),
+    /// The model gave no places for sequences: a GPU has not the memory.
+    #[error(transparent)]
+    Model(#[from] tercet_model::Error),
     /// The system gave no thread.
     #[error("the engine's thread could not be started: {0}")]
     Thread(#[from] std::io::Error),
@@ -173,52 +176,67 @@ impl Engine {
     /// Starts the engine's thread. It ends when it was drained, or every handle was dropped, and
     /// all is answered.
     pub fn start(models: Models, limits: Limits) -> Result<(Handle, JoinHandle<()>), StartError> {
-        limits.check()?;
-        let Models { base, adapted } = models;
-        let config = base.config();
-        let on_cpu = base.device() == Device::Cpu;
-        // Whatever the weights are, a CPU's caches hold f32.
-        let stored = if on_cpu { DType::F32 } else { base.params().dtype() };
-        let costs = Costs::new(config, stored);
-        let pages = limits.cache_bytes / costs.page_bytes;
-        let context = config
-            .max_position_embeddings
-            .min(limits.context.unwrap_or(usize::MAX))
-            .min(costs.tokens(pages));
-        if context < 2 {
-            return Err(StartError::Limits(format!(
-                "a context of {context} tokens holds no prompt and answer: cache_bytes = {} are \
-                 {pages} pages of {} bytes, of which a sequence needs {}",
-                limits.cache_bytes,
-                costs.page_bytes,
-                costs.pages(2)
-            )));
-        }
-        let kept = if limits.prefix_cache { KEPT } else { 0 };
-        let rules = Rules {
-            running: limits.running,
-            prefill_tokens: limits.prefill_tokens,
-            chunk: limits.chunk,
-            // So few rows have the bits of single steps.
-            replay: if on_cpu { FEW_ROWS.min(limits.chunk) } else { limits.chunk },
-        };
-        let stats = Stats {
-            pages_total: pages,
-            page_tokens: PAGE,
-            page_bytes: costs.page_bytes,
-            bytes_per_token: costs.bytes_per_token,
-            ..Stats::default()
-        };
-        let slots = Slots::new(limits.running + kept);
-        let scheduler = Scheduler::new(rules, costs, pages, kept);
-        let vocab = config.vocab_size;
-        let (names, with): (Vec<String>, Vec<Model>) = adapted.into_iter().unzip();
-        let door = Arc::new(Door::new(limits, vocab, context, names, stats));
-        let models = std::iter::once(base).chain(with).collect();
-        let (outbox, inbox) = mpsc::channel();
-        let worker = Worker::new(models, slots, scheduler, door.clone(), inbox);
+        let (handle, worker) = assemble(models, limits)?;
         let thread = std::thread::Builder::new().name("engine".into());
-        let thread = thread.spawn(|| worker.run())?;
-        Ok((Handle { door, outbox }, thread))
+        Ok((handle, thread.spawn(|| worker.run())?))
     }
+}
+
+/// An engine that does not run yet.
+pub(super) fn assemble(models: Models, limits: Limits) -> Result<(Handle, Worker), StartError> {
+    limits.check()?;
+    let Models { base, adapted } = models;
+    let config = base.config();
+    let on_cpu = base.device() == Device::Cpu;
+    // Whatever the weights are, a CPU's caches hold f32.
+    let stored = if on_cpu { DType::F32 } else { base.params().dtype() };
+    let costs = Costs::new(config, stored);
+    let pages = limits.cache_bytes / costs.page_bytes;
+    let context = config
+        .max_position_embeddings
+        .min(limits.context.unwrap_or(usize::MAX))
+        .min(costs.tokens(pages));
+    if context < 2 {
+        return Err(StartError::Limits(format!(
+            "a context of {context} tokens holds no prompt and answer: cache_bytes = {} are \
+             {pages} pages of {} bytes, of which a sequence needs {}",
+            limits.cache_bytes,
+            costs.page_bytes,
+            costs.pages(2)
+        )));
+    }
+    let wanted = if limits.prefix_cache { KEPT } else { 0 };
+    let (running, kept) = match on_cpu {
+        true => (limits.running, wanted),
+        // There every place has the memory of a whole context from the start.
+        false => {
+            let places = (pages / costs.pages(context)).max(1);
+            let kept = wanted.min(places / 4);
+            (limits.running.min(places - kept), kept)
+        }
+    };
+    let rules = Rules {
+        running,
+        prefill_tokens: limits.prefill_tokens,
+        chunk: limits.chunk,
+        // So few rows have the bits of single steps.
+        replay: if on_cpu { FEW_ROWS.min(limits.chunk) } else { limits.chunk },
+    };
+    let stats = Stats {
+        pages_total: pages,
+        page_tokens: PAGE,
+        page_bytes: costs.page_bytes,
+        bytes_per_token: costs.bytes_per_token,
+        ..Stats::default()
+    };
+    let slots = base.slots(running + kept, context)?;
+    let scheduler = Scheduler::new(rules, costs, pages, kept);
+    let vocab = config.vocab_size;
+    let (names, with): (Vec<String>, Vec<Model>) = adapted.into_iter().unzip();
+    let limits = Limits { running, ..limits };
+    let door = Arc::new(Door::new(limits, vocab, context, names, stats));
+    let models = std::iter::once(base).chain(with).collect();
+    let (outbox, inbox) = mpsc::channel();
+    let worker = Worker::new(models, slots, scheduler, door.clone(), inbox);
+    Ok((Handle { door, outbox }, worker))
 }

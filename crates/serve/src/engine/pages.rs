@@ -173,6 +173,27 @@ mod tests {
         }
     }
 
+    /// A CPU's caches are as large as what is paid for, but that the rings and the compressed keys
+    /// are rounded up to 64 rows, a ring with 64 more: 128 rows a layer at most.
+    #[test]
+    fn a_cache_takes_what_was_paid_for() {
+        for (config, rows) in kinds().into_iter().zip([128, 128, 128, 0, 128]) {
+            let wide = serde_json::json!({ "head_dim": 32, "hidden_size": 128, "v_head_dim": 32 });
+            let mut fields = serde_json::to_value(&config).unwrap();
+            wide.as_object().unwrap().iter().for_each(|(k, v)| fields[k] = v.clone());
+            let config: ModelConfig = serde_json::from_value(fields).unwrap();
+            let costs = Costs::new(&config, DType::F32);
+            let slack = config.num_hidden_layers * rows * 2 * (32 + 32) * size_of::<f32>();
+            let model = tercet_model::Model::new(config, 1, DType::F32).unwrap();
+            let mut slots = model.slots(1, 3000).unwrap();
+            for chunk in [1, 63, 1, 64, 300, 571, 1000] {
+                slots.read(&model, 0, &vec![5; chunk]).unwrap();
+                let (have, paid) = (slots.bytes(), costs.pages(slots.len(0)) * costs.page_bytes);
+                assert!(have <= paid + slack, "{}: {have} > {paid} + {slack}", slots.len(0));
+            }
+        }
+    }
+
     #[test]
     fn bytes_per_token_are_those_of_the_plan() {
         for config in kinds() {

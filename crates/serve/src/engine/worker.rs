@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use tercet_model::Model;
+use tercet_model::slots::Slots;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::admission::{Arrival, Door};
 use super::request::{EngineError, Event, Finish, LogProbs, Reads, Usage};
 use super::sampler::{Chooser, Chosen, log_probs};
 use super::scheduler::{Id, Op, Plan, Scheduler};
-use super::slots::Slots;
 
 /// How often an engine without work looks whether it should end.
 const LOOK: Duration = Duration::from_millis(50);
@@ -84,16 +84,20 @@ impl Worker {
     /// Until the door drains, or every handle is gone, and nobody is inside.
     pub fn run(mut self) {
         while self.take_in() {
-            self.drop_cancelled();
-            let plan = self.scheduler.step();
-            let (decode, reads) = self.prepare(plan);
-            self.decode(&decode);
-            for (id, range) in reads {
-                self.read(id, range);
-            }
-            self.publish();
+            self.step();
         }
-        self.publish();
+    }
+
+    fn step(&mut self) {
+        self.drop_cancelled();
+        let plan = self.scheduler.step();
+        let (decode, reads) = self.prepare(plan);
+        self.decode(&decode);
+        for (id, range) in reads {
+            self.read(id, range);
+        }
+        self.gauge();
+        self.door.stats().steps += 1;
     }
 
     /// Takes in what came; waits when there is nothing to do. Whether to go on.
@@ -172,6 +176,8 @@ impl Worker {
         }
         let sequence = self.sequences.remove(&id)?;
         self.door.leave();
+        // Whoever is told of the end finds the pages free.
+        self.gauge();
         Some(sequence)
     }
 
@@ -203,14 +209,19 @@ impl Worker {
 
     fn apply(&mut self, op: Op) {
         match op {
-            Op::Clear(slot) => self.slots.clear(slot),
+            Op::Clear(slot) => self.clear(slot),
             Op::Copy { from, to, id } => {
                 if self.slots.copy(from, to).is_err() {
-                    self.slots.clear(to);
+                    self.clear(to);
                     self.scheduler.not_copied(id);
                 }
             }
         }
+    }
+
+    fn clear(&mut self, slot: usize) {
+        // A place that cannot be cleared refuses whoever reads into it next, who is told.
+        let _ = self.slots.clear(slot);
     }
 
     /// Does what comes before the computing of a step.
@@ -355,9 +366,14 @@ impl Worker {
                 let prompt = &sequence.tokens[..sequence.prompt];
                 let known = &mut sequence.prompt_log_probs;
                 let mut last = Vec::new();
-                let each = &mut |at: usize, logits: &[f32]| match prompt.get(range.start + at + 1) {
-                    Some(&next) => known.push(Some(log_probs(logits, next, top))),
-                    None => last = logits.to_vec(),
+                let vocab = self.door.vocab;
+                let each = &mut |at: usize, logits: &[f32]| {
+                    // What follows the last token of the prompt is not known yet.
+                    let next = prompt.get(range.start + at + 1..).unwrap_or_default();
+                    let rows = logits.par_chunks_exact(vocab).zip(next);
+                    known.par_extend(rows.map(|(row, &next)| Some(log_probs(row, next, top))));
+                    last.clear();
+                    last.extend_from_slice(&logits[logits.len() - vocab..]);
                 };
                 self.slots.read_each(model, slot, &tokens, each).map(|()| last)
             }
@@ -388,7 +404,7 @@ impl Worker {
                 continue;
             };
             if self.slots.copy(slot, to).is_err() {
-                self.slots.clear(to);
+                self.clear(to);
                 self.scheduler.not_copied(other);
                 continue;
             }
@@ -427,12 +443,94 @@ impl Worker {
         }
     }
 
-    fn publish(&self) {
+    /// Publishes what is held now.
+    fn gauge(&self) {
         let mut stats = self.door.stats();
         let pages = self.scheduler.pages();
         stats.running = self.scheduler.running();
         stats.pages_used = pages.used();
         stats.pages_cached = pages.cached();
-        stats.steps += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tercet_model::{ModelConfig, Sampling};
+    use tercet_tensor::DType;
+
+    use super::*;
+    use crate::engine::handle::{Limits, Models, assemble};
+    use crate::engine::request::Request;
+    use crate::engine::stats::Stats;
+
+    /// Three sequences, with `meddle` called before each step; what each of them got, and counts.
+    fn world(mut meddle: impl FnMut(usize, &mut Worker)) -> (Vec<Vec<Event>>, Stats) {
+        let config: ModelConfig = serde_json::from_value(serde_json::json!({
+            "model_type": "tercet", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.25,
+            "nsa": { "compress_block": 8, "compress_stride": 4, "select_block": 8,
+                     "select_count": 4, "window": 12 },
+        }))
+        .unwrap();
+        let model = Model::new(config, 7, DType::F32).unwrap();
+        let limits = Limits { chunk: 64, prefill_tokens: 256, ..Limits::default() };
+        let (handle, mut worker) = assemble(Models::new(model).unwrap(), limits).unwrap();
+        let ask = |seed: u32| Request {
+            prompt: (0..50 + seed).map(|i| (i * 7 + seed) % 96).collect(),
+            adapter: None,
+            sampling: Sampling::greedy(1),
+            max_tokens: 20,
+            min_tokens: 0,
+            stop_tokens: Vec::new(),
+            ignore_eos: true,
+            log_probs: Some(0),
+            prompt_log_probs: None,
+            namespace: String::new(),
+            reads: false,
+            constraint: None,
+        };
+        let receivers: Vec<_> = (0..3).map(|seed| handle.submit(ask(seed)).unwrap()).collect();
+        handle.drain();
+        for step in 0.. {
+            if !worker.take_in() {
+                break;
+            }
+            assert!(step < 1000, "a standstill");
+            meddle(step, &mut worker);
+            worker.step();
+        }
+        let all = |mut receiver: tokio::sync::mpsc::UnboundedReceiver<Event>| {
+            std::iter::from_fn(move || receiver.try_recv().ok()).collect()
+        };
+        (receivers.into_iter().map(all).collect(), handle.stats())
+    }
+
+    #[test]
+    fn a_step_that_fails_for_all_fails_for_the_one_to_blame() {
+        let (want, _) = world(|_, _| ());
+        // One place loses what it holds, once: all go on, each by itself, as if nothing happened.
+        let (found, stats) = world(|step, worker| {
+            if step == 5 {
+                let slot = worker.scheduler.slot(1).unwrap();
+                worker.slots.clear(slot).unwrap();
+            }
+        });
+        assert_eq!((stats.preempted, stats.failed, stats.finished_length), (3, 0, 3));
+        for (found, want) in found.iter().zip(&want) {
+            assert_eq!(found, want);
+        }
+        // Again and again: that one fails, the others do not.
+        let (found, stats) = world(|step, worker| {
+            if step >= 5
+                && let Some(slot) = worker.scheduler.slot(1)
+                && worker.scheduler.held(1) > 50
+            {
+                worker.slots.clear(slot).unwrap();
+            }
+        });
+        assert_eq!((stats.failed, stats.finished_length, stats.pages_used), (1, 2, 0));
+        assert!(matches!(found[1].last(), Some(Event::Failed(EngineError::Model(_)))));
+        assert_eq!((&found[0], &found[2]), (&want[0], &want[2]));
     }
 }

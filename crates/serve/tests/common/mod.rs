@@ -3,9 +3,13 @@
 #![allow(dead_code)] // every test file uses its own part
 
 use serde_json::{Value, json};
-use tercet_model::{Model, ModelConfig, Sampling};
-use tercet_serve::engine::{EngineError, Event, Finish, Limits, Request, Usage};
-use tercet_tensor::DType;
+use std::thread::JoinHandle;
+
+use tercet_model::{Adapter, LoraConfig, Model, ModelConfig, Sampler, Sampling};
+use tercet_serve::engine::{
+    Engine, EngineError, Event, Finish, Handle, Limits, Models, Request, Usage,
+};
+use tercet_tensor::{DType, Tensor};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub const VOCAB: usize = 96;
@@ -151,4 +155,70 @@ pub fn wait(mut receiver: UnboundedReceiver<Event>) -> Answer {
     let ends = |event: &Event| matches!(event, Event::Done { .. } | Event::Failed(_));
     assert!(!events.iter().any(ends), "ended twice");
     Answer { events, finish, usage }
+}
+
+pub fn start(model: &Model, limits: Limits) -> (Handle, JoinHandle<()>) {
+    Engine::start(Models::new(model.clone()).unwrap(), limits).unwrap()
+}
+
+/// The limits with memory for this many pages.
+pub fn with_pages(model: &Model, limits: Limits, pages: usize) -> Limits {
+    let (handle, thread) = start(model, limits.clone());
+    let cache_bytes = handle.stats().page_bytes * pages;
+    handle.drain();
+    thread.join().unwrap();
+    Limits { cache_bytes, ..limits }
+}
+
+/// The model with an adapter of this name attached, every B holding numbers within ±0.1.
+pub fn with_adapter(mut model: Model, name: &str, seed: u64) -> Model {
+    let lora = LoraConfig { r: 4, ..LoraConfig::default() };
+    model.attach(name, Adapter::new(&model, lora, seed).unwrap()).unwrap();
+    model.activate(Some(name)).unwrap();
+    let params = model.trained_mut();
+    for slot in 0..params.len() {
+        if params.name(slot).contains("lora_B") {
+            let shape = params.tensor(slot).shape().to_vec();
+            let len: usize = shape.iter().product();
+            let add = slot * 11 + seed as usize;
+            let at = |i: usize| (((i * 37 + add) % 101) as f32 / 50.0 - 1.0) * 0.1;
+            params
+                .set(slot, Tensor::from_f32((0..len).map(at).collect(), &shape).unwrap())
+                .unwrap();
+        }
+    }
+    model.activate(None).unwrap();
+    model
+}
+
+/// Tokens and their log-probabilities by the model alone: the prompt in chunks, then a token at a
+/// time, with the request's adapter.
+pub fn alone(model: &Model, request: &Request, chunk: usize) -> (Vec<u32>, Vec<f32>) {
+    let mut model = model.clone();
+    model.activate(request.adapter.as_deref()).unwrap();
+    let mut cache = model.cache().unwrap();
+    let mut logits = Vec::new();
+    let prompt: Vec<i32> = request.prompt.iter().map(|&id| id as i32).collect();
+    for chunk in prompt.chunks(chunk) {
+        logits = model.extend(&mut cache, chunk).unwrap();
+    }
+    let mut sampler = Sampler::new(&request.sampling).unwrap();
+    request.prompt.iter().for_each(|&id| sampler.see(id));
+    let (mut tokens, mut log_probs) = (Vec::new(), Vec::new());
+    loop {
+        let token = sampler.next(&logits).unwrap();
+        tokens.push(token);
+        log_probs.push(log_prob(&logits, token));
+        if tokens.len() == request.max_tokens {
+            return (tokens, log_probs);
+        }
+        logits = model.extend(&mut cache, &[token as i32]).unwrap();
+    }
+}
+
+/// `ln p`, summed in f64.
+pub fn log_prob(logits: &[f32], token: u32) -> f32 {
+    let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - most)).sum();
+    (f64::from(logits[token as usize]) - (most + libm::log(sum))) as f32
 }

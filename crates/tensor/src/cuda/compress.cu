@@ -25,8 +25,9 @@ DEVICE int sequence_of(const i32* offsets, int count, i64 at) {
     return low;
 }
 
-// First token of compressed row n.
+// First token of compressed row n; without offsets there is one sequence.
 DEVICE i64 token_of_row(const Sequences& all, i64 n) {
+    if (!all.tokens_at) return n * STRIDE;
     int s = sequence_of(all.rows_at, all.count, n);
     return all.tokens_at[s] + (n - all.rows_at[s]) * STRIDE;
 }

@@ -1,6 +1,8 @@
 //! φ on a device: see `ops/compress.rs`; the average by kernels of its own, the other kinds by
 //! products of flattened blocks (`compress_phi.rs`).
 
+use std::cell::OnceCell;
+
 use tercet_cuda::{Args, Buffer, Gpu, Source};
 
 use super::cut::{threads, vector};
@@ -26,8 +28,7 @@ pub(crate) struct Blocks<'a> {
     /// Offsets of the sequences' tokens and compressed rows, here and on the device.
     cu_seqlens: &'a [i32],
     cu_rows: &'a [usize],
-    tokens_at: Buffer,
-    rows_at: Buffer,
+    uploaded: OnceCell<[Buffer; 2]>,
 }
 
 impl<'a> Blocks<'a> {
@@ -42,7 +43,6 @@ impl<'a> Blocks<'a> {
         let &[tokens, heads, dim] = x.shape() else {
             return Err(crate::Error::shape("compress", "x", "[T, K, C]", x.shape()));
         };
-        let rows_at: Vec<i32> = cu_rows.iter().map(|&row| row as i32).collect();
         Ok(Blocks {
             gpu,
             dtype: x.dtype(),
@@ -54,8 +54,7 @@ impl<'a> Blocks<'a> {
             vector: vector(dim, x.dtype()),
             cu_seqlens,
             cu_rows,
-            tokens_at: gpu.upload(cu_seqlens)?,
-            rows_at: gpu.upload(&rows_at)?,
+            uploaded: OnceCell::new(),
         })
     }
 
@@ -73,9 +72,16 @@ impl<'a> Blocks<'a> {
     }
 
     /// The offsets as arguments.
-    fn offsets(&self, args: Args) -> Args {
-        let args = args.ptr(self.tokens_at.ptr()).ptr(self.rows_at.ptr());
-        args.i32(self.cu_rows.len() as i32 - 1)
+    fn offsets(&self, args: Args) -> Result<Args> {
+        let [tokens_at, rows_at] = match self.uploaded.get() {
+            Some(uploaded) => uploaded,
+            None => {
+                let rows_at: Vec<i32> = self.cu_rows.iter().map(|&row| row as i32).collect();
+                let uploaded = [self.gpu.upload(self.cu_seqlens)?, self.gpu.upload(&rows_at)?];
+                self.uploaded.get_or_init(|| uploaded)
+            }
+        };
+        Ok(args.ptr(tokens_at.ptr()).ptr(rows_at.ptr()).i32(self.cu_rows.len() as i32 - 1))
     }
 
     /// Launches `entry` with a thread for each vector of `items` tokens or rows of every head;
@@ -103,7 +109,7 @@ impl<'a> Blocks<'a> {
     /// The averages `[N, K, C]` of x.
     pub(crate) fn mean(&self, x: &Tensor) -> Result<Tensor> {
         let out = stale(self.gpu, self.dtype, &[self.rows(), self.heads, self.dim])?;
-        let args = self.offsets(Args::new().ptr(at(x)?).ptr(at(&out)?)).len(self.rows());
+        let args = self.offsets(Args::new().ptr(at(x)?).ptr(at(&out)?))?.len(self.rows());
         let runs = self.rows().div_ceil(RUN);
         self.launch("compress_mean_forward", runs, false, args)?;
         Ok(out)
@@ -112,15 +118,19 @@ impl<'a> Blocks<'a> {
     /// The gradient of x from that of the averages.
     pub(crate) fn mean_grad(&self, grad: &Tensor) -> Result<Tensor> {
         let out = stale(self.gpu, self.dtype, &[self.tokens, self.heads, self.dim])?;
-        let args = self.offsets(Args::new().ptr(at(grad)?).ptr(at(&out)?)).len(self.tokens);
+        let args = self.offsets(Args::new().ptr(at(grad)?).ptr(at(&out)?))?.len(self.tokens);
         let runs = self.tokens.div_ceil(TOKENS);
         self.launch("compress_mean_backward", runs, false, args)?;
         Ok(out)
     }
 
-    /// Writes the flattened blocks of `count` rows from `first` on, `[K, count, l·C]`.
+    /// Writes the flattened blocks of `count` rows from `first` on, `[K, count, l·C]`. One sequence
+    /// needs no offsets on the device, so that nothing is uploaded where a graph is captured.
     pub(super) fn gather(&self, x: &Tensor, to: u64, first: usize, count: usize) -> Result<()> {
-        let args = self.offsets(Args::new().ptr(at(x)?).ptr(to)).len(first).len(count);
+        let args = Args::new().ptr(at(x)?).ptr(to);
+        let args =
+            if self.cu_rows.len() == 2 { args.ptr(0).ptr(0).i32(1) } else { self.offsets(args)? };
+        let args = args.len(first).len(count);
         self.launch("compress_gather", count * self.block, true, args)
     }
 
@@ -133,7 +143,7 @@ impl<'a> Blocks<'a> {
         d_x: &Tensor,
         range: std::ops::Range<usize>,
     ) -> Result<()> {
-        let args = self.offsets(Args::new().ptr(d_blocks).ptr(at(d_x)?)).len(lead).len(count);
+        let args = self.offsets(Args::new().ptr(d_blocks).ptr(at(d_x)?))?.len(lead).len(count);
         let args = args.len(range.start).len(range.end);
         self.launch("compress_scatter", range.len(), true, args)
     }

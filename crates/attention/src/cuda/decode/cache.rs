@@ -1,131 +1,27 @@
 //! Caches that own their memory.
 
-use tercet_cuda::{Buffer, Label};
-
 use super::super::{Plan, Slice};
 use super::append::{Compress, New, Places, append};
 use super::step::{NsaCaches, Rows, dense_rows, nsa_rows};
-use super::view::{CacheView, TILE};
+use super::store::{Numbered, Store, ring_chunk, ring_tokens};
+use super::tails::tails;
+use super::view::TILE;
 use crate::cpu::Mask;
 use crate::shape::check_len;
 use crate::{Dims, Error, NsaSpec, Result};
-
-/// Most tokens of one sequence that a window's ring takes before they are attended to.
-const CHUNK: usize = 512;
-
-/// Keys and values of some sequences, one page each.
-struct Store {
-    what: &'static str,
-    k: Buffer,
-    v: Buffer,
-    sequences: usize,
-    page: usize,
-    ring: bool,
-}
-
-impl Store {
-    fn new(
-        plan: &Plan,
-        what: &'static str,
-        sequences: usize,
-        tokens: usize,
-        ring: bool,
-    ) -> Result<Self> {
-        let Dims { kv_heads, key_dim, value_dim, .. } = plan.dims;
-        let page = tokens.max(1).next_multiple_of(TILE);
-        let side = |dim: usize| {
-            let shape = [sequences, kv_heads, page, dim];
-            let bytes = shape.iter().product::<usize>() * plan.number.bytes();
-            plan.gpu.alloc_for(bytes, Label::shaped(what, &shape))
-        };
-        Ok(Store { what, k: side(key_dim)?, v: side(value_dim)?, sequences, page, ring })
-    }
-
-    /// Room for `tokens` of each sequence; what is held is kept.
-    fn reserve(&mut self, plan: &Plan, tokens: usize) -> Result<()> {
-        if tokens <= self.page {
-            return Ok(());
-        }
-        let wanted = tokens.max(self.page * 2);
-        let new = Store::new(plan, self.what, self.sequences, wanted, self.ring)?;
-        let Dims { kv_heads, key_dim, value_dim, .. } = plan.dims;
-        for (from, to, dim) in [(&self.k, &new.k, key_dim), (&self.v, &new.v, value_dim)] {
-            let row = dim * plan.number.bytes();
-            for head in 0..(self.sequences * kv_heads) {
-                let (old, own) = (head * self.page * row, head * new.page * row);
-                // SAFETY: both are inside their buffers, which are apart.
-                unsafe {
-                    plan.gpu.copy(
-                        to.ptr() + own as u64,
-                        from.ptr() + old as u64,
-                        self.page * row,
-                    )?;
-                }
-            }
-        }
-        *self = new;
-        Ok(())
-    }
-
-    fn view(&self, plan: &Plan) -> CacheView {
-        let bytes = plan.number.bytes();
-        CacheView {
-            k: Slice::whole(&self.k, bytes),
-            v: Slice::whole(&self.v, bytes),
-            table: None,
-            page: self.page,
-            interleaved: false,
-            ring: self.ring,
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        self.k.bytes() + self.v.bytes()
-    }
-}
-
-/// A ring that keeps the window of the first of `CHUNK` new tokens, or of fewer when no sequence
-/// is that long.
-fn ring_tokens(window: usize, capacity: usize) -> usize {
-    window.min(capacity).saturating_add(CHUNK.min(capacity))
-}
-
-/// How many of `count` tokens after `len` a ring of `page` takes at once and still holds each one's
-/// window.
-fn ring_chunk(page: usize, window: usize, len: usize, count: usize) -> usize {
-    if len + count <= page { count } else { (page + 1).saturating_sub(window).max(1) }
-}
-
-/// Positions and sequences of new tokens, on the device.
-struct Numbered {
-    positions: Buffer,
-    sequences: Buffer,
-}
-
-impl Numbered {
-    fn new(plan: &Plan, sequence: usize, first: usize, count: usize) -> Result<Self> {
-        let positions: Vec<i32> = (first..first + count).map(|p| p as i32).collect();
-        let sequences = vec![sequence as i32; count];
-        Ok(Numbered {
-            positions: plan.gpu.upload(&positions)?,
-            sequences: plan.gpu.upload(&sequences)?,
-        })
-    }
-
-    fn part(&self, first: usize, count: usize) -> (Slice, Slice) {
-        let part = |buffer: &Buffer| {
-            // SAFETY: inside the buffer, which outlives the calls made with the slice.
-            unsafe { Slice::new(buffer.ptr() + first as u64 * 4, count) }
-        };
-        (part(&self.positions), part(&self.sequences))
-    }
-}
 
 /// Rows `first..first + count` of a tensor whose rows are `width` numbers.
 fn rows_of(plan: &Plan, x: Slice, first: usize, count: usize, width: usize) -> Slice {
     let start = (first * width * plan.number.bytes()) as u64;
     // SAFETY: inside `x`, as its length was checked.
     unsafe { Slice::new(x.ptr() + start, count * width) }
+}
+
+fn clear(lens: &mut [usize], sequence: usize) -> Result<()> {
+    let count = lens.len();
+    let text = || format!("sequence {sequence} of a cache for {count}");
+    *lens.get_mut(sequence).ok_or_else(|| Error::Dims(text()))? = 0;
+    Ok(())
 }
 
 /// New tokens of one sequence for [`NsaCache::extend`]: c tokens, and the compressed blocks they
@@ -152,29 +48,34 @@ pub struct NsaStep {
     pub gate: Slice,
 }
 
-/// One new token of every sequence for [`NsaCache::step`]. The compression branch gets the raw
-/// token; blocks are averaged on the device when their last token comes.
+/// One new token of each of n sequences for [`NsaCache::step`]. The compression branch gets the raw
+/// token, and blocks are averaged on the device when their last token comes; or, with `ready`,
+/// blocks that another φ made.
 #[derive(Clone, Copy)]
 pub struct NsaToken {
     /// Softmax scale.
     pub scale: f32,
-    /// Each sequence's position, i32 `[B]`; −1: the sequence rests.
+    /// Each row's position, i32 `[n]`; −1: the row rests.
     pub positions: Slice,
-    /// `[B, H, D]`.
+    /// Each row's sequence, i32 `[n]`, all different; `None`: row i is of sequence i.
+    pub sequences: Option<Slice>,
+    /// `[n, H, D]`.
     pub q: Slice,
-    /// Raw `[B, K, D]`.
+    /// Raw, or ready, `[n, K, D]`.
     pub k_cmp: Slice,
-    /// Raw `[B, K, V]`.
+    /// Raw, or ready, `[n, K, V]`.
     pub v_cmp: Slice,
-    /// `[B, K, D]`.
+    /// The numbers of ready blocks, i32 `[n]`; −1: the row has none.
+    pub ready: Option<Slice>,
+    /// `[n, K, D]`.
     pub k_slc: Slice,
-    /// `[B, K, V]`.
+    /// `[n, K, V]`.
     pub v_slc: Slice,
-    /// `[B, K, D]`.
+    /// `[n, K, D]`.
     pub k_win: Slice,
-    /// `[B, K, V]`.
+    /// `[n, K, V]`.
     pub v_win: Slice,
-    /// `[B, H, 3]`.
+    /// `[n, H, 3]`.
     pub gate: Slice,
     /// Cosines and sines by position, f32 `[positions, 2, D/2]`, that turn a compressed key to its
     /// block's first token; `None`: keys stay as they are.
@@ -334,35 +235,83 @@ impl NsaCache {
         Ok(())
     }
 
-    /// Appends one token of every sequence at the positions on the device, and writes the attention
-    /// output `[B, H, V]`. Enqueues two launches and nothing else, so it can be captured; the host
+    /// Appends one token of n sequences at the positions on the device, and writes the attention
+    /// output `[n, H, V]`. Enqueues two or three launches and nothing else, so it can be captured; the host
     /// is told by [`NsaCache::advance`], once for every time it happens. Positions must be below
     /// [`NsaCache::capacity`], and of a sequence those that follow one another, for which the raw
     /// tokens of its last l − 1 positions came by `step` or [`NsaCache::prime`].
     pub fn step(&self, token: &NsaToken, out: Slice, indices: Option<Slice>) -> Result<()> {
         let plan = &self.plan;
-        let count = self.lens.len();
-        check_len("positions", token.positions.len(), &[('B', count)])?;
+        self.check_rows(token.positions, token.sequences)?;
         let [raw, slc, win] = [&self.raw, &self.slc, &self.win].map(|store| store.view(plan));
-        let new = [
-            New { k: token.k_cmp, v: token.v_cmp, cache: raw },
+        let cmp = self.cmp.view(plan);
+        let own = [
             New { k: token.k_slc, v: token.v_slc, cache: slc },
             New { k: token.k_win, v: token.v_win, cache: win },
         ];
-        let cmp = self.cmp.view(plan);
-        let compress = Compress { spec: &self.spec, cmp, turns: token.turns };
-        let places = Places { plan, positions: token.positions, sequences: None };
-        append(&places, &new, Some(compress))?;
+        let places = Places { plan, positions: token.positions, sequences: token.sequences };
+        let [k, v] = [token.k_cmp, token.v_cmp];
+        match token.ready {
+            None => {
+                let compress = Compress { spec: &self.spec, cmp, turns: token.turns };
+                append(&places, &[New { k, v, cache: raw }, own[0], own[1]], Some(compress))?;
+            }
+            Some(blocks) => {
+                check_len("blocks", blocks.len(), &[('n', token.positions.len())])?;
+                append(&places, &own, None)?;
+                append(&Places { positions: blocks, ..places }, &[New { k, v, cache: cmp }], None)?;
+            }
+        }
         let rows = Rows {
             plan,
             scale: token.scale,
             q: token.q,
             positions: token.positions,
-            sequences: None,
-            count,
+            sequences: token.sequences,
+            count: self.lens.len(),
             longest: self.capacity(),
         };
         nsa_rows(&rows, &self.caches(token.gate), out, indices)
+    }
+
+    /// Takes one raw token of the compression branch of n sequences, k `[n, K, D]` and v
+    /// `[n, K, V]`, at the positions on the device, and writes the l last ones `[n·l, K, _]`, from
+    /// the positions `starts` (i32 `[n]`) on, to `to`: what a φ with parameters makes a block of.
+    /// Tokens before the first are 0. Rows as in [`NsaToken`]. Can be captured.
+    pub fn tails(
+        &self,
+        positions: Slice,
+        sequences: Option<Slice>,
+        starts: Slice,
+        [k, v]: [Slice; 2],
+        to: [Slice; 2],
+    ) -> Result<()> {
+        let (plan, raw) = (&self.plan, self.raw.view(&self.plan));
+        self.check_rows(positions, sequences)?;
+        check_len("starts", starts.len(), &[('n', positions.len())])?;
+        append(&Places { plan, positions, sequences }, &[New { k, v, cache: raw }], None)?;
+        tails(plan, &raw, self.spec.compress_block, (starts, sequences), to)
+    }
+
+    fn check_rows(&self, positions: Slice, sequences: Option<Slice>) -> Result<()> {
+        match sequences {
+            None => check_len("positions", positions.len(), &[('B', self.lens.len())]),
+            Some(own) => check_len("sequences", own.len(), &[('n', positions.len())]),
+        }
+    }
+
+    /// Forgets what a sequence holds.
+    pub fn clear(&mut self, sequence: usize) -> Result<()> {
+        clear(&mut self.lens, sequence)
+    }
+
+    /// What sequence `from` holds becomes what `to` holds, too.
+    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+        for store in [&self.cmp, &self.slc, &self.win, &self.raw] {
+            store.copy(&self.plan, from, to)?;
+        }
+        self.lens[to] = self.lens[from];
+        Ok(())
     }
 
     /// Hands over raw tokens of the compression branch, `k` `[c, K, D]` and `v` `[c, K, V]`, the
@@ -461,24 +410,38 @@ impl DenseCache {
         self.store.reserve(&self.plan, tokens)
     }
 
-    /// Appends one token of every sequence (`q` `[B, H, D]`, `k` `[B, K, D]`, `v` `[B, K, V]`) at the
-    /// `positions` on the device, i32 `[B]` (−1: the sequence rests), and writes the output
-    /// `[B, H, V]`. Two launches, so it can be captured; see [`NsaCache::step`].
+    /// Forgets what a sequence holds.
+    pub fn clear(&mut self, sequence: usize) -> Result<()> {
+        clear(&mut self.lens, sequence)
+    }
+
+    /// What sequence `from` holds becomes what `to` holds, too.
+    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+        self.store.copy(&self.plan, from, to)?;
+        self.lens[to] = self.lens[from];
+        Ok(())
+    }
+
+    /// Appends one token of n sequences (`q` `[n, H, D]`, `k` `[n, K, D]`, `v` `[n, K, V]`) at the
+    /// `positions` on the device, and writes the output `[n, H, V]`; rows as in [`NsaToken`]. Two
+    /// launches, so it can be captured; see [`NsaCache::step`].
     pub fn step(
         &self,
         scale: f32,
-        positions: Slice,
+        (positions, sequences): (Slice, Option<Slice>),
         [q, k, v]: [Slice; 3],
         out: Slice,
     ) -> Result<()> {
         let (plan, count) = (&self.plan, self.lens.len());
-        check_len("positions", positions.len(), &[('B', count)])?;
+        if sequences.is_none() {
+            check_len("positions", positions.len(), &[('B', count)])?;
+        }
         let cache = self.store.view(plan);
-        let places = Places { plan, positions, sequences: None };
+        let places = Places { plan, positions, sequences };
         append(&places, &[New { k, v, cache }], None)?;
         // What a ring holds is all that a row can see.
         let longest = self.store.page;
-        let rows = Rows { plan, scale, q, positions, sequences: None, count, longest };
+        let rows = Rows { plan, scale, q, positions, sequences, count, longest };
         dense_rows(&rows, self.mask, &cache, out)
     }
 

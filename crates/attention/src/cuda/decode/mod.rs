@@ -12,6 +12,8 @@ mod append;
 mod cache;
 mod shape;
 mod step;
+mod store;
+mod tails;
 mod view;
 
 pub use cache::{DenseCache, NsaCache, NsaStep, NsaToken};
