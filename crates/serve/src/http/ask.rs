@@ -86,6 +86,25 @@ impl Ask {
     }
 }
 
+impl Ask {
+    /// Bounds an answer that comes with what was read.
+    pub fn bound_reads(&mut self) -> ApiResult<()> {
+        if !self.return_reads {
+            return Ok(());
+        }
+        let most = limits::READS_TOKENS;
+        match self.max_tokens.get_or_insert(most) {
+            tokens if *tokens <= most => Ok(()),
+            tokens => Err(ApiError::field(
+                "max_tokens",
+                format!(
+                    "`max_tokens` = {tokens} is more than {most}, the most with `return_reads`"
+                ),
+            )),
+        }
+    }
+}
+
 fn sampling(fields: &mut Fields, known: &Text) -> ApiResult<Sampling> {
     let base = known.sampling.clone();
     let or = |given: Option<f64>, own: f32| given.map_or(own, |x| x as f32);

@@ -42,6 +42,7 @@ impl Chat {
         }
         let newer = fields.count("max_completion_tokens", 1..=i32::MAX.into())?;
         ask.max_tokens = newer.or(ask.max_tokens);
+        ask.bound_reads()?;
         let turns = Turns::take(fields)?;
         if let Some(forced) = turns.tools.as_ref().and_then(|tools| tools.forced.clone()) {
             if ask.guide.replace(forced).is_some() {

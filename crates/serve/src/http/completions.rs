@@ -52,6 +52,7 @@ impl Completion {
         }
         fields.refuse("suffix", "this server continues prompts, it does not fill gaps")?;
         ask.max_tokens.get_or_insert(MAX_TOKENS);
+        ask.bound_reads()?;
         if ask.max_tokens == Some(0) && !echo {
             let message = "`max_tokens` = 0 leaves nothing to write; it goes with `echo` only";
             return Err(ApiError::field("max_tokens", message));

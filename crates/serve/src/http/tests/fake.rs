@@ -63,7 +63,8 @@ impl Backend for Fake {
         }
         let text = self.text.lock().unwrap().clone();
         let mut ids = self.tokenizer.encode(&text, false).unwrap();
-        let finish = if ids.len() > request.max_tokens { Finish::Length } else { Finish::EndOfText };
+        let finish =
+            if ids.len() > request.max_tokens { Finish::Length } else { Finish::EndOfText };
         ids.truncate(request.max_tokens);
         let score = |id: u32, most: usize| {
             let top = (0..most as u32).map(|i| ((id + i) % 256, -0.5 - i as f32)).collect();

@@ -80,9 +80,23 @@ async fn attack_bodies_that_are_none() {
     let deep = format!("{{\"prompt\":{}1{}}}", "[".repeat(50_000), "]".repeat(50_000));
     let wide = format!("{{\"prompt\":\"x\",\"a\":[{}1]}}", "1,".repeat(400_000));
     let bodies: Vec<&[u8]> = vec![
-        b"", b"{", b"null", b"[]", b"3", b"\"x\"", b"{}", b"\xff\xfe{}", b"{\"prompt\":\"\xc3\x28\"}",
-        b"{\"prompt\":\"\\ud800\"}", b"{\"prompt\":NaN}", b"{\"prompt\":1e999}", b"{\"prompt\":\"x\",}",
-        b"{\"prompt\":\"x\",\"temperature\":Infinity}", b"{\"\":1}", b"\0\0\0\0", deep.as_bytes(),
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"3",
+        b"\"x\"",
+        b"{}",
+        b"\xff\xfe{}",
+        b"{\"prompt\":\"\xc3\x28\"}",
+        b"{\"prompt\":\"\\ud800\"}",
+        b"{\"prompt\":NaN}",
+        b"{\"prompt\":1e999}",
+        b"{\"prompt\":\"x\",}",
+        b"{\"prompt\":\"x\",\"temperature\":Infinity}",
+        b"{\"\":1}",
+        b"\0\0\0\0",
+        deep.as_bytes(),
         wide.as_bytes(),
     ];
     for bytes in bodies {
@@ -128,6 +142,12 @@ async fn attack_prompts_models_and_lists_that_do_not_fit() {
         (COMPLETIONS, json!({ "prompt": "x", "stream_options": {} }), 400, "stream"),
         (COMPLETIONS, json!({ "prompt": "x", "suffix": "y" }), 400, "suffix"),
         (COMPLETIONS, json!({ "prompt": "x", "max_tokens": 0 }), 400, "echo"),
+        (
+            COMPLETIONS,
+            json!({ "prompt": "x", "max_tokens": 4097, "return_reads": true }),
+            400,
+            "4096",
+        ),
         (COMPLETIONS, json!({ "prompt": "x", "temperatur": 1 }), 400, "temperature"),
         (CHAT, json!({ "messages": [] }), 400, "messages"),
         (CHAT, json!({ "messages": "x" }), 400, "messages"),
@@ -135,18 +155,56 @@ async fn attack_prompts_models_and_lists_that_do_not_fit() {
         (CHAT, json!({ "messages": [{ "role": "robot", "content": "" }] }), 400, "role"),
         (CHAT, json!({ "messages": [{ "role": "user" }] }), 400, "content"),
         (CHAT, json!({ "messages": [{ "role": "user", "content": 1 }] }), 400, "content"),
-        (CHAT, json!({ "messages": [{ "role": "user", "content": [
-            { "type": "image_url", "image_url": { "url": "file:///etc/passwd" } }] }] }), 400, "image_url"),
-        (CHAT, json!({ "messages": [{ "role": "user", "content": "x", "x": 1 }] }), 400, "messages[0].x"),
-        (CHAT, json!({ "messages": [{ "role": "user", "content": "x" }], "chat_template": "{{ 1 }}" }),
-            400, "chat_template"),
-        (CHAT, json!({ "messages": [{ "role": "user", "content": "x" }], "top_logprobs": 2 }), 400, "logprobs"),
-        (CHAT, json!({ "messages": [{ "role": "user", "content": "x" }], "tools": [{}] }), 400, "tools[0]"),
-        (CHAT, json!({ "messages": [{ "role": "user", "content": "x" }], "tool_choice": "required" }),
-            400, "tools"),
-        (CHAT, json!({ "messages": [{ "role": "user", "content": "x" }], "tool_choice": {} ,
-            "tools": [{ "type": "function", "function": { "name": "f" } }] }), 400, "tool_choice"),
-        (CHAT, json!({ "messages": [{ "role": "assistant", "tool_calls": [1] }] }), 400, "tool_calls"),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": [
+            { "type": "image_url", "image_url": { "url": "file:///etc/passwd" } }] }] }),
+            400,
+            "image_url",
+        ),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": "x", "x": 1 }] }),
+            400,
+            "messages[0].x",
+        ),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": "x" }], "chat_template": "{{ 1 }}" }),
+            400,
+            "chat_template",
+        ),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": "x" }], "top_logprobs": 2 }),
+            400,
+            "logprobs",
+        ),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": "x" }], "tools": [{}] }),
+            400,
+            "tools[0]",
+        ),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": "x" }], "tool_choice": "required" }),
+            400,
+            "tools",
+        ),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "user", "content": "x" }], "tool_choice": {} ,
+            "tools": [{ "type": "function", "function": { "name": "f" } }] }),
+            400,
+            "tool_choice",
+        ),
+        (
+            CHAT,
+            json!({ "messages": [{ "role": "assistant", "tool_calls": [1] }] }),
+            400,
+            "tool_calls",
+        ),
         ("/tokenize", json!({}), 400, "prompt"),
         ("/detokenize", json!({ "tokens": [VOCAB] }), 400, "tokens"),
         ("/detokenize", json!({ "tokens": [1e300] }), 400, "tokens"),
@@ -249,8 +307,9 @@ async fn attack_http_that_is_none() {
     let announced = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n\
                      content-length: 99999999999\r\n\r\n{";
     assert_eq!(server.raw(announced.as_bytes()).await.status, 413);
-    let mut chunks = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
-        .to_vec();
+    let mut chunks =
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+            .to_vec();
     for _ in 0..40 {
         chunks.extend_from_slice(b"10000\r\n");
         chunks.extend(std::iter::repeat_n(b' ', 0x10000));
@@ -367,7 +426,8 @@ fn attack_any_value_in_any_field() {
         failure_persistence: None,
         ..ProptestConfig::with_cases(400)
     });
-    let cases = (0..4usize, prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..3));
+    let cases =
+        (0..4usize, prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..3));
     let outcome = runner.run(&cases, |(route, fields)| {
         let (path, names) = &routes[route];
         let mut body = body(path);

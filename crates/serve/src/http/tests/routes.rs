@@ -44,7 +44,10 @@ async fn a_completion_has_the_shape_that_clients_read() {
     assert_eq!(body["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
     // OpenAI's defaults.
     let body = server.post(COMPLETIONS, &json!({ "prompt": "ab", "model": "poems" })).await.json();
-    assert_eq!((&body["model"], &body["choices"][0]["finish_reason"]), (&json!("poems"), &json!("stop")));
+    assert_eq!(
+        (&body["model"], &body["choices"][0]["finish_reason"]),
+        (&json!("poems"), &json!("stop"))
+    );
     let last = fake.last().pop().unwrap();
     assert_eq!((last.max_tokens, last.sampling.temperature, last.sampling.top_p), (16, 1.0, 1.0));
     assert_eq!(last.adapter.as_deref(), Some("poems"));
@@ -202,7 +205,8 @@ async fn tools_are_shown_to_the_template_and_calls_are_found() {
     assert_eq!(text["prompt"], "[sum]<user>x<assistant>sum{\"a\": 1}<tool>3<assistant>");
 
     // A forced call is a grammar.
-    for choice in [json!("required"), json!({ "type": "function", "function": { "name": "sum" } })] {
+    for choice in [json!("required"), json!({ "type": "function", "function": { "name": "sum" } })]
+    {
         let body = json!({ "messages": user("x"), "tools": tools, "tool_choice": choice });
         assert_eq!(server.post(CHAT, &body).await.status, 200);
         assert!(fake.last().pop().unwrap().constraint.is_some());
@@ -263,10 +267,19 @@ async fn keys_close_every_route_but_life_readiness_and_the_page() {
         assert_eq!(server.get(path).await.status, 200, "{path}");
     }
     for path in [
-        "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/models/base", COMPLETIONS, CHAT,
-        "/tokenize", "/detokenize", "/tokenizer_info",
+        "/health",
+        "/metrics",
+        "/openapi.json",
+        "/v1/models",
+        "/v1/models/base",
+        COMPLETIONS,
+        CHAT,
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
     ] {
-        for headers in ["", "authorization: Bearer \r\n", "authorization: Bearer first-secreT\r\n"] {
+        for headers in ["", "authorization: Bearer \r\n", "authorization: Bearer first-secreT\r\n"]
+        {
             for method in ["GET", "POST"] {
                 let answer = server.send(method, path, headers, b"{}").await;
                 assert_eq!(answer.status, 401, "{method} {path}");
@@ -300,7 +313,10 @@ async fn the_listener_answers_while_the_model_loads() {
     server.front.ready(served(Fake::new("x")).0);
     assert_eq!(server.get("/readyz").await.status, 200);
     let names = server.get("/v1/models").await.json();
-    assert_eq!((&names["data"][0]["id"], &names["data"][1]["id"]), (&json!("base"), &json!("poems")));
+    assert_eq!(
+        (&names["data"][0]["id"], &names["data"][1]["id"]),
+        (&json!("base"), &json!("poems"))
+    );
     assert_eq!(server.get("/v1/models/poems").await.json()["parent"], "base");
     assert_eq!(server.get("/v1/models/other").await.status, 404);
 }
@@ -323,7 +339,8 @@ async fn a_full_engine_is_429_with_a_time() {
 /// reads a stream.
 #[tokio::test]
 async fn leaving_cancels() {
-    let (served, fake) = served(Fake { pace: Duration::from_millis(20), ..Fake::new(&"x".repeat(3000)) });
+    let (served, fake) =
+        served(Fake { pace: Duration::from_millis(20), ..Fake::new(&"x".repeat(3000)) });
     let server = Server::start(Some(served), Keys::default()).await;
     for stream in [false, true] {
         let body = json!({ "messages": user("x"), "stream": stream, "n": 2 }).to_string();
@@ -348,7 +365,8 @@ async fn leaving_cancels() {
 
 #[tokio::test]
 async fn a_drain_finishes_what_runs_and_refuses_what_comes() {
-    let (served, fake) = served(Fake { pace: Duration::from_millis(5), ..Fake::new(&"x".repeat(100)) });
+    let (served, fake) =
+        served(Fake { pace: Duration::from_millis(5), ..Fake::new(&"x".repeat(100)) });
     let mut server = Server::start(Some(served), Keys::default()).await;
     let body = json!({ "prompt": "x", "max_tokens": 200, "stream": true }).to_string();
     let text = format!(
@@ -383,11 +401,18 @@ async fn metrics_are_there_under_both_names() {
     server.post(COMPLETIONS, &json!({})).await;
     let text = server.get("/metrics").await.body;
     for name in [
-        "tercet_requests_running", "vllm:num_requests_running", "vllm:num_requests_waiting",
-        "vllm:kv_cache_usage_perc", "vllm:prefix_cache_queries_total",
-        "vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_sum",
-        "vllm:e2e_request_latency_seconds_count", "vllm:request_queue_time_seconds_count",
-        "vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total",
+        "tercet_requests_running",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:prefix_cache_queries_total",
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_sum",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_queue_time_seconds_count",
+        "vllm:request_success_total",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
     ] {
         assert!(text.contains(&format!("{name}{{model_name=\"base\"")), "{name}\n{text}");
     }
@@ -403,7 +428,8 @@ async fn metrics_are_there_under_both_names() {
 async fn the_openapi_document_tells_the_truth() {
     let (served, _) = served(Fake::new("x"));
     let document = openapi::document(false);
-    let body = json!({ "prompt": "x", "messages": [{ "role": "user", "content": "x" }], "tokens": [1] });
+    let body =
+        json!({ "prompt": "x", "messages": [{ "role": "user", "content": "x" }], "tokens": [1] });
     let read = |take: &dyn Fn(&mut Fields)| {
         let mut fields = Fields::parse(body.to_string().as_bytes()).unwrap();
         take(&mut fields);
@@ -419,12 +445,22 @@ async fn the_openapi_document_tells_the_truth() {
         names
     };
     let text = &served.text;
-    let completion = read(&|f| { Completion::take(f, text).map_err(|e| e.message).unwrap(); });
+    let completion = read(&|f| {
+        Completion::take(f, text).map_err(|e| e.message).unwrap();
+    });
     assert_eq!(completion, documented("CompletionRequest"));
-    let chat = read(&|f| { Chat::take(f, text).map_err(|e| e.message).unwrap(); });
+    let chat = read(&|f| {
+        Chat::take(f, text).map_err(|e| e.message).unwrap();
+    });
     assert_eq!(chat, documented("ChatRequest"));
-    assert_eq!(read(&|f| { take_ids(f, &served).unwrap(); }), documented("DetokenizeRequest"));
-    let mut fields = Fields::parse(b"{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}").unwrap();
+    assert_eq!(
+        read(&|f| {
+            take_ids(f, &served).unwrap();
+        }),
+        documented("DetokenizeRequest")
+    );
+    let mut fields =
+        Fields::parse(b"{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}").unwrap();
     Tokenize::take(&mut fields, &served).map_err(|e| e.message).unwrap();
     let mut names: Vec<&str> = fields.asked().to_vec();
     names.sort_unstable();
@@ -448,6 +484,9 @@ async fn a_model_without_a_template_says_so() {
     let made = crate::http::Served::new(engine, "base".into(), text, false);
     let server = Server::start(Some(made), Keys::default()).await;
     let answer = server.post(CHAT, &json!({ "messages": user("x") })).await;
-    assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (400, Some("no_chat_template")));
+    assert_eq!(
+        (answer.status, answer.json()["error"]["code"].as_str()),
+        (400, Some("no_chat_template"))
+    );
     assert_eq!(server.get("/tokenizer_info").await.json()["has_chat_template"], false);
 }
