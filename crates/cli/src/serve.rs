@@ -47,7 +47,7 @@ const GLANCE: Duration = Duration::from_millis(100);
     tercet serve quickstart-run/train\n  \
     tercet serve ./my-model --adapter poems=./poems-adapter --port 9000\n  \
     tercet serve ./my-model --host 0.0.0.0 --api-key-file keys.txt\n\
-    Every flag can be an environment variable. Keys can be in TERCET_API_KEYS, one a line.")]
+    Keys can also be in TERCET_API_KEYS, one a line.")]
 pub struct Args {
     /// Model folder, or the output folder of a run
     model: PathBuf,

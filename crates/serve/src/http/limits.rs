@@ -53,6 +53,10 @@ pub const CHOICES: usize = 64;
 /// Tokens whose log-probabilities are given at one position: OpenAI's bound.
 pub const TOP_LOGPROBS: i64 = crate::engine::MOST_LOG_PROBS as i64;
 
+/// Tokens of an answer with `return_reads`: a deep model reports kilobytes for each token, which
+/// wait for a client that reads slowly.
+pub const READS_TOKENS: usize = 4096;
+
 /// Stop texts of a request, and characters of one. OpenAI allows 4, its open relatives 16.
 pub const STOPS: usize = 16;
 
