@@ -174,7 +174,10 @@ pub fn integer(path: &str, value: &Value, range: RangeInclusive<i64>) -> ApiResu
     if !value.is_number() {
         return Err(expected(path, "a whole number", value));
     }
-    match value.as_i64() {
+    // 3.0 is a whole number, as in JSON Schema; past 2^53 a float may be none of what was meant.
+    let exact = |x: &f64| x.fract() == 0.0 && x.abs() <= (1u64 << 53) as f64;
+    let floated = value.as_f64().filter(exact).filter(|_| value.is_f64());
+    match value.as_i64().or(floated.map(|x| x as i64)) {
         Some(n) if (least..=most).contains(&n) => Ok(n),
         None if value.is_f64() => {
             Err(ApiError::field(path, format!("`{path}` = {value} is not a whole number")))
@@ -274,6 +277,7 @@ mod tests {
             ("8", true),
             ("0", false),
             ("9", false),
+            ("3.0", true),
             ("1.5", false),
             ("1e3", false),
             ("18446744073709551615", false),

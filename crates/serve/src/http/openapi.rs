@@ -94,7 +94,7 @@ fn paths() -> Value {
     };
     let streamed = |schema: &str| {
         let mut fine = ok(reference(schema));
-        fine["content"]["text/event-stream"] = json!({ "schema": { "type": "string" } });
+        fine["content"]["text/event-stream"] = json!({ "schema": {} });
         fine
     };
     let closed_get = ["401", "403", "503"];
@@ -281,17 +281,34 @@ fn conversation_fields() -> Value {
             "type": { "const": "text" }, "text": { "type": "string" },
         }),
     );
-    let message = closed(
-        &["role"],
-        json!({
-            "role": { "enum": ["system", "developer", "user", "assistant", "tool"] },
-            "content": { "type": ["string", "array", "null"], "items": part },
-            "name": name(),
-            "tool_call_id": name(),
-            "tool_calls": { "type": ["array", "null"], "maxItems": limits::TOOLS },
-            "annotations": {}, "refusal": {}, "reasoning_content": {}, "function_call": {}, "audio": {},
-        }),
+    let call = object(
+        &["function"],
+        json!({ "function": object(&["name"], json!({
+            "name": { "type": "string" }, "arguments": { "type": ["string", "object", "null"] },
+        })) }),
     );
+    // Told apart, so that whoever makes requests of this need not reason about it.
+    let message = |roles: &[&str], required: &[&str], content: &[&str]| {
+        closed(
+            required,
+            json!({
+                "role": { "enum": roles },
+                "content": { "type": content, "items": part },
+                "name": name(),
+                "tool_call_id": name(),
+                "tool_calls": {
+                    "type": ["array", "null"], "maxItems": limits::TOOLS, "items": call,
+                },
+                "annotations": {}, "refusal": {}, "reasoning_content": {}, "function_call": {},
+                "audio": {},
+            }),
+        )
+    };
+    let others = ["system", "developer", "user", "tool"];
+    let message = json!({ "anyOf": [
+        message(&["assistant"], &["role"], &["string", "array", "null"]),
+        message(&others, &["role", "content"], &["string", "array"]),
+    ] });
     let function = object(
         &["name"],
         json!({
