@@ -147,6 +147,9 @@ fn settings_outside_their_range_are_refused_by_name() {
         (Sampling { min_p: f32::NAN, ..base.clone() }, "min_p"),
         (Sampling { repetition_penalty: 0.0, ..base.clone() }, "repetition_penalty"),
         (Sampling { repetition_penalty: f32::INFINITY, ..base.clone() }, "repetition_penalty"),
+        (Sampling { frequency_penalty: 2.01, ..base.clone() }, "frequency_penalty = 2.01"),
+        (Sampling { presence_penalty: f32::NAN, ..base.clone() }, "presence_penalty = NaN"),
+        (Sampling { logit_bias: vec![(3, -100.5)], ..base.clone() }, "logit_bias of token 3"),
         (Sampling { max_tokens: 0, ..base.clone() }, "max_tokens"),
         (Sampling { stop: vec![String::new()], ..base }, "empty stop"),
     ] {

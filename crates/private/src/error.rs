@@ -56,6 +56,15 @@ pub enum Error {
     /// Sizes or numbers of a private step that do not fit one another.
     #[error("private step: {0}")]
     Step(String),
+    /// A controller that cannot be made or gone on from.
+    #[error("the controller: {0}")]
+    Controller(String),
+    /// Scores or canaries that an audit cannot rest on.
+    #[error("audit: {0}")]
+    Audit(String),
+    /// Records that cannot be generated as asked.
+    #[error("records: {0}")]
+    Records(String),
     /// A ledger that cannot be gone on from.
     #[error("the privacy ledger {} {problem}", path.display())]
     Ledger {

@@ -5,7 +5,10 @@
 //! preferences, models or tensors: gradients come as plain numbers.
 
 pub mod accounting;
+pub mod audit;
+pub mod clinic;
 mod error;
 pub mod mechanism;
+pub mod rldp;
 
 pub use error::{Error, Result};

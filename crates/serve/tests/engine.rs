@@ -89,6 +89,18 @@ fn answers_end_where_they_should() {
     assert_eq!((answer.tokens().len(), answer.finish), (4, Ok(Finish::EndOfText)));
 }
 
+#[test]
+fn given_ends_of_text_replace_the_models_own() {
+    let model = model(config(serde_json::json!({ "eos_token_id": 5 })));
+    let models = Models::new(model).unwrap().with_ends(vec![6]);
+    let (handle, _thread) = Engine::start(models, limits()).unwrap();
+    let mut ask = request(&ids(20, 1), 10);
+    ask.constraint = Some(Box::new(Script { tokens: vec![5, 4, 6], at: 0, done: 99 }));
+    ask.ignore_eos = false;
+    let answer = wait(handle.submit(ask).unwrap());
+    assert_eq!((answer.tokens(), answer.finish), (vec![5, 4], Ok(Finish::EndOfText)));
+}
+
 /// Allows one token after the other; is done after `done`.
 struct Script {
     tokens: Vec<u32>,
@@ -280,6 +292,49 @@ fn a_full_engine_says_when_to_come_back_and_a_draining_one_finishes() {
     assert_eq!((stats.finished_length, stats.generated_tokens), (5, 1500));
     assert_eq!((stats.queue_time.count(), stats.first_token.count()), (5, 5));
     assert_eq!((stats.inter_token.count(), stats.whole.count()), (1495, 5));
+}
+
+/// Ten times as many callers as there is room for, and a drain in the middle: whoever is let in is
+/// answered, nobody else is, and no one waits for ever.
+#[test]
+fn overload_is_refused_and_a_drain_loses_nobody() {
+    let limits = Limits { running: 3, waiting: 5, ..limits() };
+    let (handle, thread) = start(&model(nsa()), limits);
+    let caller = |seed: u64| {
+        let handle = handle.clone();
+        move || {
+            let (mut answered, mut full) = (0u64, 0u64);
+            loop {
+                match handle.submit(request(&ids(1 + (seed * 7 % 90) as usize, seed), 8)) {
+                    Ok(receiver) => {
+                        assert_eq!(wait(receiver).tokens().len(), 8);
+                        answered += 1;
+                    }
+                    Err(Refused::Full { .. }) => {
+                        full += 1;
+                        std::thread::yield_now();
+                    }
+                    Err(Refused::Draining) => return (answered, full),
+                    Err(other) => panic!("{other}"),
+                }
+            }
+        }
+    };
+    let callers: Vec<_> = (0..80).map(|seed| std::thread::spawn(caller(seed))).collect();
+    while handle.stats().finished_length < 200 {
+        let stats = handle.stats();
+        assert!(stats.running <= 3 && stats.running + stats.waiting <= 8);
+        assert!(stats.pages_used + stats.pages_cached <= stats.pages_total);
+        std::thread::yield_now();
+    }
+    handle.drain();
+    let ends: Vec<(u64, u64)> = callers.into_iter().map(|c| c.join().unwrap()).collect();
+    thread.join().unwrap();
+    let stats = handle.stats();
+    assert_eq!(stats.accepted, ends.iter().map(|(answered, _)| answered).sum::<u64>());
+    assert_eq!(stats.refused_full, ends.iter().map(|(_, full)| full).sum::<u64>());
+    assert_eq!(stats.finished_length, stats.accepted);
+    assert!(stats.refused_full > 0);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! `tercet private`: what training with noise gives away, and how much noise it needs.
 
+mod audit;
 mod epsilon;
+mod records;
 mod sigma;
 
 /// Say what training with noise gives away, or how much noise it needs.
@@ -16,14 +18,18 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum What {
+    Audit(audit::Args),
     Epsilon(epsilon::Args),
+    Records(records::Args),
     Sigma(sigma::Args),
 }
 
 /// Runs the chosen question.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     match &args.what {
+        What::Audit(args) => audit::run(args),
         What::Epsilon(args) => epsilon::run(args),
+        What::Records(args) => records::run(args),
         What::Sigma(args) => sigma::run(args),
     }
 }

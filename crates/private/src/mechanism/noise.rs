@@ -194,7 +194,7 @@ fn fill(rng: &mut impl Rng, sigma: f64, out: &mut [i128]) {
 }
 
 /// Two independent standard normal numbers.
-fn two_normals(rng: &mut impl Rng) -> [f64; 2] {
+pub(crate) fn two_normals(rng: &mut impl Rng) -> [f64; 2] {
     let radius = (-2.0 * libm::log(open_unit(rng))).sqrt();
     let turn = (rng.next_u64() >> 11) as f64 * 2f64.powi(-53);
     let (sin, cos) = libm::sincos(2.0 * std::f64::consts::PI * turn);

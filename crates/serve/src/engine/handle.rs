@@ -24,6 +24,7 @@ pub struct Models {
     base: Model,
     /// Each with its adapter active.
     adapted: Vec<(String, Model)>,
+    end_of_text: Vec<u32>,
 }
 
 impl Models {
@@ -37,7 +38,14 @@ impl Models {
             adapted.push((name, with));
         }
         model.activate(None)?;
-        Ok(Self { base: model, adapted })
+        let end_of_text = model.config().eos_token_ids.clone();
+        Ok(Self { base: model, adapted, end_of_text })
+    }
+
+    /// With these ends of text in place of those of the model's configuration, see
+    /// [`tercet_model::GenerationConfig`].
+    pub fn with_ends(self, end_of_text: Vec<u32>) -> Self {
+        Self { end_of_text, ..self }
     }
 }
 
@@ -185,7 +193,7 @@ impl Engine {
 /// An engine that does not run yet.
 pub(super) fn assemble(models: Models, limits: Limits) -> Result<(Handle, Worker), StartError> {
     limits.check()?;
-    let Models { base, adapted } = models;
+    let Models { base, adapted, end_of_text } = models;
     let config = base.config();
     let on_cpu = base.device() == Device::Cpu;
     // Whatever the weights are, a CPU's caches hold f32.
@@ -237,6 +245,6 @@ pub(super) fn assemble(models: Models, limits: Limits) -> Result<(Handle, Worker
     let door = Arc::new(Door::new(limits, vocab, context, names, stats));
     let models = std::iter::once(base).chain(with).collect();
     let (outbox, inbox) = mpsc::channel();
-    let worker = Worker::new(models, slots, scheduler, door.clone(), inbox);
+    let worker = Worker::new((models, end_of_text), slots, scheduler, door.clone(), inbox);
     Ok((Handle { door, outbox }, worker))
 }

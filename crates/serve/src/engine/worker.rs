@@ -63,6 +63,7 @@ impl Sequence {
 pub(super) struct Worker {
     /// The base, then one for each adapter.
     models: Vec<Model>,
+    end_of_text: Vec<u32>,
     slots: Slots,
     scheduler: Scheduler,
     door: Arc<Door>,
@@ -72,13 +73,14 @@ pub(super) struct Worker {
 
 impl Worker {
     pub fn new(
-        models: Vec<Model>,
+        (models, end_of_text): (Vec<Model>, Vec<u32>),
         slots: Slots,
         scheduler: Scheduler,
         door: Arc<Door>,
         inbox: Receiver<Message>,
     ) -> Self {
-        Self { models, slots, scheduler, door, inbox, sequences: BTreeMap::new() }
+        let sequences = BTreeMap::new();
+        Self { models, end_of_text, slots, scheduler, door, inbox, sequences }
     }
 
     /// Until the door drains, or every handle is gone, and nobody is inside.
@@ -132,8 +134,7 @@ impl Worker {
         let Arrival { id, mut request, model, keys, events, at } = arrival;
         let prompt = request.prompt.len();
         let most = request.max_tokens.min(self.door.context - prompt);
-        let ends = &self.models[0].config().eos_token_ids;
-        let chooser = match Chooser::new(&mut request, ends, most) {
+        let chooser = match Chooser::new(&mut request, &self.end_of_text, most) {
             Ok(chooser) => chooser,
             Err(error) => {
                 let _ = events.send(Event::Failed(EngineError::Model(error.to_string())));

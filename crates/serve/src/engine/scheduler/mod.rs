@@ -220,6 +220,9 @@ impl Scheduler {
     }
 
     fn admit(&mut self, plan: &mut Plan) {
+        if self.free_slots.is_empty() {
+            return;
+        }
         let mut stuck: Option<Id> = None;
         let ids: Vec<Id> = self.waiting.keys().copied().collect();
         for id in ids {
