@@ -1,6 +1,5 @@
 //! `tercet serve`: a model behind OpenAI's API, and a page to talk on.
 
-use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -209,13 +208,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Ends when the flag is raised.
-fn raised(stop: Arc<AtomicBool>) -> impl Future<Output = ()> {
-    async move {
-        while !stop.load(Ordering::SeqCst) {
-            tokio::time::sleep(GLANCE).await;
-        }
-        eprintln!("stopping: new requests are refused, running ones are finished");
+async fn raised(stop: Arc<AtomicBool>) {
+    while !stop.load(Ordering::SeqCst) {
+        tokio::time::sleep(GLANCE).await;
     }
+    eprintln!("stopping: new requests are refused, running ones are finished");
 }
 
 fn keys(args: &Args) -> anyhow::Result<Keys> {

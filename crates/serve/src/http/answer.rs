@@ -154,11 +154,11 @@ impl Job {
 
     /// What a piece of text and tokens adds.
     fn added(&self, choice: &mut Choice, text: &str, tokens: &[Token]) -> Added {
-        let mut added = Added::default();
-        added.text = match &mut choice.calls {
+        let text = match &mut choice.calls {
             Some(filter) => filter.push(text),
             None => text.to_owned(),
         };
+        let mut added = Added { text, ..Added::default() };
         if self.log_probs.is_some() && !tokens.is_empty() {
             let scored =
                 tokens.iter().map(|t| Scored { id: t.id, scores: Some((t.log_prob, &t.top)) });

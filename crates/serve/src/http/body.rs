@@ -87,11 +87,10 @@ pub async fn read(headers: &HeaderMap, body: Incoming, most: usize) -> ApiResult
         let message = format!("the body has more than {most} bytes, the most that is taken");
         ApiError::client(StatusCode::PAYLOAD_TOO_LARGE, message)
     };
-    if let Some(encoding) = headers.get(header::CONTENT_ENCODING) {
-        if encoding.as_bytes() != b"identity" {
-            let message = "the body is compressed; send it as it is";
-            return Err(ApiError::client(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
-        }
+    let encoding = headers.get(header::CONTENT_ENCODING);
+    if encoding.is_some_and(|encoding| encoding.as_bytes() != b"identity") {
+        let message = "the body is compressed; send it as it is";
+        return Err(ApiError::client(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
     if announced.is_some_and(|bytes: u64| bytes > most as u64) {

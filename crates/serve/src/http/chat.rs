@@ -44,12 +44,12 @@ impl Chat {
         ask.max_tokens = newer.or(ask.max_tokens);
         ask.bound_reads()?;
         let turns = Turns::take(fields)?;
-        if let Some(forced) = turns.tools.as_ref().and_then(|tools| tools.forced.clone()) {
-            if ask.guide.replace(forced).is_some() {
-                let message = "a forced tool and another shape cannot both be followed; give one";
-                return Err(ApiError::field("tool_choice", message));
-            }
+        let forced = turns.tools.as_ref().and_then(|tools| tools.forced.clone());
+        if forced.is_some() && ask.guide.is_some() {
+            let message = "a forced tool and another shape cannot both be followed; give one";
+            return Err(ApiError::field("tool_choice", message));
         }
+        ask.guide = forced.or(ask.guide);
         let wanted = fields.flag("logprobs")?.unwrap_or(false);
         let top = fields.count("top_logprobs", 0..=limits::TOP_LOGPROBS)?;
         if top.is_some() && !wanted {

@@ -20,7 +20,7 @@ pub struct ApiError {
     /// The field at fault.
     pub param: Option<String>,
     /// A short name for programs.
-    pub code: Value,
+    pub code: Option<&'static str>,
     /// Seconds to wait before trying again.
     pub retry_after: Option<u64>,
     /// The methods that the path knows, of a 405.
@@ -33,15 +33,7 @@ pub type ApiResult<T> = Result<T, ApiError>;
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self {
-            status,
-            kind,
-            message,
-            param: None,
-            code: Value::Null,
-            retry_after: None,
-            allow: None,
-        }
+        Self { status, kind, message, param: None, code: None, retry_after: None, allow: None }
     }
 
     /// 400: the request itself is wrong.
@@ -102,7 +94,7 @@ impl ApiError {
     /// 503: not now.
     pub fn unavailable(message: &str, retry_after: u64) -> Self {
         let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", message);
-        Self { retry_after: Some(retry_after), code: json!(503), ..error }
+        Self { retry_after: Some(retry_after), ..error }
     }
 
     /// 500: ours to explain.
@@ -111,14 +103,17 @@ impl ApiError {
     }
 
     /// With a name for programs.
-    pub fn code(self, code: &str) -> Self {
-        Self { code: json!(code), ..self }
+    pub fn code(self, code: &'static str) -> Self {
+        Self { code: Some(code), ..self }
     }
 
     /// The body.
     pub fn json(&self) -> Value {
+        // A number here: llama.cpp's clients look for it.
+        let unavailable = self.status == StatusCode::SERVICE_UNAVAILABLE;
+        let code = if unavailable { json!(503) } else { json!(self.code) };
         json!({ "error": {
-            "message": self.message, "type": self.kind, "param": self.param, "code": self.code,
+            "message": self.message, "type": self.kind, "param": self.param, "code": code,
         } })
     }
 }
