@@ -20,8 +20,9 @@ pub const HEADERS: usize = 100;
 /// Arrays and objects inside each other in a body.
 pub const JSON_DEPTH: usize = 64;
 
-/// Connections open at once; the next are told 503 and closed.
-pub const CONNECTIONS: usize = 1024;
+/// Connections open at once; the next are told 503 and closed. Below the 1,024 open files that
+/// systems allow a process by default: beyond those a client would wait for nothing.
+pub const CONNECTIONS: usize = 900;
 
 /// Time for the headers of a request, which is also how long a connection may idle.
 pub const HEADER_TIME: Duration = Duration::from_secs(30);

@@ -99,7 +99,7 @@ async fn stop_texts_end_answers_and_are_not_shown() {
             for n in 0..2 {
                 let text = of(n).filter_map(|e| e["choices"][0]["delta"]["content"].as_str());
                 assert_eq!(text.collect::<String>(), "one t");
-                assert_eq!(of(n).last().unwrap()["choices"][0]["stop_reason"], "wo t");
+                assert_eq!(of(n).next_back().unwrap()["choices"][0]["stop_reason"], "wo t");
             }
         } else {
             for choice in answer.json()["choices"].as_array().unwrap() {
