@@ -16,7 +16,7 @@ def ask(path, body):
 
 rows = []
 for prompt in ["The capital of France is", "pub fn new(", "One, two, three,", "Once upon a time"]:
-    written = ask("/v1/completions", {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0,
+    written = ask("/v1/completions", {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0, "add_special_tokens": False,
                                       "ignore_eos": True})["choices"][0]["text"]
     rows.append({"q": prompt, "choices": [written, " zebra zebra zebra zebra"], "gold": 0})
 open(work + "/rows.jsonl", "w").write("\n".join(map(json.dumps, rows)))

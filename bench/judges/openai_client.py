@@ -78,4 +78,5 @@ def main():
     print("openai", openai.__version__, "is content")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -70,4 +70,5 @@ def main():
     assert not set(counts) - {200, 429, 503, "left"}, counts
 
 
-main()
+if __name__ == "__main__":
+    main()
