@@ -23,6 +23,7 @@ mod progress;
 mod quickstart;
 mod sample;
 mod selftest;
+mod serve;
 mod sft;
 mod svg;
 mod tokenizer;
@@ -77,6 +78,7 @@ enum Verb {
     Quickstart(quickstart::Args),
     Sample(sample::Args),
     Selftest(selftest::Args),
+    Serve(serve::Args),
     Sft(sft::Args),
     Tokenizer(tokenizer::Args),
 }
@@ -120,6 +122,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Quickstart(args) => quickstart::run(args),
         Verb::Sample(args) => sample::run(args),
         Verb::Selftest(args) => selftest::run(args),
+        Verb::Serve(args) => serve::run(args),
         Verb::Sft(args) => sft::run(args),
         Verb::Tokenizer(args) => tokenizer::run(args),
     }
@@ -136,6 +139,7 @@ impl Verb {
                     | Self::Pretrain(_)
                     | Self::Quickstart(_)
                     | Self::Sample(_)
+                    | Self::Serve(_)
                     | Self::Sft(_)
             ),
         }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Value;
+use minijinja::value::{Serde, Value};
 use minijinja::{Environment, ErrorKind, context};
 
 use crate::{Error, Result, chat_json, chat_methods, chat_time};
@@ -45,6 +45,8 @@ pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
     /// `bos_token` and the like, as variables of the template.
     special: Vec<(String, String)>,
+    /// Whether the template speaks of tools at all.
+    tools: bool,
 }
 
 impl ChatTemplate {
@@ -71,24 +73,46 @@ impl ChatTemplate {
         environment
             .add_template_owned("chat", without_generation_tags(&source))
             .map_err(|e| Error::Chat(format!("cannot be parsed: {e}")))?;
-        Ok(Self { environment: Arc::new(environment), special })
+        Ok(Self { environment: Arc::new(environment), special, tools: source.contains("tools") })
     }
 
     /// The text of a conversation; `answer_next` adds the opening of the assistant's next turn.
     pub fn render(&self, messages: &[Message], answer_next: bool) -> Result<String> {
+        let message = |m: &Message| {
+            Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())])
+        };
+        let messages = messages.iter().map(message).collect::<Vec<Value>>();
+        self.run(messages.into(), Value::from(()), answer_next)
+    }
+
+    /// As [`ChatTemplate::render`], for messages with more than a role and a text: `messages` is
+    /// a list of objects, `tools` a list of tools as OpenAI describes them, both as the template
+    /// is to see them.
+    pub fn render_with_tools(
+        &self,
+        messages: &serde_json::Value,
+        tools: Option<&serde_json::Value>,
+        answer_next: bool,
+    ) -> Result<String> {
+        self.run(Serde(messages).into(), Serde(tools).into(), answer_next)
+    }
+
+    /// Whether the template has a place for tools.
+    pub fn knows_tools(&self) -> bool {
+        self.tools
+    }
+
+    fn run(&self, messages: Value, tools: Value, answer_next: bool) -> Result<String> {
         let fail = |e: minijinja::Error| match e.kind() {
             ErrorKind::OutOfFuel => {
                 Error::Chat("did not end within its limit of steps; it is broken or hostile".into())
             }
             _ => Error::Chat(format!("{e}")),
         };
-        let message = |m: &Message| {
-            Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())])
-        };
         let variables = context! {
-            messages => messages.iter().map(message).collect::<Vec<Value>>(),
+            messages => messages,
             add_generation_prompt => answer_next,
-            tools => Value::from(()),
+            tools => tools,
             documents => Value::from(()),
             ..Value::from_pairs(self.special.iter().map(|(k, v)| (k.as_str(), v.as_str())))
         };

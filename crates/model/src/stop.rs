@@ -1,7 +1,7 @@
 //! Stop texts over a stream: nothing of a stop text is ever shown, wherever pieces are cut.
 
 /// Passes text on, holding back any end that could be the start of a stop text.
-pub(crate) struct StopFilter<'s> {
+pub struct StopFilter<'s> {
     stops: &'s [String],
     held: String,
 }

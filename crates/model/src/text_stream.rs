@@ -23,18 +23,20 @@ pub struct TextStream<'t> {
     settled: usize,
     /// Bytes of the window's text that are written.
     written: usize,
+    /// Whether special tokens are written too.
+    special: bool,
 }
 
 impl<'t> TextStream<'t> {
-    pub(crate) fn new(tokenizer: &'t Tokenizer) -> Self {
-        Self { tokenizer, window: Vec::new(), settled: 0, written: 0 }
+    pub(crate) fn new(tokenizer: &'t Tokenizer, special: bool) -> Self {
+        Self { tokenizer, window: Vec::new(), settled: 0, written: 0, special }
     }
 
     /// Takes the next id; returns the text that is certain now, often one token's, sometimes
     /// none, sometimes several tokens'.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.window.push(id);
-        let text = self.tokenizer.decode(&self.window)?;
+        let text = self.decode()?;
         let certain = without_unsettled(&text);
         let piece = certain.get(self.written..).unwrap_or("").to_owned();
         self.written += piece.len();
@@ -49,7 +51,7 @@ impl<'t> TextStream<'t> {
 
     /// The rest, when no id will follow: an unfinished character becomes U+FFFD.
     pub fn finish(&mut self) -> Result<String> {
-        let text = self.tokenizer.decode(&self.window)?;
+        let text = self.decode()?;
         let piece = text.get(self.written..).unwrap_or("").to_owned();
         self.written = text.len();
         Ok(piece)
@@ -59,8 +61,15 @@ impl<'t> TextStream<'t> {
     fn slide(&mut self) -> Result<()> {
         self.window.drain(..self.settled);
         self.settled = self.window.len();
-        self.written = self.tokenizer.decode(&self.window)?.len();
+        self.written = self.decode()?.len();
         Ok(())
+    }
+
+    fn decode(&self) -> Result<String> {
+        match self.special {
+            false => self.tokenizer.decode(&self.window),
+            true => self.tokenizer.decode_all(&self.window),
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::chat::ChatTemplate;
 use crate::text_stream::TextStream;
+use crate::token_bytes::{self, TokenBytes};
 use crate::{Error, Result};
 
 /// Files of a model folder that belong to its text and not to its weights.
@@ -89,9 +90,25 @@ impl Tokenizer {
             .map_err(|e| Error::Tokenizer(format!("cannot decode the tokens: {e}")))
     }
 
+    /// As [`Tokenizer::decode`], special tokens written out.
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String> {
+        guarded(|| self.inner.decode(ids, false))
+            .map_err(|e| Error::Tokenizer(format!("cannot decode the tokens: {e}")))
+    }
+
     /// Decodes one id at a time into correct UTF-8.
     pub fn stream(&self) -> TextStream<'_> {
-        TextStream::new(self)
+        TextStream::new(self, false)
+    }
+
+    /// As [`Tokenizer::stream`], special tokens written out.
+    pub fn stream_all(&self) -> TextStream<'_> {
+        TextStream::new(self, true)
+    }
+
+    /// The bytes that each id stands for, `[vocab_size]`; see [`TokenBytes`].
+    pub fn token_bytes(&self) -> Vec<TokenBytes> {
+        token_bytes::of(&self.inner, self.size)
     }
 
     /// The id of a token, written exactly.

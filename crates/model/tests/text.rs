@@ -315,3 +315,55 @@ fn a_models_own_settings_are_followed() {
     write("{\"top_k\": \"many\"}");
     assert!(load().unwrap_err().to_string().contains("generation_config.json"));
 }
+
+/// Together, in order, the bytes of tokens are those of the text they were made of.
+#[test]
+fn the_bytes_of_tokens_are_those_of_their_text() {
+    let tokenizer = tokenizer();
+    let bytes = tokenizer.token_bytes();
+    assert_eq!(bytes.len(), 258);
+    let text = "x日本語 \n\0🦀";
+    let ids = tokenizer.encode(text, false).unwrap();
+    let joined: Vec<u8> = ids.iter().flat_map(|&id| bytes[id as usize].bytes.clone()).collect();
+    assert_eq!(joined, text.as_bytes());
+    assert!(bytes[257].special && !bytes[0].special);
+    assert_eq!(bytes[257].bytes, b"<|end|>");
+    assert_eq!(tokenizer.decode_all(&[257]).unwrap(), "<|end|>");
+
+    let llama = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "added_tokens": [],
+        "decoder": { "type": "Sequence", "decoders": [
+            { "type": "Replace", "pattern": { "String": "▁" }, "content": " " },
+            { "type": "ByteFallback" }, { "type": "Fuse" },
+        ]},
+        "model": { "type": "BPE", "byte_fallback": true, "unk_token": null, "merges": [],
+            "vocab": { "<0xE6>": 0, "▁the": 1, "<0xZZ>": 2, "a": 5 } },
+    });
+    let bytes = Tokenizer::from_bytes(llama.to_string().as_bytes()).unwrap().token_bytes();
+    let want: [&[u8]; 6] = [&[0xe6], b" the", b"<0xZZ>", b"", b"", b"a"];
+    assert!(bytes.iter().map(|b| b.bytes.as_slice()).eq(want));
+}
+
+#[test]
+fn tools_and_calls_reach_the_template() {
+    let source = "{% for t in tools %}{{ t.function.name }}:{{ t | tojson }}{% endfor %}\
+                  {% for m in messages %}{{ m.role }}{% for c in m.tool_calls or [] %}\
+                  [{{ c.function.arguments.x }}]{% endfor %}{% endfor %}";
+    let template = ChatTemplate::new(source.into(), Vec::new()).unwrap();
+    assert!(template.knows_tools());
+    let tools = json!([{ "type": "function", "function": { "name": "f" } }]);
+    let messages = json!([
+        { "role": "user", "content": "" },
+        { "role": "assistant", "tool_calls": [{ "function": { "arguments": { "x": 3 } } }] },
+    ]);
+    let text = template.render_with_tools(&messages, Some(&tools), true).unwrap();
+    assert_eq!(
+        text,
+        format!("f:{}userassistant[3]", r#"{"type": "function", "function": {"name": "f"}}"#)
+    );
+    let none = template.render_with_tools(&messages, None, true).unwrap();
+    assert_eq!(none, "userassistant[3]");
+    let plain = ChatTemplate::new("{{ messages[0].content }}".into(), Vec::new()).unwrap();
+    assert!(!plain.knows_tools());
+}

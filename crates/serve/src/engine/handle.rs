@@ -121,6 +121,13 @@ pub enum StartError {
     Thread(#[from] std::io::Error),
 }
 
+impl StartError {
+    /// Whether the user's input is at fault (exit code 2) and not this program (1).
+    pub fn is_users(&self) -> bool {
+        matches!(self, Self::Limits(_))
+    }
+}
+
 /// The engine's side of the conversation; clones speak to the same engine.
 #[derive(Clone)]
 pub struct Handle {
