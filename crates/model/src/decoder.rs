@@ -85,8 +85,7 @@ impl Model {
 
     pub(crate) fn head(&self, tape: &mut Tape, hidden: &Var) -> Result<Tensor> {
         let head = self.param(tape, self.slots.head);
-        let logits = ops::linear(tape, hidden, &head, None)?;
-        Ok(logits.value().to_dtype(tercet_tensor::DType::F32)?)
+        Ok(ops::logits(hidden.value(), head.value())?)
     }
 
     pub(crate) fn targets(&self, batch: &Batch) -> Result<Tensor> {

@@ -1,13 +1,13 @@
 //! Products of `ops/linear.rs` by cuBLASLt; f32 sums, added to what is there in f32 and rounded
 //! once.
 
-use tercet_cuda::{Gpu, Matmul};
+use tercet_cuda::{Gpu, Matmul, Number};
 
 use super::sum_parts::column_sums;
 use super::{at, number, stale};
 use crate::backward::{Backward, Weight};
 use crate::tape::Source;
-use crate::{Result, Tensor};
+use crate::{DType, Result, Tensor};
 
 /// x `[rows, inner]` times the transpose of weight `[outer, inner]`, plus the bias.
 pub(crate) fn forward(
@@ -23,6 +23,16 @@ pub(crate) fn forward(
     let mut product = Matmul::new(sizes, number(x.dtype()), at(x)?, at(weight)?, at(&out)?);
     product.trans_b = true;
     product.bias = bias.map(at).transpose()?.unwrap_or(0);
+    // SAFETY: the op has checked the shapes.
+    unsafe { gpu.matmul(&product)? };
+    Ok(out)
+}
+
+/// x `[rows, inner]` times the transpose of weight `[outer, inner]`, in f32.
+pub(crate) fn wide(gpu: &Gpu, x: &Tensor, weight: &Tensor, sizes: [usize; 3]) -> Result<Tensor> {
+    let out = stale(gpu, DType::F32, &sizes[..2])?;
+    let product = Matmul::new(sizes, number(x.dtype()), at(x)?, at(weight)?, at(&out)?);
+    let product = Matmul { trans_b: true, output: Number::F32, ..product };
     // SAFETY: the op has checked the shapes.
     unsafe { gpu.matmul(&product)? };
     Ok(out)
