@@ -1,9 +1,9 @@
 //! Attention of one layer: projections, positions, and the operator, over a whole batch or over
 //! a cache.
 
-use tercet_tensor::{Device, Mask, Tape, Tensor, Var, ops};
+use tercet_tensor::{Mask, Tape, Tensor, Var, ops};
 
-use crate::cache::{LayerCache, NsaNew, one_by_one};
+use crate::cache::{LayerCache, NsaNew};
 use crate::decoder::Site;
 use crate::layout::{AttentionSlots, DenseSlots, KvSlots, LinearSlots, NsaSlots, PhiSlots};
 use crate::{Model, Result};
@@ -121,12 +121,7 @@ impl Model {
             let out = self.step_nsa(tape, cache, &NsaNew::of(new), phi, places)?;
             return Ok(tape.leaf(out));
         }
-        let out = match q.value().device() {
-            Device::Cpu => self.extend_nsa(tape, (site.caches, 0), NsaNew::of(new), phi)?,
-            _ => one_by_one(site.caches, new, |cache, new| {
-                self.extend_nsa(tape, (cache, site.sequence), NsaNew::of(new), phi)
-            })?,
-        };
+        let out = self.extend_nsa(tape, (site.caches, site.sequence), NsaNew::of(new), phi)?;
         Ok(tape.leaf(out))
     }
 

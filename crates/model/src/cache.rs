@@ -395,7 +395,7 @@ impl LayerCache {
     }
 
     /// Appends q, k, v `[B·c, …]` to the dense layer of B sequences, c tokens to each; returns the
-    /// output `[B·c, H, V]`. On the CPU all at once, on a GPU one after the other.
+    /// output `[B·c, H, V]`. On a GPU to the one cache, of its sequence `sequence`.
     pub fn extend_dense(
         caches: &mut [&mut Self],
         sequence: usize,
@@ -405,10 +405,10 @@ impl LayerCache {
         match (qkv[0].device(), qkv[0].dtype()) {
             (Device::Cpu, DType::BF16) => cache_cpu::dense::<bf16>(caches, config, qkv),
             (Device::Cpu, _) => cache_cpu::dense::<f32>(caches, config, qkv),
-            _ => one_by_one(caches, qkv, |cache, qkv| match cache {
+            _ => match caches {
                 [Self::CudaDense(layer)] => layer.extend(sequence, qkv),
                 _ => Err(mismatch()),
-            }),
+            },
         }
     }
 
@@ -462,30 +462,4 @@ impl LayerCache {
 
 pub(crate) fn mismatch() -> Error {
     Error::Batch("the cache is of another kind of attention than the model".into())
-}
-
-/// Calls `append` for each sequence with its share of the rows, and joins the outputs.
-pub(crate) fn one_by_one<const N: usize>(
-    caches: &mut [&mut LayerCache],
-    rows: [&Tensor; N],
-    mut append: impl FnMut(&mut [&mut LayerCache], [&Tensor; N]) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let sequences = caches.len();
-    if sequences == 1 {
-        return append(caches, rows);
-    }
-    let mut joined: Option<Tensor> = None;
-    for (i, cache) in caches.iter_mut().enumerate() {
-        let mut own = rows.map(Tensor::clone);
-        for tensor in &mut own {
-            let count = tensor.shape()[0] / sequences;
-            *tensor = tensor.rows(i * count..(i + 1) * count)?;
-        }
-        let out = append(&mut [&mut **cache], own.each_ref())?;
-        joined = Some(match joined {
-            None => out,
-            Some(before) => before.append_rows(&out)?,
-        });
-    }
-    joined.ok_or_else(mismatch)
 }

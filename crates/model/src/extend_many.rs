@@ -11,16 +11,13 @@ impl Model {
     /// Appends one token to each of B sequences of any lengths; returns the logits after each,
     /// `[B, vocab]`, nothing for no sequences. Refused before anything changes: counts that
     /// differ, tokens outside the vocabulary, a full context (the error names the sequence),
-    /// caches of other weights or of an earlier failure.
+    /// caches of other weights or of an earlier failure; a model on a GPU, which decodes many
+    /// sequences in [`crate::slots::Slots`].
     ///
-    /// On a CPU a sequence's logits have the same bits whatever sequences stand beside it, those
+    /// A sequence's logits have the same bits whatever sequences stand beside it, those
     /// of [`Model::extend`]: products of few rows keep each row's own order of summation
     /// ([`FEW_ROWS`]; more sequences are taken in groups), everything else goes row by row, and
     /// each sequence attends to its own cache, the sequences in parallel.
-    ///
-    /// On a GPU products of other sizes may sum in another order, and attention goes from sequence
-    /// to sequence. An NSA cache that [`Model::extend`] has appended single tokens to is refused
-    /// there.
     pub fn extend_many(&self, caches: &mut [&mut Cache], tokens: &[i32]) -> Result<Vec<f32>> {
         if caches.len() != tokens.len() {
             return Err(Error::Batch(format!(
@@ -40,20 +37,14 @@ impl Model {
                 other => other,
             };
             self.check_cache(cache).map_err(named)?;
-            if cache.only_steps() {
-                return Err(Error::Batch(format!(
-                    "sequence {i}: a cache that has been decoded with alone on a GPU cannot join \
-                     others; start a new one"
-                )));
-            }
         }
-        for cache in caches.iter_mut() {
-            cache.broken = true;
-            // Memory may move as caches grow.
-            cache.graph = None;
+        if self.device() != Device::Cpu {
+            return Err(Error::Batch(
+                "on a GPU caches of one sequence are not decoded together; use slots".into(),
+            ));
         }
-        let most = if self.device() == Device::Cpu { FEW_ROWS } else { tokens.len() };
-        let group = tokens.len().div_ceil(tokens.len().div_ceil(most));
+        caches.iter_mut().for_each(|cache| cache.broken = true);
+        let group = tokens.len().div_ceil(tokens.len().div_ceil(FEW_ROWS));
         // One entry into the thread pool for the whole step, as in `extend`.
         let logits = rayon::scope(|_| -> Result<Vec<f32>> {
             let mut logits = Vec::with_capacity(tokens.len() * self.config().vocab_size);
