@@ -263,26 +263,18 @@ impl Worker {
                 Some((self.scheduler.slot(id)?, *last as i32))
             };
             let tokens: Vec<(usize, i32)> = ids.iter().filter_map(token).collect();
-            match self.slots.step(&self.models[model], &tokens).map(<[f32]>::to_vec) {
-                Ok(logits) => self.choose(&ids, &logits),
+            match self.slots.step(&self.models[model], &tokens) {
+                Ok(logits) => {
+                    let chosen = choose(&mut self.sequences, self.door.vocab, &ids, logits);
+                    self.hand_out(&ids, chosen);
+                }
                 Err(error) => self.failed_together(&ids, &error.to_string()),
             }
         }
     }
 
-    /// Chooses a token for each of `ids`, ascending, from logits `[n, vocab]`.
-    fn choose(&mut self, ids: &[Id], logits: &[f32]) {
-        let rows: Vec<&[f32]> = logits.chunks_exact(self.door.vocab).collect();
-        let mut work: Vec<(&mut Sequence, &[f32])> = self
-            .sequences
-            .iter_mut()
-            .filter_map(|(id, sequence)| Some((sequence, *rows.get(ids.binary_search(id).ok()?)?)))
-            .collect();
-        let choose = |(sequence, row): &mut (&mut Sequence, &[f32])| sequence.chooser.choose(row);
-        let chosen: Vec<Result<Chosen, EngineError>> = match &mut work[..] {
-            [one] => vec![choose(one)],
-            many => many.par_iter_mut().map(choose).collect(),
-        };
+    /// Hands out what was chosen for each of `ids`.
+    fn hand_out(&mut self, ids: &[Id], chosen: Vec<Result<Chosen, EngineError>>) {
         for (&id, chosen) in ids.iter().zip(chosen) {
             if let Some(sequence) = self.sequences.get(&id) {
                 self.scheduler.holds(id, sequence.tokens.len());
@@ -451,6 +443,25 @@ impl Worker {
         stats.running = self.scheduler.running();
         stats.pages_used = pages.used();
         stats.pages_cached = pages.cached();
+    }
+}
+
+/// Chooses a token for each of `ids`, ascending, from logits `[n, vocab]`.
+fn choose(
+    sequences: &mut BTreeMap<Id, Sequence>,
+    vocab: usize,
+    ids: &[Id],
+    logits: &[f32],
+) -> Vec<Result<Chosen, EngineError>> {
+    let rows: Vec<&[f32]> = logits.chunks_exact(vocab).collect();
+    let mut work: Vec<(&mut Sequence, &[f32])> = sequences
+        .iter_mut()
+        .filter_map(|(id, sequence)| Some((sequence, *rows.get(ids.binary_search(id).ok()?)?)))
+        .collect();
+    let choose = |(sequence, row): &mut (&mut Sequence, &[f32])| sequence.chooser.choose(row);
+    match &mut work[..] {
+        [one] => vec![choose(one)],
+        many => many.par_iter_mut().map(choose).collect(),
     }
 }
 
