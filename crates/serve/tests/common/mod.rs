@@ -9,7 +9,7 @@ use tercet_model::{Adapter, LoraConfig, Model, ModelConfig, Sampler, Sampling};
 use tercet_serve::engine::{
     Engine, EngineError, Event, Finish, Handle, Limits, Models, Request, Usage,
 };
-use tercet_tensor::{DType, Tensor};
+use tercet_tensor::{DType, Tensor, log_sum_exp};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub const VOCAB: usize = 96;
@@ -218,7 +218,5 @@ pub fn alone(model: &Model, request: &Request, chunk: usize) -> (Vec<u32>, Vec<f
 
 /// `ln p`, summed in f64.
 pub fn log_prob(logits: &[f32], token: u32) -> f32 {
-    let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit) - most)).sum();
-    (f64::from(logits[token as usize]) - (most + libm::log(sum))) as f32
+    (f64::from(logits[token as usize]) - log_sum_exp(logits)) as f32
 }
