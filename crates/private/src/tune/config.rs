@@ -13,9 +13,10 @@ use tercet_train::{Error, Result};
 use super::budget::Mode;
 use crate::mechanism::noise::Split;
 use crate::mechanism::people::Unit;
+use crate::method::Method;
 use crate::method::quantile::QuantileConfig;
 use crate::method::schedule::ScheduleConfig;
-use crate::method::{Method, controller};
+use crate::rldp;
 
 /// Keys and sections at the top of the file.
 pub const SECTIONS: [&str; 7] =
@@ -251,6 +252,11 @@ impl PrivateConfig {
         self.train.steps(usize::try_from(self.private.people).unwrap_or(usize::MAX))
     }
 
+    /// Steps between a controller's decisions.
+    pub fn every(&self) -> u64 {
+        self.private.every.unwrap_or((self.steps() / 32).clamp(1, 112))
+    }
+
     /// Probability with which each person is drawn.
     pub fn rate(&self) -> f64 {
         self.train.batch as f64 / self.private.people as f64
@@ -353,13 +359,6 @@ impl PrivateSection {
 
     fn check_method(&self) -> Result<()> {
         let name = self.method.name();
-        if self.method == Method::Rldp {
-            return Err(Error::config(
-                "private.method",
-                "= \"rldp\" is not in this build: its controller is missing. \"random-action\" is \
-                 its control, \"quantile\" adapts thresholds",
-            ));
-        }
         let coordinates = matches!(self.method, Method::Adaclip | Method::Geoclip);
         if self.balance && (coordinates || self.freeze_a) {
             let what = if coordinates { name } else { "freeze_a" };
@@ -398,7 +397,7 @@ impl PrivateSection {
                 "and private.quantile.count_noise both say what the counts cost; keep one",
             ));
         }
-        let range = controller::LEAST_THRESHOLD..=controller::MOST_THRESHOLD;
+        let range = rldp::LEAST_THRESHOLD..=rldp::MOST_THRESHOLD;
         if self.method.is_controlled() && self.threshold.is_some_and(|c| !range.contains(&c)) {
             return Err(Error::config(
                 "private.threshold",

@@ -279,7 +279,7 @@ impl Task for Private<'_> {
     }
 
     fn sidecars(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let mut files = kept::write(self.ledger.mark(), &self.steering.state())?;
+        let mut files = kept::write(self.ledger.mark(), &self.steering.state()?)?;
         files.push((super::report::FILE.into(), self.promise()?.to_json()?));
         Ok(files)
     }
