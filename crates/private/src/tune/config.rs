@@ -183,6 +183,24 @@ impl PrivateConfig {
         Self::from_sections(Sections::parse(text, overrides, &SECTIONS)?)
     }
 
+    /// The configuration of a run, from its folder.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a folder without one; as [`load`](Self::load).
+    pub fn of_run(output: &Path) -> Result<Self> {
+        let path = output.join("config.toml");
+        let text = std::fs::read_to_string(&path).map_err(|error| {
+            Error::Checkpoint(format!(
+                "{} is not the output folder of `tercet private tune`: {}: {error}",
+                output.display(),
+                path.display()
+            ))
+        })?;
+        // A known seed stands in a run's own file and is taken from no other.
+        let lines = text.lines().filter(|line| !line.starts_with("insecure_seed = "));
+        Self::parse(&lines.collect::<Vec<_>>().join("\n"), &[])
+    }
+
     fn from_sections(mut sections: Sections) -> Result<Self> {
         let config = Self {
             output: sections.output()?,

@@ -26,7 +26,7 @@ use crate::method::{Layout, Method, Recipe, Steering, quantile};
 /// Below a run's output: what was spent.
 pub const LEDGER: &str = "ledger.jsonl";
 /// Below a run's output: keeps the keys of data in checkpoints from telling who was in them.
-const SALT: &str = "data.salt";
+pub(super) const SALT: &str = "data.salt";
 /// Share of the statistics that a controller cannot do without.
 const SHARE: f64 = 0.02;
 
