@@ -34,8 +34,7 @@ const MOST_EPSILON: f64 = 1e6;
 #[command(
     allow_negative_numbers = true,
     after_help = "Examples:\n  \
-    tercet private audit run --canaries records/canaries.jsonl --members records/train.jsonl \\\n  \
-    \x20 --nonmembers records/heldout.jsonl\n  \
+    tercet private audit run --canaries canaries.jsonl\n  \
     tercet private audit --scores scores.jsonl --epsilon 4 --delta 1e-6\n  \
     tercet private audit --scores scores.jsonl --epsilon 4 --delta 1e-6 --svg audit.svg"
 )]
