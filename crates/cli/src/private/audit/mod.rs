@@ -24,12 +24,12 @@ const MOST_EPSILON: f64 = 1e6;
 /// `tercet private records`), with members and with persons it never saw: its newest checkpoint is
 /// attacked, RUN/scores.jsonl gets the scores, and epsilon and delta are those that were proven.
 ///
-/// SCORES, from elsewhere, has a line a row: {"id": …, "included": true or false, "score": loss, "kind": "canary",
-/// "member" or "nonmember"}; a canary may have "candidates", the losses of what could have been
-/// planted in its stead. Canaries, planted by fair coins, give a lower bound on epsilon from this
-/// one run (Steinke, Nasr and Jagielski 2023) and exposure; members and nonmembers, membership
-/// inference. A lower bound above the proven epsilon refutes it, and the verb leaves with 2. One
-/// below it proves nothing: it is what these attacks could show.
+/// SCORES, from elsewhere, has a line a row: {"id": …, "included": true or false, "score": loss,
+/// "kind": "canary", "member" or "nonmember"}; a canary may have "candidates", the losses of what
+/// could have been planted in its stead. Canaries, planted by fair coins, give a lower bound on
+/// epsilon from this one run (Steinke, Nasr and Jagielski 2023) and exposure; members and
+/// nonmembers, membership inference. A lower bound above the proven epsilon refutes it, and the
+/// verb leaves with 2. One below it proves nothing: it is what these attacks could show.
 #[derive(clap::Args)]
 #[command(
     allow_negative_numbers = true,
