@@ -26,7 +26,8 @@ records=$runs/records
 [ -d "$records" ] ||
     $tercet private records --patients "$patients" --canaries "$canaries" --seed 1 --output "$records"
 
-# Claims ε = 1 where none was proven: what the audit must refute.
+# Where nothing was proven ε = 1 is claimed: refuted where training goes on until canaries are known
+# by heart.
 run() { # NAME SEED [key=value…]
     local out=$runs/$1-$2
     [ -s "$out/audit.json" ] && return
