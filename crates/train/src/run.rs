@@ -145,13 +145,7 @@ impl Place {
 
     /// Refuses to go on with other examples, before anything in the folder is written anew.
     pub fn check_data(&self, key: &str) -> Result<()> {
-        match &self.from {
-            None => Ok(()),
-            Some(path) => {
-                let (then, step) = checkpoint::data_key(path)?;
-                if then == key { Ok(()) } else { Err(other_data(step)) }
-            }
-        }
+        self.from.as_deref().map_or(Ok(()), |path| check_data(path, key))
     }
 }
 
@@ -203,6 +197,12 @@ pub fn starting_point(
         checkpoint::check_config(path, config)?;
     }
     Ok(newest.path)
+}
+
+/// Refuses other examples than those that a checkpoint was trained on.
+pub fn check_data(checkpoint: &Path, key: &str) -> Result<()> {
+    let (then, step) = checkpoint::data_key(checkpoint)?;
+    if then == key { Ok(()) } else { Err(other_data(step)) }
 }
 
 /// Refuses a folder whose `config.toml` differs from `config` (TOML) in a key that matters.

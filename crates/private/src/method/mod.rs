@@ -10,6 +10,7 @@
 //! | [`adaclip`] | `adaclip`: coordinates scaled one by one | released gradients |
 //! | [`geoclip`] | `geoclip`: a basis of its own for each adapter | released gradients |
 //! | [`random_action`] | `random-action`: the control of every learnt controller | nothing |
+//! | [`controller`] | whichever decides: chance, or [`crate::rldp`] | what was released |
 //!
 //! [`Steering`] holds all of it. It is on the public side: [`Steering::learn`] is given what a step
 //! released and nothing else, so that whatever it does afterwards is post-processing. The private

@@ -2,25 +2,28 @@
 
 use crate::{Error, Result};
 
-/// Numbers and arrays of a method, bit for bit.
+/// Numbers and arrays of a method, bit for bit, and the policy of a learnt controller.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     /// Single numbers.
     pub numbers: Vec<f64>,
     /// Arrays, such as a mean gradient.
     pub arrays: Vec<Vec<f32>>,
+    /// A controller as it writes itself; empty where there is none.
+    pub policy: Vec<u8>,
 }
 
 /// Takes a [`State`] apart in the order in which it was put together.
 pub struct Reader<'a> {
     numbers: std::slice::Iter<'a, f64>,
     arrays: std::slice::Iter<'a, Vec<f32>>,
+    policy: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
     /// From the beginning.
     pub fn new(state: &'a State) -> Self {
-        Self { numbers: state.numbers.iter(), arrays: state.arrays.iter() }
+        Self { numbers: state.numbers.iter(), arrays: state.arrays.iter(), policy: &state.policy }
     }
 
     pub(super) fn number(&mut self) -> Result<f64> {
@@ -36,8 +39,16 @@ impl<'a> Reader<'a> {
         self.arrays.next().filter(|array| array.len() == len).cloned().ok_or_else(misfit)
     }
 
+    /// The policy, which must be there.
+    pub(super) fn policy(&mut self) -> Result<&'a [u8]> {
+        let policy = std::mem::take(&mut self.policy);
+        if policy.is_empty() { Err(misfit()) } else { Ok(policy) }
+    }
+
     pub(super) fn end(mut self) -> Result<()> {
-        let over = self.numbers.next().is_some() || self.arrays.next().is_some();
+        let over = self.numbers.next().is_some()
+            || self.arrays.next().is_some()
+            || !self.policy.is_empty();
         if over { Err(misfit()) } else { Ok(()) }
     }
 }

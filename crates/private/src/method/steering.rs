@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::adaclip::Adaclip;
 use super::balance::Balance;
-use super::controller::{self, Controller};
+use super::controller::Controller;
 use super::geoclip::Geoclip;
 use super::quantile::QuantileConfig;
 use super::random_action::RandomAction;
@@ -13,10 +13,12 @@ use super::schedule::ScheduleConfig;
 use super::state::{Reader, State};
 use super::watch::{Public, Watch};
 use super::{Layout, Method, auto_s, dp_sgd, per_layer};
+use crate::Result;
 use crate::mechanism::clip::{Blocks, Rule};
 use crate::mechanism::noise::Split;
 use crate::mechanism::statistics::{Noisy, Statistics};
-use crate::{Error, Result};
+use crate::rldp::state::Released;
+use crate::rldp::{self, Agent};
 
 /// Everything that decides a method, fixed before the run.
 #[derive(Clone, Debug)]
@@ -45,6 +47,8 @@ pub struct Recipe {
     pub batch: f64,
     /// A controller's seed; public.
     pub seed: u64,
+    /// What `rldp`'s rewards add to the cost, in units of it: that of steps between two decisions.
+    pub eta: f64,
     /// `quantile`'s numbers.
     pub quantile: QuantileConfig,
     /// `schedule`'s numbers.
@@ -92,8 +96,8 @@ impl Steering {
     /// As the run begins.
     ///
     /// # Errors
-    /// [`Error::Step`] for a layout that has no blocks; [`Error::State`] for `rldp`, which this
-    /// build does not have.
+    /// [`Error::Step`] for a layout that has no blocks; [`Error::Controller`] for one with more
+    /// than a controller can be shown.
     pub fn new(recipe: Recipe, layout: Layout) -> Result<Self> {
         let blocks = blocks(recipe.by_adapter, &layout)?;
         let bounds = per_layer::bounds(recipe.threshold, blocks.len());
@@ -105,7 +109,11 @@ impl Steering {
         };
         let controller = match recipe.method {
             Method::RandomAction => Some(Controller::Random(RandomAction::new(recipe.seed))),
-            Method::Rldp => return Err(Error::State("there is no rldp in this build".into())),
+            Method::Rldp => {
+                let actions = blocks.len() + usize::from(recipe.moves_sigma);
+                let agent = Agent::new(Released::width(blocks.len()), actions, recipe.seed)?;
+                Some(Controller::Rldp { agent: Box::new(agent), eta: recipe.eta })
+            }
             _ => None,
         };
         let watch = Watch::new(&blocks);
@@ -263,16 +271,20 @@ impl Steering {
         });
         let bounds = self.bounds.len();
         let action = controller.decide(&seen, bounds + usize::from(self.recipe.moves_sigma))?;
-        self.bounds = controller::thresholds(&self.bounds, &action[..bounds])?;
-        if self.recipe.moves_sigma {
-            self.sigma = controller::sigma(self.recipe.sigma, action[bounds])?;
+        self.bounds = rldp::thresholds(&self.bounds, &action[..bounds])?;
+        // A control without noise has none to move.
+        if self.recipe.moves_sigma && self.recipe.sigma > 0.0 {
+            self.sigma = rldp::sigma(self.recipe.sigma, action[bounds])?;
         }
         Ok(())
     }
 
     /// Everything that a checkpoint must hold of it.
-    pub fn state(&self) -> State {
-        let mut state = State { numbers: self.bounds.clone(), arrays: Vec::new() };
+    ///
+    /// # Errors
+    /// As [`Agent::to_bytes`].
+    pub fn state(&self) -> Result<State> {
+        let mut state = State { numbers: self.bounds.clone(), ..State::default() };
         state.numbers.push(self.sigma);
         match &self.coordinates {
             // Made anew from the weights at every step.
@@ -281,10 +293,10 @@ impl Steering {
             Coordinates::Geoclip(geoclip) => geoclip.write(&mut state),
         }
         if let Some(Control { controller, watch }) = &self.control {
-            controller.write(&mut state);
+            controller.write(&mut state)?;
             watch.write(&mut state);
         }
-        state
+        Ok(state)
     }
 
     /// Goes on from a checkpoint's state.

@@ -1,10 +1,10 @@
 //! Means of released values between two decisions of a controller.
 
-use super::controller::{Adapter, Released};
 use super::state::{Reader, State};
 use crate::Result;
 use crate::mechanism::clip::Blocks;
 use crate::mechanism::statistics::Noisy;
+use crate::rldp::state::{Adapter, Released};
 
 /// Average of released gradients, with which a new one is compared.
 const BETA: f32 = 0.9;

@@ -24,7 +24,7 @@ const FOLLOW: f32 = 0.005;
 const BATCH: usize = 32;
 const UPDATES: usize = 2;
 /// Decisions that are drawn evenly before the policy is asked.
-const WARM_UP: u64 = 5;
+pub const WARM_UP: u64 = 5;
 /// Temperature at the start.
 const TEMPERATURE: f32 = 0.2;
 /// No state or action is wider.
@@ -114,6 +114,27 @@ impl Agent {
         self.decisions += 1;
         self.open = Some((state, action.clone()));
         Ok(action)
+    }
+
+    /// Decisions so far.
+    pub fn decisions(&self) -> u64 {
+        self.decisions
+    }
+
+    /// Goes on as `other`, which a checkpoint of the same run holds.
+    ///
+    /// # Errors
+    /// [`Error::Controller`] when it has another seed, or states or actions of another size.
+    pub fn go_on(&mut self, other: Self) -> Result<()> {
+        if (other.dims, other.seed) != (self.dims, self.seed) {
+            return Err(Error::Controller(format!(
+                "the checkpoint's policy has (state, action) sizes {:?} and seed {}, this run has \
+                 {:?} and {}; go on with the configuration that it began with",
+                other.dims, other.seed, self.dims, self.seed
+            )));
+        }
+        *self = other;
+        Ok(())
     }
 
     fn check(&self, state: &[f32], reward: Option<f32>) -> Result<()> {

@@ -14,7 +14,7 @@ pub struct Released {
     pub loss: f64,
     /// The same, less that of the decision before (0 at the first).
     pub loss_change: f64,
-    /// Cosine of the released gradient with the optimizer's momentum.
+    /// Cosine of the released gradient with the mean of those before it.
     pub cosine: f64,
     /// Noise multiplier over the nominal one.
     pub sigma_ratio: f64,
@@ -22,11 +22,14 @@ pub struct Released {
     pub progress: f64,
     /// Share of the privacy budget that is spent.
     pub spent: f64,
+    /// Rényi divergence of the steps since the last decision, at one order fixed before the run:
+    /// what the reward divides by, and no part of the state.
+    pub cost: f64,
     /// By adapter, in one order for the whole run.
     pub adapters: Vec<Adapter>,
 }
 
-/// Released and free values of one adapter.
+/// Released and free values of one adapter (or whatever has a threshold of its own).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Adapter {
     /// Fraction of gradients below the threshold, by noised counts; noise may carry it out of [0, 1].
@@ -120,6 +123,7 @@ mod tests {
             sigma_ratio: 1.0,
             progress: 0.5,
             spent: 0.4,
+            cost: 0.1,
             adapters: vec![adapter; 3],
         }
     }

@@ -8,6 +8,7 @@ use super::config::PrivateConfig;
 use crate::accounting::calibrate::{self, Accountant};
 use crate::accounting::{Phase, pld, rdp};
 use crate::method::Method;
+use crate::rldp::agent::WARM_UP;
 
 /// What is adapted from released values, and so which accountant's answer holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -205,6 +206,9 @@ impl Budget {
         };
         let name = private.method.name();
         lines.push(("method", format!("{name}, mode {}: {mode}", self.mode.name())));
+        if private.method == Method::Rldp {
+            lines.push(("WARNING", few_decisions(self.steps, config.every())));
+        }
         if private.insecure_seed.is_some() {
             lines.push(("WARNING", INSECURE.to_owned()));
         }
@@ -215,6 +219,17 @@ impl Budget {
         }
         lines
     }
+}
+
+/// What is said of a controller that learns while the run is on.
+fn few_decisions(steps: u64, every: u64) -> String {
+    format!(
+        "the controller learns from {} decisions (one in {every} steps), the first {} of them \
+         drawn evenly: few for such a policy. A gain counts only beside method = \
+         \"random-action\" and \"quantile\"",
+        steps / every,
+        WARM_UP.min(steps / every)
+    )
 }
 
 /// What is said of a run whose noise can be guessed.

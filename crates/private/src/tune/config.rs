@@ -13,9 +13,10 @@ use tercet_train::{Error, Result};
 use super::budget::Mode;
 use crate::mechanism::noise::Split;
 use crate::mechanism::people::Unit;
+use crate::method::Method;
 use crate::method::quantile::QuantileConfig;
 use crate::method::schedule::ScheduleConfig;
-use crate::method::{Method, controller};
+use crate::rldp;
 
 /// Keys and sections at the top of the file.
 pub const SECTIONS: [&str; 7] =
@@ -182,6 +183,24 @@ impl PrivateConfig {
         Self::from_sections(Sections::parse(text, overrides, &SECTIONS)?)
     }
 
+    /// The configuration of a run, from its folder.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a folder without one; as [`load`](Self::load).
+    pub fn of_run(output: &Path) -> Result<Self> {
+        let path = output.join("config.toml");
+        let text = std::fs::read_to_string(&path).map_err(|error| {
+            Error::Checkpoint(format!(
+                "{} is not the output folder of `tercet private tune`: {}: {error}",
+                output.display(),
+                path.display()
+            ))
+        })?;
+        // A known seed stands in a run's own file and is taken from no other.
+        let lines = text.lines().filter(|line| !line.starts_with("insecure_seed = "));
+        Self::parse(&lines.collect::<Vec<_>>().join("\n"), &[])
+    }
+
     fn from_sections(mut sections: Sections) -> Result<Self> {
         let config = Self {
             output: sections.output()?,
@@ -249,6 +268,11 @@ impl PrivateConfig {
     /// Steps of the run, of public numbers alone.
     pub fn steps(&self) -> u64 {
         self.train.steps(usize::try_from(self.private.people).unwrap_or(usize::MAX))
+    }
+
+    /// Steps between a controller's decisions.
+    pub fn every(&self) -> u64 {
+        self.private.every.unwrap_or((self.steps() / 32).clamp(1, 112))
     }
 
     /// Probability with which each person is drawn.
@@ -353,13 +377,6 @@ impl PrivateSection {
 
     fn check_method(&self) -> Result<()> {
         let name = self.method.name();
-        if self.method == Method::Rldp {
-            return Err(Error::config(
-                "private.method",
-                "= \"rldp\" is not in this build: its controller is missing. \"random-action\" is \
-                 its control, \"quantile\" adapts thresholds",
-            ));
-        }
         let coordinates = matches!(self.method, Method::Adaclip | Method::Geoclip);
         if self.balance && (coordinates || self.freeze_a) {
             let what = if coordinates { name } else { "freeze_a" };
@@ -398,7 +415,7 @@ impl PrivateSection {
                 "and private.quantile.count_noise both say what the counts cost; keep one",
             ));
         }
-        let range = controller::LEAST_THRESHOLD..=controller::MOST_THRESHOLD;
+        let range = rldp::LEAST_THRESHOLD..=rldp::MOST_THRESHOLD;
         if self.method.is_controlled() && self.threshold.is_some_and(|c| !range.contains(&c)) {
             return Err(Error::config(
                 "private.threshold",

@@ -124,6 +124,7 @@ mod tests {
             steps: 9,
             batch: 4.0,
             seed: 3,
+            eta: 0.1,
             quantile: Default::default(),
             schedule: Default::default(),
         };
@@ -141,10 +142,11 @@ mod tests {
         let scale = if poisoned { 1e6 } else { 1.0 };
         let mut numbers =
             |count: usize| -> Vec<f32> { (0..count).map(|_| scale * next()).collect() };
-        let losses = numbers(people);
+        let mut losses = numbers(people);
         let mut gradients: Vec<Vec<f32>> = [40, 30, 20].map(|size| numbers(people * size)).into();
         if poisoned {
             gradients[1][0] = f32::NAN;
+            losses[1] = f32::NAN;
         }
         (losses, gradients)
     }
@@ -181,6 +183,8 @@ mod tests {
             (Method::Schedule, false),
             (Method::RandomAction, false),
             (Method::RandomAction, true),
+            (Method::Rldp, false),
+            (Method::Rldp, true),
         ] {
             let folder = tempfile::tempdir().unwrap();
             let run = |name: &str| {
@@ -190,8 +194,10 @@ mod tests {
                 (steering, sum, Ledger::create(&folder.path().join(name), &identity).unwrap())
             };
             let (mut honest, mut poisoned) = (run("honest"), run("poisoned"));
-            let first = honest.0.state();
-            for at in 0..5 {
+            let first = honest.0.state().unwrap();
+            // A policy is asked from the sixth decision on, of one in two steps.
+            let steps = if method == Method::Rldp { 17 } else { 5 };
+            for at in 0..steps {
                 let released =
                     step(&mut honest.0, &mut honest.1, &mut honest.2, at, &raw(4, at, false));
                 let other =
@@ -204,7 +210,10 @@ mod tests {
                     steering.learn(at, &scales, released.gradient.clone(), &noisy, cost).unwrap()
                 };
                 assert!(learn(&mut honest.0) == learn(&mut poisoned.0), "{method:?}: update");
-                assert!(honest.0.state() == poisoned.0.state(), "{method:?}: state at {at}");
+                assert!(
+                    honest.0.state().unwrap() == poisoned.0.state().unwrap(),
+                    "{method:?}: state at {at}"
+                );
                 assert_eq!(honest.0.scales(at + 1).unwrap(), poisoned.0.scales(at + 1).unwrap());
                 assert_eq!(honest.0.sigma(at + 1), poisoned.0.sigma(at + 1));
             }
@@ -212,7 +221,7 @@ mod tests {
                 method,
                 Method::DpSgd | Method::AutoS | Method::PerLayer | Method::Schedule
             );
-            assert_eq!(honest.0.state() != first, learns, "{method:?}");
+            assert_eq!(honest.0.state().unwrap() != first, learns, "{method:?}");
         }
     }
 
@@ -228,6 +237,7 @@ mod tests {
             Method::Geoclip,
             Method::PerLayer,
             Method::RandomAction,
+            Method::Rldp,
         ] {
             let steering = steering(method, false);
             let mut sum = clipped_sum(&steering, false).unwrap();

@@ -12,6 +12,8 @@ use crate::method::State;
 const NUMBERS: &str = "state/private.json";
 /// In a checkpoint: the arrays one after the other, little-endian.
 const ARRAYS: &str = "state/private.f32";
+/// In a checkpoint of a learnt controller: its policy.
+const POLICY: &str = "state/policy.bin";
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -33,7 +35,11 @@ pub fn write(mark: Mark, state: &State) -> Result<Vec<(String, Vec<u8>)>> {
     let numbers = serde_json::to_vec_pretty(&kept)
         .map_err(|error| Error::Fault(format!("the method's state has no JSON: {error}")))?;
     let arrays = state.arrays.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
-    Ok(vec![(NUMBERS.into(), numbers), (ARRAYS.into(), arrays)])
+    let mut files = vec![(NUMBERS.into(), numbers), (ARRAYS.into(), arrays)];
+    if !state.policy.is_empty() {
+        files.push((POLICY.into(), state.policy.clone()));
+    }
+    Ok(files)
 }
 
 /// Reads them from a checkpoint whose files were verified.
@@ -53,5 +59,10 @@ pub fn read(checkpoint: &Path) -> Result<(Mark, State)> {
     let mut floats = chunks.iter().map(|chunk| f32::from_le_bytes(*chunk));
     let arrays = kept.arrays.iter().map(|&len| floats.by_ref().take(len).collect()).collect();
     let numbers = kept.numbers.into_iter().map(f64::from_bits).collect();
-    Ok((kept.mark, State { numbers, arrays }))
+    let policy = checkpoint.join(POLICY);
+    let policy = match policy.exists() {
+        true => std::fs::read(&policy).map_err(Error::io("read", &policy))?,
+        false => Vec::new(),
+    };
+    Ok((kept.mark, State { numbers, arrays, policy }))
 }

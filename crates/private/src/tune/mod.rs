@@ -10,8 +10,10 @@
 //! | [`account`] | what is spent so far, and whether one more step fits |
 //! | [`report`] | `privacy.json`: what is promised, beside the adapter |
 //! | [`run`](mod@run) | a whole run |
+//! | [`attack`] | how well a run's adapter knows canaries and rows: for the audit |
 
 pub mod account;
+pub mod attack;
 pub mod budget;
 pub mod config;
 mod joint;

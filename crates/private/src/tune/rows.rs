@@ -178,7 +178,7 @@ impl Reading<'_> {
 }
 
 /// Whose row it is, in one word; the row itself where every row is another person's.
-fn whose(row: &Row, unit: &Unit) -> String {
+pub(super) fn whose(row: &Row, unit: &Unit) -> String {
     match unit {
         Unit::Row => Value::Object(row.object.clone()).to_string(),
         Unit::Column(column) => match row.object.get(column) {
@@ -188,7 +188,7 @@ fn whose(row: &Row, unit: &Unit) -> String {
     }
 }
 
-fn hash(row: &Row, unit: &Unit) -> u64 {
+pub(super) fn hash(row: &Row, unit: &Unit) -> u64 {
     let digest: [u8; 32] = Sha256::digest(whose(row, unit)).into();
     u64::from_le_bytes([
         digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7],

@@ -15,6 +15,7 @@ use super::config::PrivateConfig;
 use super::rows::{PrivateRows, rows};
 use super::task::{Private, Secrets, layout};
 use super::{kept, report};
+use crate::accounting::rdp;
 use crate::mechanism::clip::Blocks;
 use crate::mechanism::key::Key;
 use crate::mechanism::ledger::{Identity, Ledger, Mark};
@@ -25,7 +26,7 @@ use crate::method::{Layout, Method, Recipe, Steering, quantile};
 /// Below a run's output: what was spent.
 pub const LEDGER: &str = "ledger.jsonl";
 /// Below a run's output: keeps the keys of data in checkpoints from telling who was in them.
-const SALT: &str = "data.salt";
+pub(super) const SALT: &str = "data.salt";
 /// Share of the statistics that a controller cannot do without.
 const SHARE: f64 = 0.02;
 
@@ -168,7 +169,6 @@ fn salt(output: &Path) -> Result<Vec<u8>> {
 /// As [`statistics`].
 pub fn recipe(config: &PrivateConfig, budget: &Budget, layout: &Layout) -> Result<Recipe> {
     let private = &config.private;
-    let steps = budget.steps;
     let by_adapter = private.by_adapter();
     let blocks = if by_adapter { layout.pairs.len() } else { 1 };
     let statistics = statistics(config, budget, blocks)?;
@@ -181,13 +181,24 @@ pub fn recipe(config: &PrivateConfig, budget: &Budget, layout: &Layout) -> Resul
         statistics,
         sigma: budget.sigma,
         moves_sigma: budget.mode == super::Mode::M2,
-        every: private.every.unwrap_or((steps / 32).clamp(1, 112)),
-        steps,
+        every: config.every(),
+        steps: budget.steps,
         batch: budget.batch,
         seed: config.train.seed,
+        eta: eta(budget, config.every())?,
         quantile: private.quantile.clone(),
         schedule: private.schedule.clone(),
     })
+}
+
+/// The nominal cost of the steps between two decisions: a controller that spends it is paid half of
+/// what it gained over it.
+fn eta(budget: &Budget, every: u64) -> Result<f64> {
+    // Without noise nothing has a cost; gains are paid as they are.
+    if budget.epsilon.is_none() {
+        return Ok(1.0);
+    }
+    Ok(every as f64 * rdp::rho(budget.sigma, budget.rate, budget.order)?)
 }
 
 /// What is released beside the gradient, for `blocks` thresholds.

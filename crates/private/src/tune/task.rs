@@ -267,8 +267,7 @@ impl Task for Private<'_> {
         for portion in portions(lengths, self.rows) {
             let people: Vec<&Person> = self.validation[portion].iter().collect();
             let cut = (self.rows, self.config.data.context);
-            let pass = Pass::new(model, &people, cut, Tape::inference(), false)?;
-            sum += pass.sums(people.len())?.iter().sum::<f64>();
+            sum += sums(model, &people, cut)?.iter().sum::<f64>();
             tokens += people.iter().map(|person| person.counted()).sum::<usize>();
         }
         Ok(Some(Measured { loss: Some(sum / tokens as f64), ..Measured::default() }))
@@ -279,7 +278,7 @@ impl Task for Private<'_> {
     }
 
     fn sidecars(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let mut files = kept::write(self.ledger.mark(), &self.steering.state())?;
+        let mut files = kept::write(self.ledger.mark(), &self.steering.state()?)?;
         files.push((super::report::FILE.into(), self.promise()?.to_json()?));
         Ok(files)
     }
@@ -292,6 +291,16 @@ impl Task for Private<'_> {
     fn is_discreet(&self) -> bool {
         true
     }
+}
+
+/// Σ −log p of each person's tokens that count, in nats; `people` have at most `rows` tokens
+/// together, and none of their examples more than `context`.
+pub(super) fn sums(
+    model: &Model,
+    people: &[&Person],
+    (rows, context): (usize, usize),
+) -> Result<Vec<f64>> {
+    Pass::new(model, people, (rows, context), Tape::inference(), false)?.sums(people.len())
 }
 
 /// The first `most` numbers of a gradient, in main memory.

@@ -41,6 +41,8 @@ fn stopping_and_going_on_changes_no_bit_and_costs_nothing_for_every_method() {
         ("random-action", &["private.every=2"]),
         ("random-action", &["private.every=2", "private.mode=\"m2\"", "private.freeze_a=true"]),
         ("per-layer", &["private.hardened=true"]),
+        ("rldp", &["private.every=1", "train.steps=9"]),
+        ("rldp", &["private.every=1", "train.steps=9", "private.mode=\"m2\""]),
     ] {
         let method = format!("private.method=\"{name}\"");
         let all = [&[&method[..]], more].concat();
@@ -48,7 +50,7 @@ fn stopping_and_going_on_changes_no_bit_and_costs_nothing_for_every_method() {
         let whole = run(&room.config(&folder("whole"), &all), false).unwrap();
         assert!(whole.finished, "{name}");
         let config = room.config(&folder("parts"), &all);
-        for until in [1, 4] {
+        for until in [1, 4, 7] {
             let part = run_until(&config, until > 1, until).unwrap();
             assert_eq!(part.steps, until.min(whole.steps), "{name}");
         }

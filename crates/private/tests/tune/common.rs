@@ -96,6 +96,7 @@ pub fn result(report: &Report) -> Vec<Vec<u8>> {
     let checkpoint = report.checkpoint.as_ref().unwrap();
     let files = ["adapter_model.safetensors", "state/optimizer.safetensors", "state/private.f32"];
     let mut all: Vec<Vec<u8>> = files.iter().map(|f| read(&checkpoint.join(f))).collect();
+    all.push(std::fs::read(checkpoint.join("state/policy.bin")).unwrap_or_default());
     let kept: Value =
         serde_json::from_slice(&read(&checkpoint.join("state/private.json"))).unwrap();
     all.push(kept["numbers"].to_string().into_bytes());

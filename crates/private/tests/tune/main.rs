@@ -3,6 +3,7 @@
 #[path = "../../../train/tests/train/tiny_chat.rs"]
 mod tiny_chat;
 
+mod audit;
 mod bits;
 mod common;
 mod ledger;

@@ -118,3 +118,34 @@ fn frozen_as_stay_as_they_are() {
     let (a, _) = lora(&[], "free");
     assert!(a != start);
 }
+
+#[test]
+fn a_learnt_controller_moves_thresholds_and_noise_and_warns_that_it_learns_little() {
+    let room = Room::new();
+    let more = ["private.method=\"rldp\"", "private.every=1", "train.steps=12"];
+    let config = room.config("m1", &more);
+    let lines = Budget::plan(&config).unwrap().lines(&config);
+    let warning = &lines.iter().find(|line| line.0 == "WARNING" && line.1.contains("decisions"));
+    assert!(warning.unwrap().1.contains("from 12 decisions (one in 1 steps), the first 5"));
+    let seen = |config: &tercet_private::tune::PrivateConfig, measure: &str| -> Vec<f64> {
+        records(config).iter().map(|r| r.measures[measure]).collect()
+    };
+    let report = run(&config, false).unwrap();
+    let thresholds = seen(&config, "threshold");
+    assert!(thresholds.windows(2).all(|w| w[0] != w[1]), "{thresholds:?}");
+    let sigmas = seen(&config, "sigma");
+    assert!(sigmas.iter().all(|&s| s == sigmas[0]), "m1 has one sigma: {sigmas:?}");
+    assert!(report.checkpoint.unwrap().join("state/policy.bin").is_file());
+
+    let config = room.config("m2", &[&more[..], &["private.mode=\"m2\""]].concat());
+    let nominal = Budget::plan(&config).unwrap().sigma;
+    run(&config, false).unwrap();
+    let sigmas = seen(&config, "sigma");
+    let inside = |&s: &f64| s == nominal || (0.7..=2.0).contains(&(s / nominal));
+    assert!(sigmas.iter().all(inside) && sigmas.iter().any(|&s| s != nominal), "{sigmas:?}");
+    // A control without noise has no sigma to move, and runs.
+    let more = [&more[..], &["private.mode=\"m2\"", "private.noise=false"]].concat();
+    let config = room.config("off", &more);
+    run(&config, false).unwrap();
+    assert!(seen(&config, "sigma").iter().all(|&s| s == 0.0));
+}

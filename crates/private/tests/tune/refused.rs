@@ -31,7 +31,7 @@ fn configurations_that_promise_nothing_are_refused_by_key() {
         (&["private.sigma=1.0"], "keep one of the two"),
         (&["lora.dropout=0.1"], "lora.dropout` must be 0"),
         (&["private.cap=0"], "private.cap"),
-        (&["private.method=\"rldp\""], "not in this build"),
+        (&["private.method=\"rldp\"", "private.threshold=20"], "the box in which a controller"),
         (&["private.method=\"sgd\""], "private.method"),
         (&["private.mode=\"m2\""], "does not go with dp-sgd"),
         (&["private.method=\"schedule\"", "private.mode=\"m1\""], "does not go with schedule"),

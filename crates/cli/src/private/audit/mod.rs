@@ -9,38 +9,60 @@ use anyhow::Context;
 use serde::Serialize;
 use tercet_private::audit::binomial::Interval;
 use tercet_private::audit::membership::Membership;
-use tercet_private::audit::report::{self, Report};
+use tercet_private::audit::report::{self, Report, Scored};
+use tercet_private::tune::attack::{SCORES, Suspects, attack};
 
-use crate::{error, files, human};
+use crate::device::DeviceArg;
+use crate::{error, files, human, interrupt};
 
 /// A larger one promises nothing.
 const MOST_EPSILON: f64 = 1e6;
 
 /// Set what attacks find beside the epsilon that was proven.
 ///
-/// SCORES has a line a row: {"id": …, "included": true or false, "score": loss, "kind": "canary",
-/// "member" or "nonmember"}; a canary may have "candidates", the losses of what could have been
-/// planted in its stead. Canaries, planted by fair coins, give a lower bound on epsilon from this
-/// one run (Steinke, Nasr and Jagielski 2023) and exposure; members and nonmembers, membership
-/// inference. A lower bound above the proven epsilon refutes it, and the verb leaves with 2. One
-/// below it proves nothing: it is what these attacks could show.
+/// RUN is the output folder of `tercet private tune`, given with the canaries of its rows (made by
+/// `tercet private records`), with members and with persons it never saw: its newest checkpoint is
+/// attacked, RUN/scores.jsonl gets the scores, and epsilon and delta are those that were proven.
+///
+/// SCORES, from elsewhere, has a line a row: {"id": …, "included": true or false, "score": loss,
+/// "kind": "canary", "member" or "nonmember"}; a canary may have "candidates", the losses of what
+/// could have been planted in its stead. Canaries, planted by fair coins, give a lower bound on
+/// epsilon from this one run (Steinke, Nasr and Jagielski 2023) and exposure; members and
+/// nonmembers, membership inference. A lower bound above the proven epsilon refutes it, and the
+/// verb leaves with 2. One below it proves nothing: it is what these attacks could show.
 #[derive(clap::Args)]
 #[command(
     allow_negative_numbers = true,
     after_help = "Examples:\n  \
+    tercet private audit run --canaries canaries.jsonl\n  \
     tercet private audit --scores scores.jsonl --epsilon 4 --delta 1e-6\n  \
     tercet private audit --scores scores.jsonl --epsilon 4 --delta 1e-6 --svg audit.svg"
 )]
 pub struct Args {
-    /// Losses of canaries, members and nonmembers as JSON lines
-    #[arg(long, value_name = "FILE")]
-    scores: PathBuf,
-    /// The epsilon that was proven
-    #[arg(long, value_name = "E")]
-    epsilon: f64,
-    /// The delta that it was proven with
-    #[arg(long, value_name = "D")]
-    delta: f64,
+    /// Output folder of `tercet private tune`
+    #[arg(required_unless_present = "scores")]
+    run: Option<PathBuf>,
+    /// The manifest of the canaries among its rows
+    #[arg(long, value_name = "FILE", requires = "run")]
+    canaries: Option<PathBuf>,
+    /// Rows that it was trained on
+    #[arg(long, value_name = "FILE", requires = "nonmembers", requires = "run")]
+    members: Option<PathBuf>,
+    /// Rows of the same kind, of persons it never saw
+    #[arg(long, value_name = "FILE", requires = "members")]
+    nonmembers: Option<PathBuf>,
+    /// At most so many members, and so many nonmembers
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    rows: usize,
+    /// Losses of canaries, members and nonmembers as JSON lines, instead of RUN
+    #[arg(long, value_name = "FILE", conflicts_with = "run")]
+    scores: Option<PathBuf>,
+    /// The epsilon to judge by; what was proven for RUN when absent
+    #[arg(long, value_name = "E", required_unless_present = "run")]
+    epsilon: Option<f64>,
+    /// The delta that belongs to it; that of RUN when absent
+    #[arg(long, value_name = "D", required_unless_present = "run")]
+    delta: Option<f64>,
     /// Of the bound and of each interval
     #[arg(long, value_name = "C", default_value_t = 0.95)]
     confidence: f64,
@@ -50,6 +72,8 @@ pub struct Args {
     /// Write JSON, numbers in full
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
 #[derive(Serialize)]
@@ -63,15 +87,12 @@ struct Verdict<'a> {
 
 /// Prints what was found; an error when it refutes the proof.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let Args { epsilon, delta, .. } = *args;
-    if !(0.0..=MOST_EPSILON).contains(&epsilon) {
+    if let Some(epsilon) = args.epsilon.filter(|e| !(0.0..=MOST_EPSILON).contains(e)) {
         return Err(error::user(format!(
             "epsilon = {epsilon} is refused: what was proven is a number from 0 to {MOST_EPSILON}"
         )));
     }
-    let text = std::fs::read_to_string(&args.scores)
-        .with_context(|| format!("cannot read {}", args.scores.display()))?;
-    let rows = report::parse(&text)?;
+    let (rows, epsilon, delta) = rows(args)?;
     // 1 − 0.95 in doubles is not 0.05, and tables are made for 0.05.
     let p = ((1.0 - args.confidence) * 1e12).round() / 1e12;
     let found = report::audit(&rows, delta, p)?;
@@ -95,6 +116,42 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// The scores, and the ε and δ to judge them by.
+fn rows(args: &Args) -> anyhow::Result<(Vec<Scored>, f64, f64)> {
+    let Some(run) = &args.run else {
+        // The parser has seen to it that all three are there.
+        let missing = || error::user("--scores, --epsilon and --delta belong together");
+        let path = args.scores.as_ref().ok_or_else(missing)?;
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let (epsilon, delta) = args.epsilon.zip(args.delta).ok_or_else(missing)?;
+        return Ok((report::parse(&text)?, epsilon, delta));
+    };
+    let suspects = Suspects {
+        canaries: args.canaries.clone(),
+        members: args.members.clone(),
+        nonmembers: args.nonmembers.clone(),
+        rows: args.rows,
+    };
+    if suspects.canaries.is_none() && suspects.members.is_none() {
+        return Err(error::user(
+            "there is nothing to audit with; give --canaries, or --members and --nonmembers",
+        ));
+    }
+    let device = args.device.choose()?;
+    let stop = interrupt::stop_flag()?;
+    let found = attack(run, &suspects, (&stop, &device.tensors()))?;
+    eprintln!("{}; scores in {}", found.checkpoint.display(), run.join(SCORES).display());
+    let epsilon = args.epsilon.or(found.epsilon).ok_or_else(|| {
+        error::user(format!(
+            "nothing was proven for {}: it was trained without noise. Give --epsilon, what it \
+             would be claimed to be",
+            run.display()
+        ))
+    })?;
+    Ok((found.scores, epsilon, args.delta.unwrap_or(found.delta)))
 }
 
 /// A lower bound holds as printed.
