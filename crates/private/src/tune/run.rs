@@ -4,7 +4,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 use tercet_model::Model;
-use tercet_train::run::{Place, Plan, Start, drive};
+use tercet_train::run::{METRICS, Place, Plan, Start, drive};
 use tercet_train::tune::Encoder;
 use tercet_train::tune::start::{self, Beside};
 use tercet_train::{Control, Error, Event, Report, Result, config as toml, files};
@@ -76,6 +76,7 @@ pub fn tune(
     let start = Start::new(model, place.from.as_deref())?;
     let next = start.state.as_ref().map_or(0, |state| state.run.step);
     let ledger = ledger(config, &salt, &key, mark.as_ref(), control.resume)?;
+    check_released(&config.output, ledger.entries().len() as u64)?;
     let account = Account::new(budget.clone(), ledger.entries())?;
     let secret = match config.private.insecure_seed {
         Some(seed) => Key::insecure(seed),
@@ -281,9 +282,38 @@ fn ledger(
         (Some(mark), _) => Ledger::open(&path, &identity, Some(mark)),
         // Killed before its first checkpoint: what it spent is spent.
         (None, true) if path.exists() => Ledger::open(&path, &identity, None),
-        (None, _) => Ledger::create(&path, &identity),
+        (None, _) => {
+            if !path.exists() {
+                // A new ledger would forget what the folder shows to be spent.
+                check_released(&config.output, 0)?;
+            }
+            Ledger::create(&path, &identity)
+        }
     };
     Ok(opened?)
+}
+
+/// Refuses a ledger of fewer attempts than steps whose noisy numbers lie in the run's folder: an
+/// older copy of it, or none.
+fn check_released(output: &Path, attempts: u64) -> Result<()> {
+    let path = output.join(METRICS);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("read", &path)(error)),
+    };
+    // A line that was being written when the run was killed is not whole.
+    let step = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?["step"].as_u64();
+    let released = text.lines().filter_map(step).max().unwrap_or(0);
+    if released <= attempts {
+        return Ok(());
+    }
+    Err(Error::Checkpoint(format!(
+        "{} shows {released} steps whose noise was spent, and the ledger beside it holds \
+         {attempts}: it is missing, or an older copy. Bring the newest ledger back, or begin a new \
+         run in another `output`",
+        path.display()
+    )))
 }
 
 /// What the rows came to. Private: for whoever may see the rows.

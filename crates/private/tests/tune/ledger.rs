@@ -61,6 +61,32 @@ fn steps_that_are_done_again_cost_again_and_end_the_run_early() {
 }
 
 #[test]
+fn a_ledger_of_fewer_steps_than_the_folder_shows_is_refused() {
+    let room = Room::new();
+    let config = room.config("run", &["checkpoint.every=2"]);
+    run_until(&config, false, 5).unwrap();
+    let (ledger, checkpoints) =
+        (config.output.join("ledger.jsonl"), config.output.join("checkpoints"));
+    for step in [4, 5] {
+        fs::remove_dir_all(checkpoints.join(format!("step-0000000{step}"))).unwrap();
+    }
+    let whole = fs::read_to_string(&ledger).unwrap();
+    // Three attempts: more than the checkpoint of step 2 asks for, fewer than were released.
+    let older: String = whole.lines().take(4).map(|line| format!("{line}\n")).collect();
+    fs::write(&ledger, &older).unwrap();
+    let text = error(&config, true);
+    assert!(text.contains("shows 5 steps") && text.contains("holds 3"), "{text}");
+    assert_eq!(fs::read_to_string(&ledger).unwrap(), older, "and nothing is changed");
+    // Neither is a new one begun where the first was.
+    fs::remove_dir_all(&checkpoints).unwrap();
+    fs::remove_file(&ledger).unwrap();
+    for resume in [false, true] {
+        let text = error(&config, resume);
+        assert!(text.contains("shows 5 steps") && !ledger.exists(), "{text}");
+    }
+}
+
+#[test]
 fn a_filter_stops_a_run_that_does_steps_again() {
     let room = Room::new();
     let more = [

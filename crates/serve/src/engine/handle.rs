@@ -169,6 +169,11 @@ impl Handle {
         self.door.context
     }
 
+    /// Sequences that may be inside at once: those that are computed and those that wait.
+    pub fn places(&self) -> usize {
+        self.door.limits.running + self.door.limits.waiting
+    }
+
     /// Finishes what runs and waits, refuses what comes; the engine's thread ends then.
     pub fn drain(&self) {
         self.door.drain();

@@ -85,8 +85,18 @@ impl Job {
     /// is a status and not the end of a stream.
     fn submit(&self) -> ApiResult<mpsc::Receiver<(usize, Piece)>> {
         let (out, pieces) = mpsc::channel(limits::PIECES_WAITING);
+        let (wanted, places) = (self.prompts.len() * self.ask.n, self.served.engine.places());
+        if wanted > places {
+            return Err(ApiError::field(
+                "n",
+                format!(
+                    "asks for {wanted} answers over all prompts; this server computes and keeps \
+                     waiting {places} at most, so they can never be taken"
+                ),
+            ));
+        }
         let mut taken = Vec::new();
-        for number in 0..self.prompts.len() * self.ask.n {
+        for number in 0..wanted {
             taken.push(self.served.engine.submit(self.request(number))?);
         }
         for (number, events) in taken.into_iter().enumerate() {
@@ -191,7 +201,11 @@ impl Job {
     }
 
     fn scores(&self, tokens: &[Scored], offset: &mut usize) -> Value {
-        let writing = Writing { text: &self.served.text, ids: self.ask.ids_as_tokens };
+        let writing = Writing {
+            text: &self.served.text,
+            ids: self.ask.ids_as_tokens,
+            skip_special: self.ask.skip_special,
+        };
         match self.form {
             Form::Completion(_) => writing.completion(tokens, offset),
             Form::Chat(_) => writing.chat(tokens),

@@ -14,6 +14,8 @@ pub trait Backend: Send + Sync {
     fn adapters(&self) -> Vec<String>;
     /// Tokens that prompt and answer may have together.
     fn context(&self) -> usize;
+    /// Sequences that are computed and wait, at most.
+    fn places(&self) -> usize;
     /// Refuses what comes from now on.
     fn drain(&self);
 }
@@ -33,6 +35,10 @@ impl Backend for Handle {
 
     fn context(&self) -> usize {
         Handle::context(self)
+    }
+
+    fn places(&self) -> usize {
+        Handle::places(self)
     }
 
     fn drain(&self) {

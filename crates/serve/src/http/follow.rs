@@ -2,6 +2,7 @@
 //! pieces go to whoever sends them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tercet_model::StopFilter;
 use tokio::sync::mpsc;
@@ -105,6 +106,7 @@ pub async fn follow(
                     Ok(more) => {
                         let (mut shown, stopped) = stop.push(&more);
                         if let Some(by) = stopped {
+                            served.ended_by_text.fetch_add(1, Ordering::Relaxed);
                             if manner.include_stop {
                                 shown.push_str(&by);
                             }

@@ -22,6 +22,8 @@ pub struct Writing<'t> {
     pub text: &'t Text,
     /// Whether as `token_id:N`.
     pub ids: bool,
+    /// Whether special tokens are left out of the answer's text.
+    pub skip_special: bool,
 }
 
 impl Writing<'_> {
@@ -29,14 +31,24 @@ impl Writing<'_> {
         if self.ids { format!("token_id:{id}") } else { self.text.token(id) }
     }
 
-    /// `logprobs` of `/v1/completions`; `offset` is where the first token begins, in characters,
-    /// and is moved to the end of the last.
+    /// Characters that begin in a token, of those that the answer's text has, and whether its first
+    /// byte goes on with one that began before.
+    fn begun(&self, id: u32) -> (usize, bool) {
+        let shown = self.text.bytes.get(id as usize).filter(|t| !(t.special && self.skip_special));
+        let bytes = shown.map_or(&[][..], |token| &token.bytes);
+        let goes_on = |byte: &u8| byte & 0xc0 == 0x80;
+        (bytes.iter().filter(|byte| !goes_on(byte)).count(), bytes.first().is_some_and(goes_on))
+    }
+
+    /// `logprobs` of `/v1/completions`; `offset` counts the characters of the answer's text that
+    /// began in the tokens before, and goes on with these.
     pub fn completion(&self, tokens: &[Scored], offset: &mut usize) -> Value {
         let (mut names, mut own, mut top, mut offsets) = (vec![], vec![], vec![], vec![]);
         for token in tokens {
             let name = self.token(token.id);
-            offsets.push(*offset);
-            *offset += name.chars().count();
+            let (begun, goes_on) = self.begun(token.id);
+            offsets.push(offset.saturating_sub(usize::from(goes_on)));
+            *offset += begun;
             match token.scores {
                 None => {
                     own.push(Value::Null);

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 
 use hyper::StatusCode;
 
@@ -71,7 +72,12 @@ impl Page {
 pub fn page(served: &Served, counts: &Counts) -> Response {
     let name: String = served.name.chars().flat_map(char::escape_default).collect();
     let mut page = Page { text: String::new(), label: format!("model_name=\"{name}\"") };
-    engine(&mut page, &served.engine.stats());
+    let mut stats = served.engine.stats();
+    // A moment may pass before the engine notices that nobody listens any more.
+    let by_text = served.ended_by_text.load(Ordering::Relaxed);
+    stats.finished_stop += by_text;
+    stats.cancelled = stats.cancelled.saturating_sub(by_text);
+    engine(&mut page, &stats);
     let name = "tercet_http_responses_total";
     page.head(name, "counter", "Answers by route and status.");
     let answers = counts.answers.lock().unwrap_or_else(|e| e.into_inner());
@@ -105,7 +111,11 @@ fn engine(page: &mut Page, stats: &Stats) {
     let refused = stats.refused_full;
     page.counter(&["tercet_requests_refused_total"], "Refused, the queue being full.", refused);
     let cancelled = stats.cancelled;
-    page.counter(&["tercet_requests_cancelled_total"], "Left by their clients.", cancelled);
+    page.counter(
+        &["tercet_requests_cancelled_total"],
+        "Left by their clients, or withdrawn with a request that was refused in part.",
+        cancelled,
+    );
     page.counter(&["tercet_requests_failed_total"], "Ended without an answer.", stats.failed);
     let preempted = ["tercet_preemptions_total", "vllm:num_preemptions_total"];
     page.counter(&preempted, "Sequences that gave their pages up.", stats.preempted);

@@ -1,6 +1,7 @@
 //! What the front knows of a model: its text, its names, its habits.
 
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -23,6 +24,8 @@ pub struct Served {
     pub sparse: bool,
     /// Seconds since 1970 when serving began.
     pub created: u64,
+    /// Answers that a stop text ended: the engine, which knows no text, counts them as cancelled.
+    pub ended_by_text: AtomicU64,
 }
 
 /// How a model's text becomes tokens and back.
@@ -105,7 +108,8 @@ impl Served {
     /// A model that is served from now on.
     pub fn new(engine: Arc<dyn Backend>, name: String, text: Text, sparse: bool) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        Self { engine, name, text, sparse, created: now.map_or(0, |d| d.as_secs()) }
+        let created = now.map_or(0, |d| d.as_secs());
+        Self { engine, name, text, sparse, created, ended_by_text: AtomicU64::new(0) }
     }
 
     /// The names that requests may use: the base model's, then the adapters'.

@@ -119,6 +119,10 @@ impl Backend for Fake {
         4096
     }
 
+    fn places(&self) -> usize {
+        60
+    }
+
     fn drain(&self) {
         self.draining.store(true, Ordering::SeqCst);
     }

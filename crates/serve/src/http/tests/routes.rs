@@ -112,6 +112,21 @@ async fn stop_texts_end_answers_and_are_not_shown() {
     assert_eq!(seeds[1], seeds[0].wrapping_add(1), "answers to one prompt draw differently");
     let body = json!({ "prompt": "x", "stop": "two", "include_stop_str_in_output": true });
     assert_eq!(server.post(COMPLETIONS, &body).await.json()["choices"][0]["text"], "one two");
+    let metrics = server.get("/metrics").await.body;
+    let stopped = |line: &str| {
+        line.starts_with("tercet_requests_finished_total") && line.contains("\"stop\"")
+    };
+    let line = metrics.lines().find(|line| stopped(line)).unwrap();
+    assert!(!line.ends_with(" 0"), "what a stop text ended is finished, not left: {line}");
+}
+
+#[tokio::test]
+async fn what_can_never_be_taken_is_refused_and_not_put_off() {
+    let (server, _) = writing("z").await;
+    let body = json!({ "prompt": vec!["x"; 64], "max_tokens": 1 });
+    let answer = server.post(COMPLETIONS, &body).await;
+    assert_eq!(answer.status, 400);
+    assert!(answer.error().contains("can never be taken"), "{answer:?}");
 }
 
 /// What lm-eval's local-completions sends and reads, by its own source.
@@ -143,6 +158,8 @@ async fn a_harness_scores_texts_through_the_tokenizer_routes() {
         assert!(scores["top_logprobs"][at][token].is_number(), "{scores}");
     }
     assert_eq!(scores["tokens"][2], "bytes:\\xe6");
+    // Into the text that is returned: the bytes of one character begin where it does.
+    assert_eq!(scores["text_offset"], json!([0, 1, 2, 2, 2, 3]));
     assert_eq!(first["text"], "ab日z");
     assert_eq!(body["choices"][1]["logprobs"]["tokens"].as_array().unwrap().len(), 3);
     assert!(fake.last()[0].ignore_eos, "one token follows the text, whichever it is");
