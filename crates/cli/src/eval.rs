@@ -194,7 +194,8 @@ fn table(outcomes: &[Outcome]) -> String {
     out
 }
 
-/// The results under lm-eval's keys, so that what reads its files reads this one.
+/// The results under lm-eval's keys, so that what reads its files reads this one. A perplexity past
+/// what a number holds is null.
 fn results(args: &Args, folder: &Path, outcomes: &[Outcome]) -> Value {
     let (mut results, mut counts, mut better) = (Map::new(), Map::new(), Map::new());
     for outcome in outcomes {

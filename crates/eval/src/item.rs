@@ -311,7 +311,7 @@ mod tests {
     fn a_description_stands_before_and_ends_of_lines_stay() {
         let mut task = task(Output::GenerateUntil, "Q: {{q}}\n", None, json!("{{n}}"));
         task.description = Some("Answer.\n\n".into());
-        let items = run(&task, &[json!({ "q": "x", "n": 3.0 }), json!({ "q": "y", "n": [1] })]);
+        let items = run(&task, &[json!({ "q": "x", "n": 3.0 }), json!({ "q": "y", "n": 12 })]);
         let items = items.unwrap();
         assert_eq!(items[0].context, "Answer.\n\nQ: x\n");
         assert_eq!(items[0].target, Target::Texts(vec!["3.0".into()]));

@@ -72,8 +72,7 @@ fn run(model: &Model, task: &Task, options: &Options) -> tercet_eval::Result<Out
     let tokenizer = tokenizer();
     let ready = [Ready::new(task, model, &tokenizer, options)?];
     let mut last = None;
-    let done =
-        evaluate(model, &tokenizer, &ready, options, &mut |progress| last = Some(progress))?;
+    let done = evaluate(model, &tokenizer, &ready, options, &mut |progress| last = Some(progress))?;
     let last = last.unwrap();
     assert_eq!((last.done, last.total), (ready[0].requests(), ready[0].requests()));
     Ok(done.into_iter().next().unwrap())
