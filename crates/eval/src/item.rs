@@ -301,7 +301,8 @@ mod tests {
                     json!("[{{gold}}]"),
                 ] {
                     let task = task(Output::MultipleChoice, text, Some(choices), target);
-                    assert_eq!(run(&task, &[row.clone()]).unwrap(), [wanted.clone()], "{task:?}");
+                    let found = run(&task, std::slice::from_ref(&row)).unwrap();
+                    assert_eq!(found, std::slice::from_ref(&wanted), "{task:?}");
                 }
             }
         }
