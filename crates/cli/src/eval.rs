@@ -186,12 +186,17 @@ fn table(outcomes: &[Outcome]) -> String {
     for outcome in outcomes {
         for Score { metric, value, stderr } in &outcome.scores {
             let (task, rows) = (&outcome.task, outcome.samples.len());
-            let error = stderr.map_or_else(String::new, |stderr| format!(" ± {stderr:.4}"));
-            let name = metric.name();
-            out.push_str(&format!("{task:width$}  {rows:>6}  {name:<11}  {value:>10.4}{error}\n"));
+            let error = stderr.map_or_else(String::new, |stderr| format!(" ± {}", short(stderr)));
+            let (name, value) = (metric.name(), short(*value));
+            out.push_str(&format!("{task:width$}  {rows:>6}  {name:<11}  {value:>10}{error}\n"));
         }
     }
     out
+}
+
+/// Four decimals, or an exponent where there would be too many digits before them.
+fn short(number: f64) -> String {
+    if number.abs() < 1e5 { format!("{number:.4}") } else { format!("{number:.4e}") }
 }
 
 /// The results under lm-eval's keys, so that what reads its files reads this one. A perplexity past
@@ -265,6 +270,14 @@ fn sample_lines(outcome: &Outcome) -> impl Iterator<Item = String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn perplexities_of_any_size_fit_the_table() {
+        assert_eq!(
+            [short(0.325), short(99_999.0), short(3e38)],
+            ["0.3250", "99999.0000", "3.0000e38"]
+        );
+    }
 
     #[test]
     fn progress_says_speed_and_time_left() {
