@@ -55,6 +55,9 @@ fn is_users(cause: &(dyn std::error::Error + 'static)) -> Option<bool> {
     if let Some(error) = cause.downcast_ref::<tercet_private::Error>() {
         return Some(error.is_users());
     }
+    if let Some(error) = cause.downcast_ref::<tercet_eval::Error>() {
+        return Some(error.is_users());
+    }
     if let Some(error) = cause.downcast_ref::<tercet_serve::engine::StartError>() {
         return Some(error.is_users());
     }

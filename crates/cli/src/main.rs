@@ -7,6 +7,7 @@ mod convert;
 mod device;
 mod doctor;
 mod error;
+mod eval;
 mod files;
 mod generate;
 mod human;
@@ -66,6 +67,7 @@ enum Verb {
     Bench(bench::Args),
     Convert(convert::Args),
     Doctor(doctor::Args),
+    Eval(eval::Args),
     Generate(generate::Args),
     #[command(hide = true)]
     Kernels(kernels::Args),
@@ -112,6 +114,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Bench(args) => bench::run(args),
         Verb::Convert(args) => convert::run(args),
         Verb::Doctor(args) => doctor::run(args),
+        Verb::Eval(args) => eval::run(args),
         Verb::Generate(args) => generate::run(args),
         Verb::Kernels(args) => kernels::run(args),
         Verb::Merge(args) => merge::run(args),

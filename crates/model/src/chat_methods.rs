@@ -1,4 +1,4 @@
-//! Python's string and list methods in chat templates (`text.strip()`, `map.items()`), at a price.
+//! Python's string and list methods in Jinja templates (`text.strip()`, `map.items()`), at a price.
 //!
 //! `minijinja_contrib` computes them, but for nothing: `text.replace(a, b)` may make a text a
 //! million times longer in one step. Each call pays in fuel for what it reads and makes.
@@ -11,8 +11,8 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 /// out of as little as one byte, so it is less than the 64 of the engine's own filters.
 const BYTES: u64 = 8;
 
-/// Calls a method of a template's value.
-pub(crate) fn call(
+/// Calls a method of a template's value: for `Environment::set_unknown_method_callback`.
+pub fn call(
     state: &mut State,
     value: &Value,
     method: &str,

@@ -11,7 +11,7 @@ mod cache_cpu;
 mod cache_cuda;
 mod chat;
 mod chat_json;
-mod chat_methods;
+pub mod chat_methods;
 mod chat_time;
 mod classifier;
 mod config;
