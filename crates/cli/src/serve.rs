@@ -271,6 +271,12 @@ impl Plan {
     fn load(self, device: &Choice) -> anyhow::Result<(Served, JoinHandle<()>)> {
         let start = Instant::now();
         let (config, _) = load_config(&self.folder)?;
+        let most = config.max_position_embeddings;
+        if let Some(asked) = self.limits.context.filter(|&asked| asked > most) {
+            return Err(user(format!(
+                "--context {asked} is more than the {most} tokens that the model was made for"
+            )));
+        }
         // The small files first: what is wrong with them is said at once.
         let text = Text::load(&self.folder, &config)?;
         let mut model = Model::load(&self.folder)?;

@@ -219,7 +219,14 @@ impl Constraint for Grammar {
     }
 }
 
-/// The first line, cut: what follows is for the compiler's authors.
+/// The first line, cut: what follows is for the compiler's authors. A parser of expressions says
+/// last what was wrong.
 fn short(text: &str) -> String {
-    text.lines().next().unwrap_or_default().chars().take(SAID).collect()
+    let first = text.lines().next().unwrap_or_default();
+    let cause = text.lines().find_map(|line| line.strip_prefix("error: "));
+    first
+        .chars()
+        .chain(cause.into_iter().flat_map(|c| [" ", c]).flat_map(str::chars))
+        .take(SAID)
+        .collect()
 }

@@ -230,6 +230,8 @@ async fn attack_schemas_and_expressions_that_explode() {
         })
         .chain([("d40".to_owned(), json!({ "type": "string" }))])
         .collect();
+    let answer = server.post(COMPLETIONS, &json!({ "prompt": "x", "guided_regex": "(" })).await;
+    assert!(answer.error().contains("unclosed group"), "{answer:?}");
     let start = Instant::now();
     for guide in [
         json!({ "guided_regex": "(" }),
