@@ -127,19 +127,12 @@ impl Slots {
 
     /// Appends a chunk of a prompt to a slot; returns the logits after its last token, `[vocab]`.
     pub fn read(&mut self, model: &Model, slot: usize, tokens: &[i32]) -> Result<Vec<f32>> {
-        let held = self.check(model, slot, tokens.len())?;
-        if tokens.is_empty() {
-            return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
-        }
-        Inputs::appended(model.config(), &Device::Cpu, tokens, held)?;
+        let held = self.check_chunk(model, slot, tokens)?;
         self.state(slot)?.broken = true;
         let stepped = self.states[slot].stepped;
         let logits = match &mut self.held {
             Held::Cpu(caches) => {
-                if caches[slot].is_none() {
-                    caches[slot] = Some(model.cache()?);
-                }
-                let cache = caches[slot].as_mut().ok_or_else(gone)?;
+                let cache = begun(&mut caches[slot], model)?;
                 model.read(cache, tokens)?
             }
             // What no block is made of yet stands where steps read it.
@@ -166,11 +159,7 @@ impl Slots {
         tokens: &[i32],
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<()> {
-        let held = self.check(model, slot, tokens.len())?;
-        if tokens.is_empty() {
-            return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
-        }
-        Inputs::appended(model.config(), &Device::Cpu, tokens, held)?;
+        let held = self.check_chunk(model, slot, tokens)?;
         if !self.on_cpu() && self.states[slot].stepped && model.config().nsa.is_some() {
             for (i, token) in tokens.iter().enumerate() {
                 each(i, &self.read(model, slot, &[*token])?);
@@ -180,10 +169,7 @@ impl Slots {
         self.state(slot)?.broken = true;
         match &mut self.held {
             Held::Cpu(caches) => {
-                if caches[slot].is_none() {
-                    caches[slot] = Some(model.cache()?);
-                }
-                let cache = caches[slot].as_mut().ok_or_else(gone)?;
+                let cache = begun(&mut caches[slot], model)?;
                 model.read_each(cache, tokens, each)?;
             }
             Held::Cuda(device) => {
@@ -264,6 +250,16 @@ impl Slots {
         self.states.get_mut(slot).ok_or_else(none)
     }
 
+    /// Tokens held by a slot that is to take a chunk of a prompt.
+    fn check_chunk(&mut self, model: &Model, slot: usize, tokens: &[i32]) -> Result<usize> {
+        let held = self.check(model, slot, tokens.len())?;
+        if tokens.is_empty() {
+            return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
+        }
+        Inputs::appended(model.config(), &Device::Cpu, tokens, held)?;
+        Ok(held)
+    }
+
     /// Tokens held by a slot that is to take `more` of them.
     fn check(&mut self, model: &Model, slot: usize, more: usize) -> Result<usize> {
         let capacity = self.tokens;
@@ -318,6 +314,14 @@ impl OnDevice {
         self.layers.iter_mut().try_for_each(|layer| layer.advance(&sequences))?;
         Ok(logits)
     }
+}
+
+/// A slot's cache, an empty one if there is none.
+fn begun<'c>(cache: &'c mut Option<Cache>, model: &Model) -> Result<&'c mut Cache> {
+    Ok(match cache {
+        Some(cache) => cache,
+        none => none.insert(model.cache()?),
+    })
 }
 
 fn gone() -> Error {
