@@ -32,7 +32,8 @@ pub const CHECKPOINTS: &str = "checkpoints";
 pub const METRICS: &str = "metrics.jsonl";
 const CURVE: &str = "curve.svg";
 /// What stands in a run's folder before its first step, and can be made again at once.
-const BEFORE: [&str; 5] = [".lock", "config.toml", "rows.jsonl", "delta.svg", "data.salt"];
+const BEFORE: [&str; 6] =
+    [".lock", "config.toml", "rows.jsonl", "delta.svg", "data.salt", "canaries.jsonl"];
 
 /// What a loop trains on.
 pub trait Task {

@@ -8,6 +8,7 @@ use tercet_train::{Error, Result};
 
 use super::budget::{Budget, INSECURE, Mode};
 use super::config::PrivateConfig;
+use super::planted::CanarySection;
 use crate::mechanism::ledger::Entry;
 
 /// The file's name.
@@ -53,6 +54,9 @@ pub struct Promise {
     pub hardened: bool,
     /// Whether noise came from a seed that can be known.
     pub insecure_seed: bool,
+    /// What was planted for an audit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canaries: Option<CanarySection>,
     /// What the held-out numbers are, when there are any.
     pub validation: Option<&'static str>,
     /// What is not promised.
@@ -116,6 +120,7 @@ impl Promise {
             steps: entries.len() as u64,
             hardened: private.hardened,
             insecure_seed,
+            canaries: private.canaries.clone(),
             validation,
             not_covered: [
                 "how long a step took",

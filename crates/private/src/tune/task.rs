@@ -18,6 +18,7 @@ use super::account::Account;
 use super::config::PrivateConfig;
 use super::joint;
 use super::kept;
+use super::planted::Gradients;
 use super::report::Promise;
 use super::rows::Person;
 use crate::mechanism::clip::ClippedSum;
@@ -34,6 +35,8 @@ pub struct Private<'a> {
     people: &'a [Person],
     /// Held out.
     validation: &'a [Person],
+    /// Persons of whom there is nothing but a gradient.
+    canaries: Option<Gradients>,
     /// The slots of the model that are released, in the order of the layout.
     slots: Vec<usize>,
     steering: Steering,
@@ -116,14 +119,16 @@ pub struct Secrets {
 }
 
 impl<'a> Private<'a> {
-    /// From step `next` on: persons to train on and to hold out, the slots of the model that are
-    /// released, in the order of the layout, what decides thresholds and what counts the budget.
+    /// From step `next` on: persons to train on and to hold out, canaries beside them, the slots of
+    /// the model that are released, in the order of the layout, what decides thresholds and what
+    /// counts the budget.
     ///
     /// # Errors
     /// As [`ClippedSum::with_rules`] and [`Sampler::new`].
     pub fn new(
         config: &'a PrivateConfig,
         (people, validation): (&'a [Person], &'a [Person]),
+        canaries: Option<Gradients>,
         slots: Vec<usize>,
         (steering, account): (Steering, Account),
         Secrets { key, ledger }: Secrets,
@@ -137,6 +142,7 @@ impl<'a> Private<'a> {
             config,
             people,
             validation,
+            canaries,
             slots,
             steering,
             account,
@@ -186,8 +192,16 @@ impl<'a> Private<'a> {
     /// The drawn persons' gradients into the sum; false when stopped, which leaves it empty.
     fn draw(&mut self, model: &Model, stop: &AtomicBool) -> Result<bool> {
         let stream = self.ledger.next_stream();
-        let drawn = self.sampler.draw(stream, self.people.len());
+        let canaries = self.canaries.as_ref().map_or(0, Gradients::included);
         let everybody = self.people;
+        let mut drawn = self.sampler.draw(stream, everybody.len() + canaries);
+        let persons = drawn.partition_point(|&i| i < everybody.len());
+        if let Some(canaries) = &self.canaries {
+            for &i in &drawn[persons..] {
+                canaries.add(i - everybody.len(), &mut self.sum, &self.steering)?;
+            }
+        }
+        drawn.truncate(persons);
         let drawn: Vec<&Person> = drawn.into_iter().map(|i| &everybody[i]).collect();
         for portion in portions(drawn.iter().map(|person| person.tokens()), self.rows) {
             for people in drawn[portion].chunks(self.config.private.micro_people) {
@@ -235,6 +249,9 @@ impl Task for Private<'_> {
         let spent = self.ledger.spend(step, rate, sigma, &self.key)?;
         let (sum, noise, all) = (&mut self.sum, &self.noise, (&scales[..], sigma));
         let released = joint::release(sum, &self.steering, spent, noise, all, batch)?;
+        if let Some(canaries) = &mut self.canaries {
+            canaries.score(&self.steering, &released.gradient, &scales);
+        }
         let noisy = self.steering.statistics().read(&released.statistics);
         let threshold = self.steering.bounds().iter().map(|c| c * c).sum::<f64>().sqrt();
         let cost = Cost { rho: self.account.rho(sigma)?, spent: self.account.share(&self.ledger) };
@@ -280,6 +297,9 @@ impl Task for Private<'_> {
     fn sidecars(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let mut files = kept::write(self.ledger.mark(), &self.steering.state()?)?;
         files.push((super::report::FILE.into(), self.promise()?.to_json()?));
+        if let Some(canaries) = &self.canaries {
+            files.push(canaries.file()?);
+        }
         Ok(files)
     }
 

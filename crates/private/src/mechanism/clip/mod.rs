@@ -26,8 +26,11 @@
 //! overflows: the sum is exact, and its bits are the same in any order, in portions of any size
 //! and on any number of threads.
 
+mod blocks;
+
 use rayon::prelude::*;
 
+pub use self::blocks::Blocks;
 use super::ledger::Spent;
 use super::noise::{self, Noise};
 use crate::{Error, Result};
@@ -38,86 +41,8 @@ const SAFE: f64 = 1.0 - 1.0 / 1024.0;
 const RUN: usize = 1 << 14;
 /// Elements that are summed over persons by one thread at a time.
 const PIECE: usize = 1 << 12;
-/// The most elements of a gradient.
-const MOST_ELEMENTS: usize = 1 << 36;
 /// The most persons of a step.
 const MOST_PEOPLE: u64 = 1 << 40;
-
-/// The tensors of a gradient, and which of them share a threshold.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Blocks {
-    sizes: Vec<usize>,
-    block_of: Vec<usize>,
-    blocks: usize,
-}
-
-impl Blocks {
-    /// One threshold for everything; `sizes` are the elements of each slot.
-    ///
-    /// # Errors
-    /// [`Error::Step`] when there is no slot, an empty one, or more than 2³⁶ elements.
-    pub fn flat(sizes: Vec<usize>) -> Result<Self> {
-        let all = (0..sizes.len()).collect();
-        Self::by_pair(sizes, &[all])
-    }
-
-    /// One threshold for the slots of each of `pairs`, such as those of a LoRA adapter.
-    ///
-    /// # Errors
-    /// As [`Blocks::flat`]; and when a slot is in no pair, or in two.
-    pub fn by_pair(sizes: Vec<usize>, pairs: &[Vec<usize>]) -> Result<Self> {
-        let elements = sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size));
-        if sizes.is_empty() || sizes.contains(&0) || elements.is_none_or(|e| e > MOST_ELEMENTS) {
-            return Err(Error::Step(
-                "a gradient must have tensors, none of them empty, of at most 2^36 elements".into(),
-            ));
-        }
-        let mut block_of = vec![usize::MAX; sizes.len()];
-        for (block, slots) in pairs.iter().enumerate() {
-            for &slot in slots {
-                match block_of.get_mut(slot) {
-                    Some(of) if *of == usize::MAX => *of = block,
-                    Some(_) => return Err(Error::Step(format!("slot {slot} is in two pairs"))),
-                    None => return Err(Error::Step(format!("there is no slot {slot}"))),
-                }
-            }
-            if slots.is_empty() {
-                return Err(Error::Step(format!("pair {block} is empty")));
-            }
-        }
-        if let Some(slot) = block_of.iter().position(|&of| of == usize::MAX) {
-            return Err(Error::Step(format!("slot {slot} is in no pair: it would not be clipped")));
-        }
-        Ok(Self { sizes, block_of, blocks: pairs.len() })
-    }
-
-    /// Number of blocks.
-    pub fn len(&self) -> usize {
-        self.blocks
-    }
-
-    /// Never: there is at least one block.
-    pub fn is_empty(&self) -> bool {
-        self.blocks == 0
-    }
-
-    /// Elements of each slot.
-    pub fn sizes(&self) -> &[usize] {
-        &self.sizes
-    }
-
-    /// The block of a slot.
-    pub fn block_of(&self, slot: usize) -> usize {
-        self.block_of[slot]
-    }
-
-    /// Elements of each block.
-    pub fn dims(&self) -> Vec<usize> {
-        let mut dims = vec![0; self.blocks];
-        self.sizes.iter().zip(&self.block_of).for_each(|(size, &block)| dims[block] += size);
-        dims
-    }
-}
 
 /// How a gradient of norm n is shortened for a threshold C.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -158,6 +83,15 @@ pub struct Norms {
     /// Norms before clipping, `[persons, blocks]`; infinite where a person's gradient has a number
     /// that is not finite.
     pub norms: Vec<f64>,
+}
+
+impl Norms {
+    /// Of one person, from the squares by block.
+    fn of(squares: &[f64]) -> Self {
+        let finite = squares.iter().all(|square| square.is_finite());
+        let norm = |square: &f64| if finite { square.sqrt() } else { f64::INFINITY };
+        Self { norms: squares.iter().map(norm).collect() }
+    }
 }
 
 /// The sum of clipped gradients of one step.
@@ -252,16 +186,8 @@ impl ClippedSum {
     /// # Errors
     /// [`Error::Step`] when sizes do not fit; nothing is added then.
     pub fn add(&mut self, people: usize, gradients: &[Option<&[f32]>]) -> Result<Norms> {
-        let Norms { norms } = self.measure(people, gradients)?;
-        let norms: Vec<&[f64]> = norms.chunks_exact(self.blocks.len()).collect();
-        let total = self.people.saturating_add(people as u64);
-        if total > MOST_PEOPLE {
-            return Err(Error::Step("there are more than 2^40 persons in a step".into()));
-        }
-        self.people = total;
-        let factors: Vec<Vec<f64>> = norms.iter().map(|norms| self.factors(norms)).collect();
-        self.not_finite += norms.iter().filter(|n| n.iter().any(|n| !n.is_finite())).count() as u64;
-
+        let norms = self.measure(people, gradients)?;
+        let factors = self.count(&norms)?;
         for (slot, gradient) in gradients.iter().enumerate() {
             let Some(gradient) = gradient else { continue };
             let (block, size) = (self.blocks.block_of[slot], self.blocks.sizes[slot]);
@@ -269,7 +195,7 @@ impl ClippedSum {
             let scale = 1.0 / self.units[block];
             let pieces = self.sums[slot].par_chunks_mut(PIECE).enumerate();
             pieces.for_each(|(piece, sums)| {
-                for (person, factors) in factors.iter().enumerate() {
+                for (person, factors) in factors.chunks_exact(self.blocks.blocks).enumerate() {
                     let factor = factors[block];
                     // What is not finite must not be multiplied, not even by 0.
                     if factor > 0.0 {
@@ -279,7 +205,44 @@ impl ClippedSum {
                 }
             });
         }
-        Ok(Norms { norms: norms.concat() })
+        Ok(norms)
+    }
+
+    /// Counts persons of such norms; what each block of each of them is multiplied by.
+    fn count(&mut self, norms: &Norms) -> Result<Vec<f64>> {
+        let each = norms.norms.chunks_exact(self.blocks.blocks);
+        let total = self.people.saturating_add(each.len() as u64);
+        if total > MOST_PEOPLE {
+            return Err(Error::Step("there are more than 2^40 persons in a step".into()));
+        }
+        self.people = total;
+        let not_finite = |norms: &&[f64]| norms.iter().any(|norm| !norm.is_finite());
+        self.not_finite += each.clone().filter(not_finite).count() as u64;
+        Ok(each.flat_map(|norms| self.factors(norms)).collect())
+    }
+
+    /// Adds one person whose gradient is 0 but for a few elements: slot, place within it, value, no
+    /// place twice. What [`ClippedSum::add`] would do with the whole of it.
+    ///
+    /// # Errors
+    /// [`Error::Step`] for a place that does not exist; nothing is added then.
+    pub fn add_sparse(&mut self, elements: &[(usize, usize, f32)]) -> Result<()> {
+        let mut squares = vec![0f64; self.blocks.blocks];
+        for &(slot, at, value) in elements {
+            if self.blocks.sizes.get(slot).is_none_or(|&size| at >= size) {
+                return Err(Error::Step(format!("there is no element {at} of a slot {slot}")));
+            }
+            squares[self.blocks.block_of[slot]] += f64::from(value) * f64::from(value);
+        }
+        let factors = self.count(&Norms::of(&squares))?;
+        for &(slot, at, value) in elements {
+            let block = self.blocks.block_of[slot];
+            if factors[block] > 0.0 {
+                let scale = 1.0 / self.units[block];
+                add_clipped(&mut self.sums[slot][at..=at], &[value], factors[block], scale);
+            }
+        }
+        Ok(())
     }
 
     /// The norms that [`ClippedSum::add`] would find, without adding anything: statistics of them
@@ -323,10 +286,7 @@ impl ClippedSum {
                 squares[self.blocks.block_of[slot]] += run.iter().map(square).sum::<f64>();
             }
         }
-        if squares.iter().any(|square| !square.is_finite()) {
-            return vec![f64::INFINITY; squares.len()];
-        }
-        squares.into_iter().map(f64::sqrt).collect()
+        Norms::of(&squares).norms
     }
 
     /// What each block of a person of such norms is multiplied by: 0 when a norm is not finite.
@@ -411,189 +371,4 @@ fn power_from(x: f64) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::mechanism::key::Key;
-    use proptest::prelude::*;
-
-    fn pairs() -> Blocks {
-        Blocks::by_pair(vec![5, 3, 4], &[vec![0, 2], vec![1]]).unwrap()
-    }
-
-    fn sum(bounds: &[f64], rule: Rule, grid: Grid) -> ClippedSum {
-        ClippedSum::new(pairs(), bounds.to_vec(), rule, grid).unwrap()
-    }
-
-    /// The sum alone, as real numbers.
-    fn values(sum: &ClippedSum) -> Vec<Vec<f64>> {
-        let unit = |slot: usize| sum.units[sum.blocks.block_of[slot]];
-        let slots = sum.sums.iter().enumerate();
-        slots.map(|(slot, s)| s.iter().map(|&x| x as f64 * unit(slot)).collect()).collect()
-    }
-
-    fn add(sum: &mut ClippedSum, person: &[Vec<f32>]) -> Norms {
-        let slots: Vec<_> = person.iter().map(|x| Some(&x[..])).collect();
-        sum.add(1, &slots).unwrap()
-    }
-
-    fn norm(values: &[&[f64]]) -> f64 {
-        values.iter().flat_map(|v| v.iter()).map(|x| x * x).sum::<f64>().sqrt()
-    }
-
-    #[test]
-    fn blocks_must_hold_every_slot_once() {
-        let sizes = || vec![5, 3, 4];
-        assert_eq!(pairs().dims(), [9, 3]);
-        assert_eq!(Blocks::flat(sizes()).unwrap().dims(), [12]);
-        for wrong in [
-            vec![vec![0, 1]],
-            vec![vec![0, 1], vec![1, 2]],
-            vec![vec![0, 1, 2], vec![]],
-            vec![vec![0, 1, 2, 3]],
-        ] {
-            assert!(Blocks::by_pair(sizes(), &wrong).is_err(), "{wrong:?}");
-        }
-        assert!(Blocks::flat(vec![]).is_err() && Blocks::flat(vec![3, 0]).is_err());
-        assert!(Blocks::flat(vec![usize::MAX, 2]).is_err());
-    }
-
-    #[test]
-    fn thresholds_that_mean_nothing_are_refused() {
-        for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40] {
-            assert!(ClippedSum::new(pairs(), vec![1.0, bad], Rule::Clip, Grid::Fine).is_err());
-            let rule = Rule::AutoS { gamma: bad };
-            assert!(ClippedSum::new(pairs(), vec![1.0, 1.0], rule, Grid::Fine).is_err());
-        }
-        assert!(ClippedSum::new(pairs(), vec![1.0], Rule::Clip, Grid::Fine).is_err());
-    }
-
-    #[test]
-    fn gradients_of_other_sizes_are_refused_and_change_nothing() {
-        let mut sum = sum(&[1.0, 1.0], Rule::Clip, Grid::Fine);
-        let (a, b, c) = ([1.0; 10], [1.0; 6], [1.0; 7]);
-        assert!(sum.add(2, &[Some(&a), Some(&b), Some(&c)]).is_err());
-        assert!(sum.add(2, &[Some(&a), Some(&b)]).is_err());
-        assert!(sum.add(usize::MAX, &[Some(&a), None, None]).is_err());
-        assert!(values(&sum).iter().flatten().all(|&x| x == 0.0) && sum.people == 0);
-        // Nobody, and slots that no loss reached.
-        sum.add(0, &[Some(&[]), None, None]).unwrap();
-        let norms = sum.add(2, &[Some(&a), None, None]).unwrap();
-        assert_eq!(norms.norms, [5f64.sqrt(), 0.0, 5f64.sqrt(), 0.0]);
-    }
-
-    #[test]
-    fn a_gradient_that_is_not_finite_counts_as_nothing() {
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let mut sum = sum(&[1.0, 1.0], Rule::Clip, Grid::Fine);
-            let norms = add(&mut sum, &[vec![0.1; 5], vec![0.1, bad, 0.1], vec![0.1; 4]]);
-            assert!(norms.norms.iter().all(|n| n.is_infinite()));
-            assert_eq!(sum.not_finite(), 1);
-            assert!(sum.sums.iter().flatten().all(|&x| x == 0), "{bad}");
-            // The largest f32 is finite.
-            add(&mut sum, &[vec![f32::MAX; 5], vec![-f32::MAX; 3], vec![f32::MAX; 4]]);
-            assert_eq!(sum.not_finite(), 1);
-            assert!(norm(&[&values(&sum)[1]]) <= 1.0);
-        }
-    }
-
-    proptest! {
-        /// The promise, in numbers from 2⁻¹⁴⁹ to the largest, and at thresholds about a norm.
-        #[test]
-        fn nobody_says_more_than_the_threshold(
-            x in proptest::collection::vec(proptest::num::f32::NORMAL | proptest::num::f32::SUBNORMAL, 12),
-            near in prop_oneof![Just(None), (0.9f64..1.1).prop_map(Some)],
-            bound in 1e-6f64..1e6,
-            hardened: bool,
-            auto: bool,
-        ) {
-            let person = [x[..5].to_vec(), x[5..8].to_vec(), x[8..].to_vec()];
-            let wide = |v: &[f32]| v.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-            let own = norm(&[&wide(&person[0]), &wide(&person[2])]);
-            let near = near.map(|f| f * own).filter(|b| (1e-30..1e30).contains(b));
-            let bounds = [near.unwrap_or(bound), bound];
-            let rule = if auto { Rule::AutoS { gamma: 0.01 } } else { Rule::Clip };
-            let grid = if hardened { Grid::Hardened } else { Grid::Fine };
-            let mut sum = sum(&bounds, rule, grid);
-            add(&mut sum, &person);
-            let values = values(&sum);
-            prop_assert!(norm(&[&values[0], &values[2]]) <= bounds[0]);
-            prop_assert!(norm(&[&values[1]]) <= bounds[1]);
-            if !auto && own <= bounds[0] * SAFE {
-                for (got, want) in values[0].iter().zip(&person[0]) {
-                    prop_assert!((got - f64::from(*want)).abs() <= sum.units[0] / 2.0);
-                }
-            }
-        }
-
-        /// Any order, any portions, any number of threads: the same integers.
-        #[test]
-        fn sums_do_not_depend_on_order_or_portions(
-            seed in 0u32..1000,
-            people in 1usize..9,
-            cut in 0usize..9,
-        ) {
-            let number = |i: usize| (((i as u32 + seed).wrapping_mul(2_654_435_761)) >> 8) as f32 / 1e7 - 0.8;
-            let sizes = [5, 3, 4];
-            let slot = |s: usize| -> Vec<f32> {
-                (0..people * sizes[s]).map(|i| number(i * 3 + s)).collect()
-            };
-            let all: Vec<Vec<f32>> = (0..3).map(slot).collect();
-            let run = |parts: &[std::ops::Range<usize>], threads: usize| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| {
-                    let mut sum = sum(&[0.9, 0.4], Rule::Clip, Grid::Fine);
-                    for part in parts {
-                        let slots: Vec<_> = (0..3)
-                            .map(|s| Some(&all[s][part.start * sizes[s]..part.end * sizes[s]]))
-                            .collect();
-                        sum.add(part.len(), &slots).unwrap();
-                    }
-                    sum.sums
-                })
-            };
-            let cut = cut.min(people);
-            let whole = run(std::slice::from_ref(&(0..people)), 1);
-            prop_assert_eq!(&whole, &run(&[cut..people, 0..cut], 3));
-            let ones: Vec<_> = (0..people).rev().map(|p| p..p + 1).collect();
-            prop_assert_eq!(&whole, &run(&ones, 2));
-        }
-    }
-
-    #[test]
-    fn auto_s_is_its_formula() {
-        let mut sum = sum(&[2.0, 1.0], Rule::AutoS { gamma: 0.5 }, Grid::Fine);
-        add(&mut sum, &[vec![3.0, 0.0, 0.0, 0.0, 0.0], vec![0.0; 3], vec![0.0, 4.0, 0.0, 0.0]]);
-        // C/(n + γ) = 2/(5 + ½).
-        let values = values(&sum);
-        assert!((values[0][0] - SAFE * 3.0 * 2.0 / 5.5).abs() < 1e-15);
-        assert!((values[2][1] - SAFE * 4.0 * 2.0 / 5.5).abs() < 1e-15);
-        assert!(values[1].iter().all(|&x| x == 0.0));
-    }
-
-    #[test]
-    fn a_release_with_less_noise_than_was_written_is_refused() {
-        let noise = Noise::new(&Key::insecure(1));
-        let mut sum = sum(&[1.0, 1.0], Rule::Clip, Grid::Fine);
-        // σ·C for each of two blocks is σ/√2 in truth.
-        let error = sum.release(Spent::of(0, 1.0), &noise, &[1.0, 1.0], 8.0).unwrap_err();
-        assert!(error.to_string().contains("0.7071"), "{error}");
-        let equal = [2f64.sqrt(); 2];
-        assert!(sum.release(Spent::of(0, 1.0), &noise, &equal, 8.0).is_ok());
-        for batch in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-            assert!(sum.release(Spent::of(0, 1.0), &noise, &equal, batch).is_err());
-        }
-        assert!(sum.release(Spent::of(0, 1.0), &noise, &[2.0], 8.0).is_err());
-        assert!(sum.release(Spent::of(0, 1.0), &noise, &[f64::NAN, 2.0], 8.0).is_err());
-    }
-
-    #[test]
-    fn a_release_empties_the_sum() {
-        let noise = Noise::new(&Key::insecure(1));
-        let mut sum = sum(&[1.0, 1.0], Rule::Clip, Grid::Fine);
-        add(&mut sum, &[vec![0.1; 5], vec![0.1; 3], vec![0.1; 4]]);
-        let first = sum.release(Spent::of(0, 0.0), &noise, &[0.0, 0.0], 2.0).unwrap();
-        assert_eq!(first[0], [0.05; 5]);
-        let second = sum.release(Spent::of(1, 0.0), &noise, &[0.0, 0.0], 2.0).unwrap();
-        assert_eq!(second[0], [0.0; 5]);
-    }
-}
+mod tests;
