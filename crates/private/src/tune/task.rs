@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde_json::{Map, Value};
 use tercet_model::{ForwardOptions, Model};
 use tercet_tensor::{Device, Grads, Tape, Tensor};
 use tercet_train::run::{Measured, Task};
@@ -301,6 +302,10 @@ impl Task for Private<'_> {
             files.push(canaries.file()?);
         }
         Ok(files)
+    }
+
+    fn adapter_notes(&self) -> Result<Map<String, Value>> {
+        Ok(self.promise()?.notes())
     }
 
     fn is_done(&mut self) -> Result<bool> {
