@@ -10,13 +10,15 @@
 //! C′ is C·(1 − 2⁻¹⁰). The f32 gradient as it is stored is what counts; its rounding is part of the
 //! gradient.
 //! * Squares of f32 are exact in f64 (48 bits) and neither over- nor underflow there. Runs of 2¹⁴
-//!   are summed one by one, then the runs: with at most 2³⁶ elements a sum of squares is off by
-//!   at most (2¹⁴ + 2²²)·2⁻⁵³ < 2⁻³⁰ relative, the norm by 2⁻³⁰.
-//! * The quotient and the product with x add 2⁻⁵² at most.
+//!   are summed one by one, then the runs, then the slots: with at most 2³⁶ elements a sum of squares
+//!   is off by at most (2¹⁴ + 2²²)·2⁻⁵³ < 2⁻³⁰ relative, the norm by 2⁻³⁰. On a device 256 threads
+//!   sum every 256th element one by one: (2²⁸ + 8)·2⁻⁵³, the norm by 2⁻²⁶.
+//! * The quotient, a factor that is put to the gradient and its norm alike, and the product with x
+//!   add 2⁻⁵⁰ at most.
 //! * The grid's unit is at most 2⁻³⁹·C, so rounding d ≤ 2³⁶ elements to it adds a vector no
 //!   longer than ½·2⁻³⁹·C·2¹⁸ = 2⁻²²·C.
 //!
-//! Together: C·((1 − 2⁻¹⁰)(1 + 2⁻²⁹) + 2⁻²²) < C. The cost of the safety factor is a tenth of a
+//! Together: C·((1 − 2⁻¹⁰)(1 + 2⁻²⁵) + 2⁻²²) < C. The cost of the safety factor is a tenth of a
 //! per cent of the threshold.
 //!
 //! # Why the order does not matter
@@ -186,26 +188,122 @@ impl ClippedSum {
     /// # Errors
     /// [`Error::Step`] when sizes do not fit; nothing is added then.
     pub fn add(&mut self, people: usize, gradients: &[Option<&[f32]>]) -> Result<Norms> {
-        let norms = self.measure(people, gradients)?;
-        let factors = self.count(&norms)?;
-        for (slot, gradient) in gradients.iter().enumerate() {
-            let Some(gradient) = gradient else { continue };
-            let (block, size) = (self.blocks.block_of[slot], self.blocks.sizes[slot]);
-            // A power of two: the product is exact.
-            let scale = 1.0 / self.units[block];
-            let pieces = self.sums[slot].par_chunks_mut(PIECE).enumerate();
-            pieces.for_each(|(piece, sums)| {
-                for (person, factors) in factors.chunks_exact(self.blocks.blocks).enumerate() {
-                    let factor = factors[block];
-                    // What is not finite must not be multiplied, not even by 0.
-                    if factor > 0.0 {
-                        let from = &gradient[person * size + piece * PIECE..][..sums.len()];
-                        add_clipped(sums, from, factor, scale);
-                    }
-                }
-            });
+        if gradients.len() != self.sums.len() {
+            return Err(self.other_slots(gradients.len()));
         }
-        Ok(norms)
+        let squares = self.squares(people, gradients)?;
+        let weights = self.weigh(&squares)?;
+        for (slot, gradient) in gradients.iter().enumerate() {
+            if let Some(gradient) = gradient {
+                self.add_weighed(slot, gradient, &weights)?;
+            }
+        }
+        Ok(self.norms(&squares))
+    }
+
+    /// The first of the three steps of [`ClippedSum::add`], for the first slots or all of them: the
+    /// squared length of each person's gradient in each, `[people, slots]`. Private.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when sizes do not fit.
+    pub fn squares(&self, people: usize, gradients: &[Option<&[f32]>]) -> Result<Vec<f64>> {
+        if gradients.len() > self.sums.len() {
+            return Err(self.other_slots(gradients.len()));
+        }
+        for (slot, (gradient, &size)) in gradients.iter().zip(&self.blocks.sizes).enumerate() {
+            if let Some(gradient) = gradient
+                && Some(gradient.len()) != people.checked_mul(size)
+            {
+                return Err(Error::Step(format!(
+                    "slot {slot} has {} gradient elements, expected {size} for each of {people} \
+                     persons",
+                    gradient.len()
+                )));
+            }
+        }
+        let square = |x: &f32| f64::from(*x) * f64::from(*x);
+        let each = |person: usize| {
+            let slots = gradients.iter().zip(&self.blocks.sizes);
+            slots.map(move |(gradient, &size)| match gradient {
+                Some(gradient) => gradient[person * size..][..size]
+                    .chunks(RUN)
+                    .map(|run| run.iter().map(square).sum::<f64>())
+                    .sum(),
+                None => 0.0,
+            })
+        };
+        let squares: Vec<Vec<f64>> =
+            (0..people).into_par_iter().map(|person| each(person).collect()).collect();
+        Ok(squares.concat())
+    }
+
+    /// Norms of persons whose squares in all slots these are, `[people, slots]`.
+    pub fn norms(&self, squares: &[f64]) -> Norms {
+        let mut norms = Vec::new();
+        for own in squares.chunks_exact(self.sums.len()) {
+            let mut blocks = vec![0f64; self.blocks.blocks];
+            let slots = own.iter().zip(&self.blocks.block_of);
+            slots.for_each(|(square, &block)| blocks[block] += square);
+            norms.extend(Norms::of(&blocks).norms);
+        }
+        Norms { norms }
+    }
+
+    /// The second: counts persons of such squares in all slots, and gives back what each slot of
+    /// each is multiplied by, `[people, slots]`, in units of the grid; 0 where it is to be left out,
+    /// whatever it is.
+    ///
+    /// # Errors
+    /// [`Error::Step`] for more persons than a sum has room for.
+    pub fn weigh(&mut self, squares: &[f64]) -> Result<Vec<f64>> {
+        let factors = self.count(&self.norms(squares))?;
+        // A power of two: the product is exact.
+        let weight = |factors: &[f64], block: usize| factors[block] * (1.0 / self.units[block]);
+        let people = factors.chunks_exact(self.blocks.blocks);
+        let each = people.flat_map(|own| self.blocks.block_of.iter().map(|&of| weight(own, of)));
+        Ok(each.collect())
+    }
+
+    /// The third: adds a slot of persons who were weighed.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when sizes do not fit.
+    pub fn add_weighed(&mut self, slot: usize, gradient: &[f32], weights: &[f64]) -> Result<()> {
+        let slots = self.sums.len();
+        let size = self.blocks.sizes.get(slot).copied().unwrap_or(0);
+        if size == 0 || gradient.len() / size * slots != weights.len() {
+            return Err(Error::Step(format!("slot {slot} is not of the persons who were weighed")));
+        }
+        let pieces = self.sums[slot].par_chunks_mut(PIECE).enumerate();
+        pieces.for_each(|(piece, sums)| {
+            for (person, weights) in weights.chunks_exact(slots).enumerate() {
+                // What is not finite must not be multiplied, not even by 0.
+                if weights[slot] > 0.0 {
+                    let from = &gradient[person * size + piece * PIECE..][..sums.len()];
+                    add_clipped(sums, from, weights[slot]);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// The third where the gradients are elsewhere: adds what a slot of persons who were weighed
+    /// comes to, `Σ round(weight·x)`, rounded as [`f64::round_ties_even`] does.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when sizes do not fit.
+    pub fn add_units(&mut self, slot: usize, units: &[i128]) -> Result<()> {
+        match self.sums.get_mut(slot) {
+            Some(sums) if sums.len() == units.len() => {
+                sums.iter_mut().zip(units).for_each(|(sum, unit)| *sum += unit);
+                Ok(())
+            }
+            _ => Err(Error::Step(format!("there is no slot {slot} of {} sums", units.len()))),
+        }
+    }
+
+    fn other_slots(&self, got: usize) -> Error {
+        Error::Step(format!("there are gradients of {got} slots, expected {}", self.sums.len()))
     }
 
     /// Counts persons of such norms; what each block of each of them is multiplied by.
@@ -227,66 +325,20 @@ impl ClippedSum {
     /// # Errors
     /// [`Error::Step`] for a place that does not exist; nothing is added then.
     pub fn add_sparse(&mut self, elements: &[(usize, usize, f32)]) -> Result<()> {
-        let mut squares = vec![0f64; self.blocks.blocks];
+        let mut squares = vec![0f64; self.sums.len()];
         for &(slot, at, value) in elements {
             if self.blocks.sizes.get(slot).is_none_or(|&size| at >= size) {
                 return Err(Error::Step(format!("there is no element {at} of a slot {slot}")));
             }
-            squares[self.blocks.block_of[slot]] += f64::from(value) * f64::from(value);
+            squares[slot] += f64::from(value) * f64::from(value);
         }
-        let factors = self.count(&Norms::of(&squares))?;
+        let weights = self.weigh(&squares)?;
         for &(slot, at, value) in elements {
-            let block = self.blocks.block_of[slot];
-            if factors[block] > 0.0 {
-                let scale = 1.0 / self.units[block];
-                add_clipped(&mut self.sums[slot][at..=at], &[value], factors[block], scale);
+            if weights[slot] > 0.0 {
+                add_clipped(&mut self.sums[slot][at..=at], &[value], weights[slot]);
             }
         }
         Ok(())
-    }
-
-    /// The norms that [`ClippedSum::add`] would find, without adding anything: statistics of them
-    /// are slots of the same sum.
-    ///
-    /// # Errors
-    /// [`Error::Step`] when sizes do not fit.
-    pub fn measure(&self, people: usize, gradients: &[Option<&[f32]>]) -> Result<Norms> {
-        if gradients.len() != self.sums.len() {
-            return Err(Error::Step(format!(
-                "there are gradients of {} slots, expected {}",
-                gradients.len(),
-                self.sums.len()
-            )));
-        }
-        for (slot, (gradient, &size)) in gradients.iter().zip(&self.blocks.sizes).enumerate() {
-            if let Some(gradient) = gradient
-                && Some(gradient.len()) != people.checked_mul(size)
-            {
-                return Err(Error::Step(format!(
-                    "slot {slot} has {} gradient elements, expected {size} for each of {people} \
-                     persons",
-                    gradient.len()
-                )));
-            }
-        }
-        let norms: Vec<Vec<f64>> =
-            (0..people).into_par_iter().map(|person| self.norms(person, gradients)).collect();
-        Ok(Norms { norms: norms.concat() })
-    }
-
-    /// A person's norm in each block.
-    fn norms(&self, person: usize, gradients: &[Option<&[f32]>]) -> Vec<f64> {
-        let mut squares = vec![0f64; self.blocks.blocks];
-        for (slot, gradient) in gradients.iter().enumerate() {
-            let Some(gradient) = gradient else { continue };
-            let size = self.blocks.sizes[slot];
-            let own = &gradient[person * size..][..size];
-            for run in own.chunks(RUN) {
-                let square = |x: &f32| f64::from(*x) * f64::from(*x);
-                squares[self.blocks.block_of[slot]] += run.iter().map(square).sum::<f64>();
-            }
-        }
-        Norms::of(&squares).norms
     }
 
     /// What each block of a person of such norms is multiplied by: 0 when a norm is not finite.
@@ -341,7 +393,7 @@ impl ClippedSum {
             .map(|(&size, &block)| (size, in_units[block]))
             .collect();
         let noise = noise.draw(self.grid, spent.stream(), &slots)?;
-        let released = noise.into_iter().enumerate().map(|(slot, noise)| {
+        let released = noise.into_par_iter().enumerate().map(|(slot, noise)| {
             let factor = self.units[self.blocks.block_of[slot]] / batch;
             let sums = noise.into_iter().zip(&self.sums[slot]);
             sums.map(|(noise, sum)| ((sum + noise) as f64 * factor) as f32).collect()
@@ -358,9 +410,9 @@ impl ClippedSum {
     }
 }
 
-fn add_clipped(sums: &mut [i128], from: &[f32], factor: f64, scale: f64) {
+fn add_clipped(sums: &mut [i128], from: &[f32], weight: f64) {
     for (sum, &x) in sums.iter_mut().zip(from) {
-        *sum += (f64::from(x) * factor * scale).round_ties_even() as i128;
+        *sum += (f64::from(x) * weight).round_ties_even() as i128;
     }
 }
 
