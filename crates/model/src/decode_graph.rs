@@ -3,7 +3,7 @@
 //! step cost more than what they compute.
 
 use tercet_attention::NsaSpec;
-use tercet_tensor::caches::Rows;
+use tercet_tensor::caches::{Partial, Rows};
 use tercet_tensor::{DType, Device, Gpu, Graph, Pinned, Tape, Tensor, ops};
 
 use crate::batch::Inputs;
@@ -230,11 +230,12 @@ impl LayerCache {
         }
     }
 
-    /// What sequence `from` holds becomes what `to` holds, too.
-    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+    /// What sequence `from` holds becomes what `to` holds, too; see
+    /// [`tercet_tensor::caches::Pages::copy`].
+    pub fn copy(&mut self, from: usize, to: usize, partial: Partial) -> Result<()> {
         match self {
-            Self::CudaNsa(layer) => layer.copy(from, to),
-            Self::CudaDense(layer) => layer.copy(from, to),
+            Self::CudaNsa(layer) => layer.copy(from, to, partial),
+            Self::CudaDense(layer) => layer.copy(from, to, partial),
             _ => Err(mismatch()),
         }
     }

@@ -50,7 +50,7 @@ pub use tercet_cuda::{Gpu, Graph, Pinned};
 
 /// Caches for decoding on a device.
 pub mod caches {
-    pub use crate::cuda::caches::{DenseCache, NsaBlocks, NsaCache, NsaNew, Rows};
+    pub use crate::cuda::caches::{DenseCache, NsaBlocks, NsaCache, NsaNew, Pages, Partial, Rows};
 }
 
 /// Result of every fallible call of this crate.
