@@ -79,6 +79,13 @@ pub struct Args {
     /// Do not keep prompts for the next request that begins with them
     #[arg(long, env = "TERCET_NO_PREFIX_CACHE")]
     no_prefix_cache: bool,
+    /// Same bits in any company on a GPU, too, at the price of steps that are always full
+    ///
+    /// Every step then computes --max-batch rows, resting ones among them, so that an answer
+    /// depends on its request, the weights and these settings alone; a model with experts
+    /// writes one sequence after the other. On a CPU that holds anyway.
+    #[arg(long, env = "TERCET_BATCH_INVARIANT")]
+    batch_invariant: bool,
     /// Keys that clients must show, one a line
     #[arg(long, env = "TERCET_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
@@ -262,6 +269,7 @@ impl Plan {
             waiting: args.max_queue as usize,
             context: args.context,
             prefix_cache: !args.no_prefix_cache,
+            batch_invariant: args.batch_invariant,
             ..Limits::default()
         };
         let adapters = args.adapter.clone();
@@ -326,6 +334,10 @@ fn say(handle: &Handle, cache: u64, running: usize) {
         human::length(handle.context()),
         human::bytes((each * handle.context() as f64) as u64)
     );
+    if stats.reserved_bytes > 0 {
+        let reserved = human::bytes(stats.reserved_bytes as u64);
+        eprintln!("cache: {reserved} of it for what places hold whatever their length");
+    }
     eprintln!("ready: up to {running} sequences side by side");
 }
 
