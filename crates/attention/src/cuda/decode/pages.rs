@@ -273,8 +273,8 @@ fn rows(spec: Option<&NsaSpec>, kind: Kind, tokens: usize) -> usize {
 
 fn none_left(book: &Book, lacking: usize) -> Error {
     Error::Pages(format!(
-        "{lacking} more pages of {PAGE} are needed, and {} of {} are free; clear a sequence, or \
-         make room for more",
+        "lacking {lacking} of {PAGE} rows: {} of {} are free; clear a sequence, or make room for \
+         more",
         book.free(),
         book.pages()
     ))
