@@ -60,13 +60,7 @@ impl Model {
         }
     }
 
-    fn dense(
-        &self,
-        tape: &mut Tape,
-        slots: &DenseSlots,
-        x: &Var,
-        site: Site,
-    ) -> Result<Var> {
+    fn dense(&self, tape: &mut Tape, slots: &DenseSlots, x: &Var, site: Site) -> Result<Var> {
         let positions = &site.inputs.positions;
         let normed = |tape: &mut Tape, x: Var, norm: Option<usize>| match norm {
             None => Ok(x),

@@ -185,12 +185,7 @@ impl Call {
         Blocks::new(gpu, &self.x, &self.spec, &self.cu_seqlens, rows_at)
     }
 
-    fn forward_cuda(
-        &self,
-        gpu: &Gpu,
-        rows_at: &[usize],
-        shift: Option<&Tensor>,
-    ) -> Result<Tensor> {
+    fn forward_cuda(&self, gpu: &Gpu, rows_at: &[usize], shift: Option<&Tensor>) -> Result<Tensor> {
         let blocks = self.blocks(gpu, rows_at)?;
         match &self.params[..] {
             [] => blocks.mean(&self.x),
