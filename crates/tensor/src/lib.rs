@@ -46,7 +46,7 @@ pub use tape::{Tape, Var};
 pub use tensor::Tensor;
 pub use tercet_attention::cpu::Mask;
 pub use tercet_attention::{Compressor, NsaSpec};
-pub use tercet_cuda::{Gpu, Graph, Pinned};
+pub use tercet_cuda::{Fork, Gpu, Graph, Pinned};
 
 /// Caches for decoding on a device.
 pub mod caches {

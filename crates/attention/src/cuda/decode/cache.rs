@@ -308,7 +308,7 @@ impl NsaCache {
     /// Takes one raw token of the compression branch of n sequences, k `[n, K, D]` and v
     /// `[n, K, V]`, at the positions on the device, and writes the l last ones `[n·l, K, _]`, from
     /// the positions `starts` (i32 `[n]`) on, to `to`: what a φ with parameters makes a block of.
-    /// Tokens before the first are 0. Rows as in [`NsaToken`]. Can be captured.
+    /// Rows that complete no block stay as they are. Rows as in [`NsaToken`]. Can be captured.
     pub fn tails(
         &self,
         positions: Slice,
@@ -321,7 +321,7 @@ impl NsaCache {
         self.check_rows(positions, sequences)?;
         check_len("starts", starts.len(), &[('n', positions.len())])?;
         append(&Places { plan, positions, sequences }, &[New { k, v, cache: raw }], None)?;
-        tails(plan, &raw, self.spec.compress_block, (starts, sequences), to)
+        tails(plan, &raw, &self.spec, (starts, sequences), to)
     }
 
     fn check_rows(&self, positions: Slice, sequences: Option<Slice>) -> Result<()> {
