@@ -2,6 +2,7 @@
 
 use super::super::{Plan, Slice};
 use super::append::{Compress, New, Places, append};
+use super::fresh::{self, FRESH};
 use super::pages::{Kind, Pages, Partial};
 use super::step::{NsaCaches, Rows, dense_rows, nsa_rows};
 use super::store::{Numbered, Store, place, ring_chunk, ring_tokens};
@@ -231,6 +232,22 @@ impl NsaCache {
             append(&places, &[New { k: step.k_cmp, v: step.v_cmp, cache: cmp }], None)?;
         }
         let numbered = Numbered::new(plan, sequence, len, count)?;
+        if len == 0 && count >= FRESH {
+            let put = |kept: usize, k: Slice, v: Slice, cache| {
+                let (first, dims) = (count - kept, [kv_heads * key_dim, kv_heads * value_dim]);
+                let (positions, sequences) = numbered.part(first, kept);
+                let places = Places { plan, positions, sequences: Some(sequences) };
+                let [k, v] = [(k, dims[0]), (v, dims[1])]
+                    .map(|(x, width)| rows_of(plan, x, first, kept, width));
+                append(&places, &[New { k, v, cache }], None)
+            };
+            put(count, step.k_slc, step.v_slc, slc)?;
+            // A ring has one place for tokens that far apart: only the last of them go in.
+            put(count.min(win.page), step.k_win, step.v_win, win)?;
+            fresh::nsa((plan, &self.spec), (step, count), out, indices)?;
+            self.lens[sequence] = count;
+            return Ok(());
+        }
         let most = ring_chunk(self.win.page, self.spec.window, len, count);
         let mut done = 0;
         while done < count {
@@ -545,6 +562,17 @@ impl DenseCache {
         let plan = &self.plan;
         let cache = self.store.view(plan);
         let numbered = Numbered::new(plan, sequence, len, count)?;
+        if len == 0 && count >= FRESH {
+            // A ring has one place for tokens that far apart: only the last of them go in.
+            let kept = if cache.ring { count.min(cache.page) } else { count };
+            let (positions, sequences) = numbered.part(count - kept, kept);
+            let own = |x: Slice, width: usize| rows_of(plan, x, count - kept, kept, width);
+            let new = New { k: own(k, kv_heads * key_dim), v: own(v, kv_heads * value_dim), cache };
+            append(&Places { plan, positions, sequences: Some(sequences) }, &[new], None)?;
+            fresh::dense((plan, self.mask), (scale, count), [q, k, v], out)?;
+            self.lens[sequence] = count;
+            return Ok(());
+        }
         let mut done = 0;
         while done < count {
             let some = (count - done).min(most);

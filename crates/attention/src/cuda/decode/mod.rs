@@ -12,6 +12,7 @@
 mod append;
 mod book;
 mod cache;
+mod fresh;
 mod pages;
 mod shape;
 mod step;
