@@ -30,6 +30,10 @@ const THREADS: usize = 2;
 /// Shares of the free memory that keys and values may take when nothing is said: a GPU is here
 /// for this, a computer's main memory is not.
 const SHARE_CUDA: f64 = 0.85;
+
+/// Tokens of a prompt that a GPU reads at once, and of all prompts between two steps: below, launches
+/// cost more than what they compute; far above, running answers would stutter.
+const READS_CUDA: [usize; 2] = [512, 2048];
 const SHARE_CPU: f64 = 0.5;
 
 /// How often signals are looked for.
@@ -306,7 +310,10 @@ impl Plan {
         };
         let cache_bytes = usize::try_from(cache).unwrap_or(usize::MAX);
         let running = self.limits.running;
-        let limits = Limits { cache_bytes, ..self.limits };
+        let mut limits = Limits { cache_bytes, ..self.limits };
+        if let Choice::Cuda(_) = device {
+            [limits.chunk, limits.prefill_tokens] = READS_CUDA;
+        }
         let (handle, engine) = Engine::start(Models::new(model)?, limits)?;
         say(&handle, cache, running);
         let sparse = config.nsa.is_some();

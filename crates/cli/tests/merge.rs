@@ -103,3 +103,33 @@ fn what_cannot_be_merged_is_said_and_nothing_is_left_behind() {
     assert!(text.contains("is not a JSON object"), "{text}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), before);
 }
+
+#[test]
+fn what_was_promised_of_an_adapter_goes_with_it() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    let json = |name: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(at(name)).unwrap()).unwrap()
+    };
+    let privacy = |epsilon: f64| serde_json::json!({"private": true, "epsilon": epsilon});
+    std::fs::write(at("one/privacy.json"), privacy(2.5).to_string()).unwrap();
+    // From elsewhere, without the file: the field of its configuration.
+    let mut config = json("two/adapter_config.json");
+    config["privacy"] = privacy(4.0);
+    std::fs::write(at("two/adapter_config.json"), config.to_string()).unwrap();
+
+    let said = fine(folder.path(), &["merge", "model", "one", "first"]);
+    assert!(said.contains("one is private with epsilon 2.5: privacy.json"), "{said}");
+    assert_eq!(json("first/privacy.json"), privacy(2.5));
+    let said = fine(folder.path(), &["merge", "first", "two", "second"]);
+    assert!(said.contains("epsilon 4") && said.contains("add up"), "{said}");
+    let both = [json("second/privacy-1.json"), json("second/privacy-2.json")];
+    assert_eq!(both, [privacy(2.5), privacy(4.0)]);
+    // A third on top: nothing is forgotten.
+    fine(folder.path(), &["merge", "second", "one", "third"]);
+    assert_eq!(json("third/privacy-3.json"), privacy(2.5));
+    std::fs::write(at("one/privacy.json"), "{").unwrap();
+    let text = wrong(folder.path(), &["merge", "model", "one", "fourth"]);
+    assert!(text.contains("one/privacy.json is not a JSON object"), "{text}");
+    assert!(!at("fourth").exists());
+}

@@ -82,6 +82,23 @@ impl Model {
         Ok(LossParts { loss, cross_entropy })
     }
 
+    /// The sum of the losses of a batch's tokens, and each one's loss, f32 `[T]`, 0 where none
+    /// counts: what a token gives depends on no other sequence. Load-balance losses of experts are
+    /// not part of it.
+    pub fn forward_loss_sum<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
+        batch: &Batch,
+        options: &ForwardOptions,
+    ) -> Result<(Var, Tensor)> {
+        let Batch { input_ids, cu_seqlens, .. } = batch;
+        let inputs = Arc::new(Inputs::new(self.config(), &self.device(), input_ids, cu_seqlens)?);
+        let targets = self.targets(batch)?;
+        let (hidden, _) = self.hidden(tape, &inputs, options)?;
+        let head = self.param(tape, self.slots.head);
+        Ok(ops::linear_cross_entropy_sum(tape, &hidden, &head, &targets)?)
+    }
+
     /// Logits of every position of packed sequences, f32 `[T, vocab]`. For short inputs: the
     /// whole matrix is made.
     pub fn logits(&self, ids: &[i32], cu_seqlens: &[i32]) -> Result<Tensor> {

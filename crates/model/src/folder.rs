@@ -55,8 +55,11 @@ pub(crate) fn write(
     write().map_err(|e| Error::io(path, e))
 }
 
-/// See [`write`].
-pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
+/// Writes a file whole: beside, synced, renamed.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_text(path: &Path, text: &str) -> Result<()> {
     write(path, |out| out.write_all(text.as_bytes()))
 }
 

@@ -64,7 +64,8 @@ fn main() -> Fallible<()> {
     let steering = Steering::new(recipe(&config, &budget, &layout)?, layout)?;
     let account = Account::new(budget, ledger.entries())?;
     let secrets = Secrets { key: Key::insecure(1), ledger };
-    let mut task = Private::new(&config, (&people, &[]), slots, (steering, account), secrets, 0)?;
+    let mut task =
+        Private::new(&config, (&people, &[]), None, slots, (steering, account), secrets, 0)?;
 
     let stop = AtomicBool::new(false);
     let mut times = vec![Vec::new(); ways.len()];

@@ -1,6 +1,7 @@
 //! The walk back: gradients on their way from an op's outputs to its inputs.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -230,6 +231,22 @@ impl<'g> Backward<'g> {
         })
     }
 
+    /// Where a gradient of a sum over `rows` rows is kept apart by groups, on a device: the address
+    /// of the first group's f32 numbers, the groups, and whether there is something to add to.
+    pub(crate) fn groups_cuda(
+        &mut self,
+        gpu: &Gpu,
+        to: &Weight,
+        rows: usize,
+    ) -> Result<Option<(u64, Arc<[Range<usize>]>, bool)>> {
+        let Source::Param(slot) = to.source else { return Ok(None) };
+        let Some(groups) = self.grads.groups_of(to.op, rows)? else { return Ok(None) };
+        let device = Device::Cuda(gpu.clone());
+        let (sum, filled) =
+            self.grads.accumulate_groups_on(&device, slot, &to.shape, groups.len())?;
+        Ok(Some((cuda::at_mut(sum)?, groups, filled)))
+    }
+
     /// As [`Backward::accumulate_rows`] on a device, group after group: `f(sum, rows, add)` is
     /// given the address of f32 numbers.
     pub(crate) fn accumulate_rows_cuda(
@@ -239,21 +256,15 @@ impl<'g> Backward<'g> {
         rows: usize,
         f: impl Fn(u64, Range<usize>, bool) -> Result<()>,
     ) -> Result<()> {
-        if let Source::Param(slot) = to.source
-            && let Some(groups) = self.grads.groups_of(to.op, rows)?
-        {
-            let device = Device::Cuda(gpu.clone());
-            let (sum, filled) =
-                self.grads.accumulate_groups_on(&device, slot, &to.shape, groups.len())?;
-            let bytes = (4 * to.shape.iter().product::<usize>()) as u64;
-            let mut at = cuda::at_mut(sum)?;
-            for group in groups.iter() {
-                f(at, group.clone(), filled)?;
-                at += bytes;
-            }
-            return Ok(());
+        let Some((mut at, groups, filled)) = self.groups_cuda(gpu, to, rows)? else {
+            return self.accumulate_f32_cuda(gpu, to, |sum, add| f(sum, 0..rows, add));
+        };
+        let bytes = (4 * to.shape.iter().product::<usize>()) as u64;
+        for group in groups.iter() {
+            f(at, group.clone(), filled)?;
+            at += bytes;
         }
-        self.accumulate_f32_cuda(gpu, to, |sum, add| f(sum, 0..rows, add))
+        Ok(())
     }
 }
 

@@ -113,6 +113,39 @@ fn embedding_of_a_large_table_splits_by_rows() {
     close("gradient", &wide(grads.get(0).unwrap()), &want, 4.0 * ROUNDING, 0.0);
 }
 
+/// The sum is the mean's numerator, and of each token's loss and gradient the bits are its own,
+/// whichever others count.
+#[test]
+fn a_sum_of_losses_divides_nothing_and_mixes_no_tokens() {
+    let (tokens, width, vocab) = (1024, 6, 5000);
+    let run = |counts: &dyn Fn(usize) -> bool| {
+        let target = |t: usize| if counts(t) { (t * 31 % vocab) as i32 } else { -100 };
+        let targets: Vec<i32> = (0..tokens).map(target).collect();
+        let tape = &mut Tape::recording();
+        let x = tape.param(tensor(&[tokens, width], 1), 0);
+        let w = tape.leaf(tensor(&[vocab, width], 2));
+        let (sum, each) = ops::linear_cross_entropy_sum(tape, &x, &w, &ints(&targets)).unwrap();
+        let mean = ops::linear_cross_entropy(tape, &x, &w, &ints(&targets)).unwrap();
+        let mut grads = Grads::new(1);
+        tape.backward(&sum, &mut grads).unwrap();
+        let values = [sum.value().item().unwrap(), mean.value().item().unwrap()];
+        (values, each.to_vec_f32().unwrap(), grads.get(0).unwrap().to_vec_f32().unwrap())
+    };
+    let (values, all, d_all) = run(&|t| t % 5 != 0);
+    let total: f64 = all.iter().map(|&loss| f64::from(loss)).sum();
+    let counted = (0..tokens).filter(|t| t % 5 != 0).count() as f64;
+    assert!((total / f64::from(values[0]) - 1.0).abs() < ROUNDING * 2.0);
+    assert!((total / counted / f64::from(values[1]) - 1.0).abs() < ROUNDING * 2.0);
+    let (_, few, d_few) = run(&|t| t % 5 != 0 && t < 300);
+    for t in 0..tokens {
+        let [row_all, row_few] = [&d_all, &d_few].map(|d| &d[t * width..][..width]);
+        match t < 300 {
+            true => assert!(all[t].to_bits() == few[t].to_bits() && row_all == row_few, "{t}"),
+            false => assert!(few[t] == 0.0 && row_few.iter().all(|&x| x == 0.0), "{t}"),
+        }
+    }
+}
+
 #[test]
 fn the_fused_loss_agrees_across_chunks() {
     // A vocabulary whose logits are cut into several chunks of tokens: 2²²/5000 = 838 rows.

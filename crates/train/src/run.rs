@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use serde_json::{Map, Value};
 use tercet_model::Model;
 use tercet_tensor::Grads;
 
@@ -32,7 +33,8 @@ pub const CHECKPOINTS: &str = "checkpoints";
 pub const METRICS: &str = "metrics.jsonl";
 const CURVE: &str = "curve.svg";
 /// What stands in a run's folder before its first step, and can be made again at once.
-const BEFORE: [&str; 5] = [".lock", "config.toml", "rows.jsonl", "delta.svg", "data.salt"];
+const BEFORE: [&str; 6] =
+    [".lock", "config.toml", "rows.jsonl", "delta.svg", "data.salt", "canaries.jsonl"];
 
 /// What a loop trains on.
 pub trait Task {
@@ -62,6 +64,12 @@ pub trait Task {
     /// contents, asked for at every save.
     fn sidecars(&self) -> Result<Vec<(String, Vec<u8>)>> {
         Ok(Vec::new())
+    }
+
+    /// Fields that `adapter_config.json` of a checkpoint gets besides PEFT's, where there is an
+    /// adapter; asked for at every save.
+    fn adapter_notes(&self) -> Result<Map<String, Value>> {
+        Ok(Map::new())
     }
 
     /// Whether the run ends here, before its last step, such as when a budget is used up.
@@ -425,6 +433,7 @@ impl<'a> Run<'a> {
         }
         let optimizer = self.trainer.optimizer()?;
         let sidecars = [self.plan.sidecars, &self.task.sidecars()?].concat();
+        let notes = self.task.adapter_notes()?;
         let run = RunState {
             step: self.step,
             data_position: self.task.position(self.step),
@@ -437,6 +446,7 @@ impl<'a> Run<'a> {
         let snapshot = Snapshot {
             model: &self.trainer.model,
             base: self.plan.base,
+            notes: &notes,
             optimizer: &optimizer,
             run: &run,
             config: self.plan.config,

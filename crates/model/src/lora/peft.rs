@@ -108,6 +108,13 @@ impl Adapter {
     /// Writes a PEFT folder into an existing folder. `base` is what PEFT loads the base from: a
     /// folder, or a name of the Hugging Face hub.
     pub fn save(&self, dir: &Path, base: &str) -> Result<()> {
+        self.save_noted(dir, base, &Map::new())
+    }
+
+    /// As [`Adapter::save`], with further fields in `adapter_config.json`, none of PEFT's: what is
+    /// to be known of the adapter and changes no number. PEFT from 0.14 on warns of them and goes
+    /// on; one before refuses the file.
+    pub fn save_noted(&self, dir: &Path, base: &str, notes: &Map<String, Value>) -> Result<()> {
         let mut params = self.params.clone();
         params.move_to(&Device::Cpu)?;
         let mut entries = BTreeMap::new();
@@ -123,7 +130,11 @@ impl Adapter {
             }
         }
         write_file(&dir.join(TENSORS), entries.iter())?;
-        folder::write_text(&dir.join(CONFIG), &format!("{:#}\n", self.peft_config(base)))
+        let mut config = self.peft_config(base);
+        if let Some(fields) = config.as_object_mut() {
+            fields.extend(notes.clone());
+        }
+        folder::write_text(&dir.join(CONFIG), &format!("{config:#}\n"))
     }
 
     fn peft_config(&self, base: &str) -> Value {

@@ -4,10 +4,11 @@
 //! anything of the other. The plan is a file of JSON lines beside the run; the data holds the
 //! included ones only. Guess who was in from the plan without its coins, then look.
 //!
-//! * `gradient` (Dirac): a person whose clipped gradient is the threshold times one unit vector.
-//!   The score is minus the sum of the released gradients at its place.
-//! * `new-token`: a person with one row of tokens that nothing else uses (Panda et al. 2025). The
-//!   score is the row's loss.
+//! * `gradient` (Dirac; Nasr et al., arXiv 2302.07956): a person whose clipped gradient is, in each
+//!   block, the threshold times one unit vector: as long as a person can be. The score is minus what
+//!   was released at its places.
+//! * `new-token`: a person with one row of tokens that nothing else has in this order (after Panda et
+//!   al. 2025). The score is the row's loss.
 
 use std::collections::HashSet;
 
@@ -29,12 +30,10 @@ const MOST_LENGTH: usize = 1 << 12;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Planted {
-    /// A gradient along one coordinate.
+    /// A gradient along one coordinate of each block (adapter).
     Gradient {
-        /// Block (adapter) of the released gradient.
-        block: usize,
-        /// Element of the block.
-        element: usize,
+        /// Which element, block by block.
+        elements: Vec<usize>,
     },
     /// A row of tokens.
     NewToken {
@@ -66,35 +65,33 @@ pub fn id(at: usize) -> String {
     format!("canary-{at:07}")
 }
 
-/// Canaries at different coordinates of a gradient with blocks of `dims` elements.
+/// Canaries at coordinates of a gradient with blocks of `dims` elements: one in each block, that no
+/// other has.
 ///
 /// # Errors
-/// [`Error::Audit`] for no canaries, more than 2²⁰, or more than there are coordinates.
+/// [`Error::Audit`] for no canaries, more than 2²⁰, no blocks, or more canaries than the smallest
+/// block has coordinates.
 pub fn gradient(count: usize, dims: &[usize], seed: u64) -> Result<Vec<Canary>> {
     check_count(count)?;
-    let total = dims.iter().try_fold(0usize, |sum, &dim| sum.checked_add(dim));
-    let Some(total) = total.filter(|&total| total >= count) else {
+    let room = dims.iter().min().copied().unwrap_or(0);
+    if count > room {
         return Err(Error::Audit(format!(
-            "{count} canaries need a coordinate each, the gradient has {}",
-            total.map_or("too many to count".into(), |total| total.to_string())
+            "{count} canaries need a coordinate each of every adapter, the smallest has {room}"
         )));
-    };
-    // Floyd's: each set of `count` places is as likely as any other.
-    let (mut words, mut taken, mut places) = (words(seed, PLANTED), HashSet::new(), Vec::new());
-    for last in total - count..total {
-        let any = below(&mut words, last + 1);
-        let place = if taken.insert(any) { any } else { last };
-        taken.insert(place);
-        places.push(place);
     }
-    let planted = places.into_iter().map(|mut element| {
-        let mut block = 0;
-        while element >= dims[block] {
-            element -= dims[block];
-            block += 1;
+    let mut words = words(seed, PLANTED);
+    let mut planted = vec![Vec::with_capacity(dims.len()); count];
+    for &dim in dims {
+        // Floyd's: each set of `count` places is as likely as any other.
+        let mut taken = HashSet::new();
+        for (last, elements) in (dim - count..dim).zip(&mut planted) {
+            let any = below(&mut words, last + 1);
+            let place = if taken.insert(any) { any } else { last };
+            taken.insert(place);
+            elements.push(place);
         }
-        Planted::Gradient { block, element }
-    });
+    }
+    let planted = planted.into_iter().map(|elements| Planted::Gradient { elements });
     Ok(with_coins(planted, count, seed))
 }
 
@@ -202,9 +199,9 @@ mod tests {
 
     #[test]
     fn a_plan_is_a_function_of_its_seed_and_reads_back() {
-        let plan = gradient(500, &[300, 1, 700], 3).unwrap();
-        assert_eq!(plan, gradient(500, &[300, 1, 700], 3).unwrap());
-        assert_ne!(plan, gradient(500, &[300, 1, 700], 4).unwrap());
+        let plan = gradient(500, &[600, 500, 700], 3).unwrap();
+        assert_eq!(plan, gradient(500, &[600, 500, 700], 3).unwrap());
+        assert_ne!(plan, gradient(500, &[600, 500, 700], 4).unwrap());
         assert_eq!(read_manifest(&manifest(&plan).unwrap()).unwrap(), plan);
         let rows = new_tokens(200, &[7, 8, 9, 10], 6, 3).unwrap();
         assert_eq!(read_manifest(&manifest(&rows).unwrap()).unwrap(), rows);
@@ -215,20 +212,17 @@ mod tests {
 
     #[test]
     fn canaries_differ_and_lie_within_the_gradient() {
-        let dims = [300, 0, 1, 700];
-        // All coordinates there are: each exactly once.
-        let mut places: Vec<(usize, usize)> = gradient(1001, &dims, 5)
-            .unwrap()
-            .iter()
-            .map(|canary| match canary.planted {
-                Planted::Gradient { block, element } => (block, element),
+        let dims = [300, 301, 700];
+        // As many as the first block has coordinates: each exactly once.
+        let plan = gradient(300, &dims, 5).unwrap();
+        for (block, &dim) in dims.iter().enumerate() {
+            let place = |canary: &Canary| match &canary.planted {
+                Planted::Gradient { elements } => elements[block],
                 Planted::NewToken { .. } => panic!(),
-            })
-            .collect();
-        assert!(places.iter().all(|&(block, element)| element < dims[block]));
-        places.sort_unstable();
-        places.dedup();
-        assert_eq!(places.len(), 1001);
+            };
+            let places: HashSet<usize> = plan.iter().map(place).collect();
+            assert!(places.len() == 300 && places.iter().all(|&place| place < dim));
+        }
         let rows = new_tokens(8, &[4, 5, 6, 7], 2, 1).unwrap();
         let distinct: HashSet<String> = rows.iter().map(|c| format!("{:?}", c.planted)).collect();
         assert_eq!(distinct.len(), 8);
@@ -253,7 +247,7 @@ mod tests {
             gradient(0, &[5], 1),
             gradient(6, &[5], 1),
             gradient(1, &[], 1),
-            gradient(1, &[usize::MAX, 1], 1),
+            gradient(2, &[usize::MAX, 1], 1),
             gradient(usize::MAX, &[usize::MAX], 1),
             new_tokens(1, &[], 3, 1),
             new_tokens(1, &[1, 1], 3, 1),
@@ -264,8 +258,7 @@ mod tests {
             read_manifest("{}"),
             read_manifest("\u{0}\n"),
             read_manifest(
-                &[r#"{"id":"a","included":true,"kind":"gradient","block":0,"element":1}"#; 2]
-                    .join("\n"),
+                &[r#"{"id":"a","included":true,"kind":"gradient","elements":[1]}"#; 2].join("\n"),
             ),
         ] {
             assert!(matches!(refused, Err(Error::Audit(_))), "{refused:?}");

@@ -19,14 +19,18 @@ use tercet_train::tune::start::{self, Beside};
 use tercet_train::tune::{Encoder, Example, portions};
 use tercet_train::{Error, Result, files};
 
+use super::budget::Budget;
 use super::config::PrivateConfig;
+use super::planted::{self, Canaries};
 use super::report;
 use super::rows::{Person, hash, rows, whose};
-use super::run::SALT;
-use super::task::sums;
+use super::run::{SALT, canaries, recipe};
+use super::task::{layout, sums};
+use crate::audit::canary::{self, Planted};
 use crate::audit::report::{Kind, Scored};
 use crate::clinic::secret::{self, Secret};
 use crate::mechanism::people::{People, Unit};
+use crate::method::Steering;
 
 /// Below a run's output: the scores. They are about the rows and belong with them.
 pub const SCORES: &str = "scores.jsonl";
@@ -38,7 +42,7 @@ const SEED: u64 = 0;
 /// Whose losses are wanted.
 #[derive(Clone, Debug, Default)]
 pub struct Suspects {
-    /// A manifest of `tercet private records --canaries`.
+    /// A manifest of `tercet private records --canaries`; without it those that the run planted itself.
     pub canaries: Option<PathBuf>,
     /// Rows that the run learnt from; canaries among them are passed over.
     pub members: Option<PathBuf>,
@@ -82,7 +86,27 @@ pub fn attack(
     let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
     let salt = output.join(SALT);
     let salt = std::fs::read(&salt).map_err(Error::io("read", &salt))?;
-    let key = start::key(&rows(&config, &encoder, &salt, stop)?.key, &[&first])?;
+    let mut rows = rows(&config, &encoder, &salt, stop)?;
+    let planted = match config.private.canaries {
+        Some(_) => {
+            let budget = Budget::plan(&config)?;
+            let (_, layout) = layout(&first, config.private.freeze_a)?;
+            let steering = Steering::new(recipe(&config, &budget, &layout)?, layout)?;
+            canaries(&config, &first, &steering, false)?
+        }
+        None => None,
+    };
+    if let Some(planted) = &planted {
+        rows.plant(planted, &config)?;
+    }
+    if planted.is_none() && suspects.canaries.is_none() && suspects.members.is_none() {
+        return Err(Error::Data(
+            "there is nothing to audit with: the run planted no canaries (private.canaries). Give \
+             --canaries, or --members and --nonmembers"
+                .into(),
+        ));
+    }
+    let key = start::key(&rows.key, &[&first])?;
     check_data(&checkpoint, &key)?;
     let mut tuned = start::resumed(&first, &checkpoint, &config.train)?;
     first.to_device(device)?;
@@ -101,6 +125,8 @@ pub fn attack(
         secrets.iter().try_for_each(|secret| learnt.check(secret, path))?;
         scores = attack.canaries(&secrets)?;
         ids = secrets.into_iter().map(|secret| secret.id).collect();
+    } else if let Some(planted) = &planted {
+        scores = attack.planted(planted, &checkpoint)?;
     }
     for (path, kind) in [(&suspects.members, Kind::Member), (&suspects.nonmembers, Kind::Nonmember)]
     {
@@ -154,16 +180,44 @@ impl Attack<'_> {
             self.example(&row)
                 .ok_or_else(|| Error::Data(format!("canary {text:?} has nothing to be learnt")))
         });
-        let mut losses = self.losses(examples.collect::<Result<_>>()?)?;
-        let candidates = losses.split_off(secrets.len());
-        let scored = |(secret, score): (&Secret, f64)| Scored {
-            id: secret.id.clone(),
-            included: secret.included,
+        let named = secrets.iter().map(|secret| (secret.id.clone(), secret.included));
+        self.ranked(named.collect(), examples.collect::<Result<_>>()?)
+    }
+
+    /// Canaries that the run planted itself.
+    fn planted(&self, planted: &Canaries, checkpoint: &Path) -> Result<Vec<Scored>> {
+        let (named, mut examples): (Vec<_>, Vec<_>) = planted
+            .examples()
+            .map(|(canary, example)| ((canary.id.clone(), canary.included), example))
+            .unzip();
+        let Some(length) = examples.first().map(|example| example.ids.len()) else {
+            return planted.scored(checkpoint);
+        };
+        // Rows as they could have been, one more for each that is somebody's own.
+        let taken: HashSet<Vec<i32>> = examples.iter().map(|own| own.ids.clone()).collect();
+        let all: Vec<u32> = (0..self.models[0].config().vocab_size as u32).collect();
+        let others = canary::new_tokens(CANDIDATES + named.len(), &all, length, SEED)?;
+        let others = others.into_iter().filter_map(|other| match other.planted {
+            Planted::NewToken { tokens } => Some(planted::example(&tokens)),
+            Planted::Gradient { .. } => None,
+        });
+        examples.extend(others.filter(|other| !taken.contains(&other.ids)).take(CANDIDATES));
+        self.ranked(named, examples)
+    }
+
+    /// Scores of canaries: names with coins, then their examples and those of what each included
+    /// one is ranked among.
+    fn ranked(&self, named: Vec<(String, bool)>, examples: Vec<Example>) -> Result<Vec<Scored>> {
+        let mut losses = self.losses(examples)?;
+        let candidates = losses.split_off(named.len());
+        let scored = |((id, included), score): ((String, bool), f64)| Scored {
+            id,
+            included,
             score,
             kind: Kind::Canary,
-            candidates: if secret.included { candidates.clone() } else { Vec::new() },
+            candidates: if included { candidates.clone() } else { Vec::new() },
         };
-        Ok(secrets.iter().zip(losses).map(scored).collect())
+        Ok(named.into_iter().zip(losses).map(scored).collect())
     }
 
     /// At most `most` of the rows from which something can be learnt.

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use tercet_train::{Error, Result};
 
 use super::config::PrivateConfig;
+use super::planted::CanaryKind;
 use crate::accounting::calibrate::{self, Accountant};
 use crate::accounting::{Phase, pld, rdp};
 use crate::method::Method;
@@ -190,6 +191,17 @@ impl Budget {
                 self.batch, self.people
             ),
         ));
+        if let Some(canaries) = &private.canaries {
+            let kind = match canaries.kind {
+                CanaryKind::Tokens => "rows of random tokens",
+                CanaryKind::Gradient => "gradients along random coordinates",
+            };
+            lines.push((
+                "canaries",
+                format!("{}, {kind}, each planted by a fair coin; room for them", canaries.count)
+                    + " must be in private.people",
+            ));
+        }
         let mode = match self.mode {
             Mode::M0 => "nothing is adapted; privacy-loss distributions".to_owned(),
             Mode::M1 => "thresholds follow what was released, sigma is fixed; privacy-loss \

@@ -11,6 +11,7 @@ use tercet_train::config::{
 use tercet_train::{Error, Result};
 
 use super::budget::Mode;
+use super::planted::CanarySection;
 use crate::mechanism::noise::Split;
 use crate::mechanism::people::Unit;
 use crate::method::Method;
@@ -122,6 +123,9 @@ pub struct PrivateSection {
     pub micro_people: usize,
     /// The held-out rows (`data.validation_paths`) are public: nobody in them is to be protected.
     pub public_validation: bool,
+    /// Canaries to plant for an audit; they are persons beside those of the rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canaries: Option<CanarySection>,
     /// Numbers of `quantile`.
     pub quantile: QuantileConfig,
     /// Numbers of `schedule`.
@@ -154,6 +158,7 @@ impl Default for PrivateSection {
             noise: true,
             micro_people: 32,
             public_validation: false,
+            canaries: None,
             quantile: QuantileConfig::default(),
             schedule: ScheduleConfig::default(),
             insecure_seed: None,
@@ -317,6 +322,9 @@ impl PrivateSection {
         within("private.micro_people", self.micro_people as u64, 1, 1 << 20, "")?;
         self.check_target()?;
         self.check_method()?;
+        if let Some(canaries) = &self.canaries {
+            canaries.check()?;
+        }
         if let Some(threshold) = self.threshold {
             real("private.threshold", threshold, 1e-6, 1e6)?;
         }

@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use tercet_train::Result;
+use rayon::prelude::*;
+use tercet_tensor::{GroupSum, Tensor};
+use tercet_train::{Error, Result};
 
 use crate::mechanism::clip::{Blocks, ClippedSum, Grid, Norms};
 use crate::mechanism::ledger::Spent;
@@ -39,38 +41,108 @@ pub fn clipped_sum(steering: &Steering, hardened: bool) -> Result<ClippedSum> {
     Ok(ClippedSum::with_rules(blocks, all_bounds(steering), rules, grid)?)
 }
 
-/// Adds persons' gradients (`[persons, elements]` by slot) and their statistics to a sum. Nothing of
-/// them goes anywhere else.
-pub fn add(
-    sum: &mut ClippedSum,
-    steering: &Steering,
-    losses: &[f32],
-    gradients: Vec<Option<Cow<[f32]>>>,
-) -> crate::Result<()> {
+/// What a portion of persons gave. Private, all of it.
+pub struct Portion<'a> {
+    /// Mean loss of each, in nats.
+    pub losses: &'a [f32],
+    /// What each one's gradient is to be multiplied by.
+    pub shares: &'a [f64],
+    /// `[persons or more, elements]` by slot.
+    pub gradients: Gradients<'a>,
+}
+
+/// Where gradients are.
+pub enum Gradients<'a> {
+    /// In main memory; `None` where no loss reached the slot.
+    Here(Vec<Option<Cow<'a, [f32]>>>),
+    /// On a device, with the sum there.
+    There(&'a mut GroupSum, Vec<&'a Tensor>),
+}
+
+/// Adds persons' gradients and their statistics to a sum. Nothing of them goes anywhere else.
+/// What is on a device is weighed here and added there, until [`collect`].
+///
+/// # Errors
+/// [`Error::Fault`] for gradients on a device in other coordinates than their own; as
+/// [`ClippedSum::add`].
+pub fn add(sum: &mut ClippedSum, steering: &Steering, portion: Portion) -> Result<()> {
+    let Portion { losses, mut gradients, .. } = portion;
     let (people, sizes) = (losses.len(), steering.blocks().sizes());
-    let gradients: Vec<Option<Cow<[f32]>>> = if steering.changes_coordinates() {
-        let own = |(gradient, size): (Option<Cow<[f32]>>, &usize)| {
-            gradient.map_or_else(|| vec![0.0; people * size], Cow::into_owned)
+    let mut shares = Cow::Borrowed(portion.shares);
+    if steering.changes_coordinates() {
+        let Gradients::Here(found) = gradients else {
+            return Err(Error::Fault("gradients on a device change no coordinates".into()));
         };
-        let mut own: Vec<Vec<f32>> = gradients.into_iter().zip(sizes).map(own).collect();
+        let own = |(gradient, &size): (Option<Cow<[f32]>>, &usize)| {
+            let mut own = gradient.map_or_else(|| vec![0.0; people * size], Cow::into_owned);
+            own.par_chunks_mut(size).zip(&shares[..]).for_each(|(own, &share)| {
+                own.iter_mut().for_each(|x| *x = (f64::from(*x) * share) as f32);
+            });
+            own
+        };
+        let mut own: Vec<Vec<f32>> = found.into_iter().zip(sizes).map(own).collect();
         steering.forward(&mut own);
-        own.into_iter().map(|values| Some(Cow::Owned(values))).collect()
-    } else {
-        gradients
-    };
-    let mut slices: Vec<Option<&[f32]>> = gradients.iter().map(|g| g.as_deref()).collect();
-    let statistics = steering.statistics();
-    let blocks = steering.blocks().len();
-    let mut own = Vec::new();
-    if !statistics.is_empty() {
-        let none = statistics.sizes().len();
-        let all = sum.measure(people, &[&slices[..], &vec![None; none]].concat())?;
-        let norms = all.norms.chunks_exact(blocks + none).flat_map(|own| &own[..blocks]);
-        let norms = Norms { norms: norms.copied().collect() };
-        own = statistics.rows(losses, &norms, steering.bounds())?;
+        gradients = Gradients::Here(own.into_iter().map(|own| Some(Cow::Owned(own))).collect());
+        shares = Cow::Owned(vec![1.0; people]);
     }
-    slices.extend(own.iter().map(|values| Some(&values[..])));
-    sum.add(people, &slices)?;
+    let here: Vec<Option<&[f32]>> = match &gradients {
+        Gradients::Here(found) => found.iter().map(|own| own.as_deref()).collect(),
+        Gradients::There(..) => Vec::new(),
+    };
+    let squares = match &gradients {
+        Gradients::Here(_) => sum.squares(people, &here)?,
+        Gradients::There(there, tensors) => there.squares(tensors, people)?,
+    };
+    // Squares of all slots, those of the statistics for now 0, and then what they are.
+    let statistics = steering.statistics();
+    let slots = sizes.len() + statistics.sizes().len();
+    let mut all = vec![0f64; people * slots];
+    let each = all.chunks_exact_mut(slots).zip(squares.chunks_exact(sizes.len())).zip(&shares[..]);
+    each.for_each(|((all, own), &share)| {
+        all.iter_mut().zip(own).for_each(|(all, own)| *all = own * share * share);
+    });
+    let mut rows = Vec::new();
+    if !statistics.is_empty() {
+        let (norms, blocks) = (sum.norms(&all).norms, steering.blocks().len());
+        let per = norms.len() / people.max(1);
+        let norms = norms.chunks_exact(per.max(1)).flat_map(|own| &own[..blocks]).copied();
+        rows = statistics.rows(losses, &Norms { norms: norms.collect() }, steering.bounds())?;
+        for (slot, (row, size)) in rows.iter().zip(statistics.sizes()).enumerate() {
+            for (person, own) in row.chunks_exact(size).enumerate() {
+                all[person * slots + sizes.len() + slot] =
+                    own.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            }
+        }
+    }
+    let mut weights = sum.weigh(&all)?;
+    for (slot, row) in rows.iter().enumerate() {
+        sum.add_weighed(sizes.len() + slot, row, &weights)?;
+    }
+    for (weights, share) in weights.chunks_exact_mut(slots).zip(&shares[..]) {
+        weights[..sizes.len()].iter_mut().for_each(|weight| *weight *= share);
+    }
+    match gradients {
+        Gradients::Here(_) => {
+            for (slot, own) in here.iter().enumerate() {
+                own.map_or(Ok(()), |own| sum.add_weighed(slot, own, &weights))?;
+            }
+        }
+        Gradients::There(there, tensors) => {
+            let own = weights.chunks_exact(slots).flat_map(|own| &own[..sizes.len()]);
+            there.add(&tensors, &own.copied().collect::<Vec<f64>>())?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes what a device has summed up into the sum of a step.
+///
+/// # Errors
+/// The device's; as [`ClippedSum::add_units`].
+pub fn collect(sum: &mut ClippedSum, there: &mut GroupSum) -> Result<()> {
+    for (slot, units) in there.take()?.iter().enumerate() {
+        sum.add_units(slot, units)?;
+    }
     Ok(())
 }
 
@@ -163,7 +235,9 @@ mod tests {
         steering.prepare(at, &[3.0, 2.0, 1.0]);
         sum.set_bounds(all_bounds(steering)).unwrap();
         let own = gradients.iter().map(|g| Some(Cow::Borrowed(&g[..]))).collect();
-        add(sum, steering, losses, own).unwrap();
+        let shares = vec![1.0; losses.len()];
+        let gradients = Gradients::Here(own);
+        add(sum, steering, Portion { losses, shares: &shares, gradients }).unwrap();
         let (sigma, scales) = (steering.sigma(at), steering.scales(at).unwrap());
         let spent = ledger.spend(at, 0.1, sigma, &key).unwrap();
         release(sum, steering, spent, &Noise::new(&key), (&scales, sigma), 4.0).unwrap()
@@ -251,7 +325,10 @@ mod tests {
                 let grown = |g: &Vec<f32>| g.iter().map(|x| x * (seed as f32 + 0.01)).collect();
                 let gradients: Vec<Vec<f32>> = gradients.iter().map(grown).collect();
                 let own = gradients.iter().map(|g| Some(Cow::Borrowed(&g[..]))).collect();
-                add(&mut sum, &steering, &[10.0 * losses[0].abs()], own).unwrap();
+                let losses = [10.0 * losses[0].abs()];
+                let gradients = Gradients::Here(own);
+                let portion = Portion { losses: &losses, shares: &[0.7], gradients };
+                add(&mut sum, &steering, portion).unwrap();
                 // Without noise: what is written says so, too.
                 let spent = ledger.spend(seed, 0.1, 0.0, &key).unwrap();
                 let none = vec![0.0; scales.len()];

@@ -10,6 +10,7 @@
 //! | [`account`] | what is spent so far, and whether one more step fits |
 //! | [`report`] | `privacy.json`: what is promised, beside the adapter |
 //! | [`run`](mod@run) | a whole run |
+//! | [`planted`] | canaries that a run plants itself |
 //! | [`attack`] | how well a run's adapter knows canaries and rows: for the audit |
 
 pub mod account;
@@ -18,6 +19,7 @@ pub mod budget;
 pub mod config;
 mod joint;
 mod kept;
+pub mod planted;
 pub mod report;
 pub mod rows;
 pub mod run;

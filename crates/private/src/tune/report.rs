@@ -1,13 +1,15 @@
 //! `privacy.json`: what is promised of an adapter, in a file beside it.
 //!
-//! A file of its own and not a key of `adapter_config.json`: PEFT before 0.14 refuses keys that it
-//! does not know.
+//! Its gist stands in `adapter_config.json` as well, so that it goes where the adapter goes: PEFT from
+//! 0.14 on (pull request 2038) drops a key that it does not know with a warning.
 
 use serde::Serialize;
+use serde_json::{Map, Value, json};
 use tercet_train::{Error, Result};
 
 use super::budget::{Budget, INSECURE, Mode};
 use super::config::PrivateConfig;
+use super::planted::CanarySection;
 use crate::mechanism::ledger::Entry;
 
 /// The file's name.
@@ -53,6 +55,9 @@ pub struct Promise {
     pub hardened: bool,
     /// Whether noise came from a seed that can be known.
     pub insecure_seed: bool,
+    /// What was planted for an audit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canaries: Option<CanarySection>,
     /// What the held-out numbers are, when there are any.
     pub validation: Option<&'static str>,
     /// What is not promised.
@@ -116,6 +121,7 @@ impl Promise {
             steps: entries.len() as u64,
             hardened: private.hardened,
             insecure_seed,
+            canaries: private.canaries.clone(),
             validation,
             not_covered: [
                 "how long a step took",
@@ -123,6 +129,21 @@ impl Promise {
                 "other releases about the same persons: their epsilons add up",
             ],
         }
+    }
+
+    /// What `adapter_config.json` gets of it: the field `privacy`.
+    pub fn notes(&self) -> Map<String, Value> {
+        let gist = json!({
+            "private": self.private,
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "unit": self.unit,
+            "adjacency": self.adjacency,
+            "steps": self.steps,
+            "accountant": self.accountant,
+            "more": FILE,
+        });
+        Map::from_iter([("privacy".to_owned(), gist)])
     }
 
     /// The file's content.

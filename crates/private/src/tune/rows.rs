@@ -13,6 +13,7 @@ use tercet_train::tune::{Encoder, Example, RowCount, bad_row};
 use tercet_train::{Error, Result, files};
 
 use super::config::PrivateConfig;
+use super::planted::Canaries;
 use crate::mechanism::people::{People, Unit};
 
 /// What one person wrote, or is told of.
@@ -104,6 +105,25 @@ pub fn rows(
     }
     let key = files::hex(&hasher.finalize());
     Ok(PrivateRows { train: people, validation, count, over_cap, key })
+}
+
+impl PrivateRows {
+    /// Adds the included canaries to the persons, and all of them to the key.
+    ///
+    /// # Errors
+    /// [`Error::Data`] when there are more persons with them than were declared.
+    pub(super) fn plant(&mut self, canaries: &Canaries, config: &PrivateConfig) -> Result<()> {
+        if (self.train.len() + canaries.included()) as u64 > config.private.people {
+            return Err(Error::Data(format!(
+                "private.people = {} is less than the persons and the canaries among them; declare \
+                 a public number that has room for private.canaries.count more",
+                config.private.people
+            )));
+        }
+        self.train.extend(canaries.persons());
+        self.key = canaries.key(&self.key);
+        Ok(())
+    }
 }
 
 struct Reading<'a> {

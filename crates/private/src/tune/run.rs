@@ -12,6 +12,7 @@ use tercet_train::{Control, Error, Event, Report, Result, config as toml, files}
 use super::account::Account;
 use super::budget::{Budget, INSECURE, shown};
 use super::config::PrivateConfig;
+use super::planted::{Canaries, Fits};
 use super::rows::{PrivateRows, rows};
 use super::task::{Private, Secrets, layout};
 use super::{kept, report};
@@ -49,18 +50,25 @@ pub fn tune(
     check_model(&first)?;
     let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
     let salt = salt(&config.output)?;
-    let rows = rows(config, &encoder, &salt, control.stop)?;
+    let mut rows = rows(config, &encoder, &salt, control.stop)?;
+    let (slots, layout) = layout(&first, config.private.freeze_a)?;
+    let recipe = recipe(config, &budget, &layout)?;
+    let price = price(&recipe.statistics);
+    let mut steering = Steering::new(recipe, layout)?;
+    let new = place.from.is_none() && !config.output.join(LEDGER).exists();
+    let canaries = canaries(config, &first, &steering, new)?;
+    if let Some(canaries) = &canaries {
+        rows.plant(canaries, config)?;
+    }
     let key = start::key(&rows.key, &[&first])?;
     place.check_data(&key)?;
     rows.count.write(&config.output.join("rows.jsonl"))?;
-    let (slots, layout) = layout(&first, config.private.freeze_a)?;
-    let recipe = recipe(config, &budget, &layout)?;
-    let mut notes = said(&rows, &first, &recipe.statistics);
+    let mut notes = said(&rows, &first);
+    notes.extend(price);
     let lines = budget.lines(config);
     notes.extend(lines.iter().map(|(name, text)| format!("{name}: {text}")));
     notes.iter().for_each(|line| observe(Event::Note(line)));
 
-    let mut steering = Steering::new(recipe, layout)?;
     if config.private.hardened {
         let least = steering.least_sigma(0).min(0.7 * budget.sigma);
         check_hardened(&budget, least, steering.blocks(), steering.statistics())?;
@@ -98,7 +106,12 @@ pub fn tune(
     };
     let people = (&rows.train[..], &rows.validation[..]);
     let secrets = Secrets { key: secret, ledger };
-    let mut task = Private::new(config, people, slots, (steering, account), secrets, next)?;
+    let canaries = match canaries {
+        Some(canaries) => canaries.gradients(place.from.as_deref())?,
+        None => None,
+    };
+    let parts = (steering, account);
+    let mut task = Private::new(config, people, canaries, slots, parts, secrets, next)?;
     let outcome = drive(&plan, start, place.from.clone(), &mut task, control, observe);
     let (report, _) = outcome.map_err(|error| error.advised(|| advice(config)))?;
     let promise = task.promise()?;
@@ -143,6 +156,30 @@ fn check_model(model: &Model) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// The canaries that a run plants, when it does; new ones for a `new` run.
+///
+/// # Errors
+/// As [`Canaries::open`].
+pub(super) fn canaries(
+    config: &PrivateConfig,
+    first: &Model,
+    steering: &Steering,
+    new: bool,
+) -> Result<Option<Canaries>> {
+    let Some(section) = &config.private.canaries else { return Ok(None) };
+    let (vocab, context) = (first.config().vocab_size, config.data.context);
+    let fits = Fits { vocab, context, dims: &steering.blocks().dims() };
+    let seed = || match config.private.insecure_seed {
+        Some(seed) => Ok(seed),
+        None => {
+            let mut bytes = [0; 8];
+            getrandom::fill(&mut bytes).map_err(|e| crate::Error::Entropy(e.to_string()))?;
+            Ok(u64::from_le_bytes(bytes))
+        }
+    };
+    Canaries::open(&config.output, section, &fits, (new, seed)).map(Some)
 }
 
 /// 32 random bytes in a file of the run, made when it is not there.
@@ -317,7 +354,7 @@ fn check_released(output: &Path, attempts: u64) -> Result<()> {
 }
 
 /// What the rows came to. Private: for whoever may see the rows.
-fn said(rows: &PrivateRows, model: &Model, statistics: &Statistics) -> Vec<String> {
+fn said(rows: &PrivateRows, model: &Model) -> Vec<String> {
     let mut lines = vec![format!(
         "{}; {} parameters train (these counts are of the data: keep them with it)",
         rows.count,
@@ -329,7 +366,6 @@ fn said(rows: &PrivateRows, model: &Model, statistics: &Statistics) -> Vec<Strin
             rows.over_cap
         ));
     }
-    lines.extend(price(statistics));
     lines
 }
 

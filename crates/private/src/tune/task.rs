@@ -8,16 +8,18 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tercet_model::{ForwardOptions, Model};
-use tercet_tensor::{Device, Grads, Tape, Tensor};
+use serde_json::{Map, Value};
+use tercet_model::{Batch, ForwardOptions, Model};
+use tercet_tensor::{Device, Grads, GroupSum, Tape, Tensor};
 use tercet_train::run::{Measured, Task};
 use tercet_train::tune::{pack, portions};
 use tercet_train::{Error, Result};
 
 use super::account::Account;
 use super::config::PrivateConfig;
-use super::joint;
+use super::joint::{self, Gradients, Portion};
 use super::kept;
+use super::planted::Gradients as Planted;
 use super::report::Promise;
 use super::rows::Person;
 use crate::mechanism::clip::ClippedSum;
@@ -34,6 +36,8 @@ pub struct Private<'a> {
     people: &'a [Person],
     /// Held out.
     validation: &'a [Person],
+    /// Persons of whom there is nothing but a gradient.
+    canaries: Option<Planted>,
     /// The slots of the model that are released, in the order of the layout.
     slots: Vec<usize>,
     steering: Steering,
@@ -43,68 +47,28 @@ pub struct Private<'a> {
     sampler: Sampler,
     noise: Noise,
     sum: ClippedSum,
+    /// What is summed up where the model is, when that is not here.
+    on_device: Option<GroupSum>,
     /// Rows of every portion.
     rows: usize,
     /// The next step, counted from 0.
     next: u64,
 }
 
-/// A forward pass over persons, filled up to a number of rows that is always the same.
-struct Pass<'m> {
-    tape: Tape<'m>,
-    found: tercet_model::TokenLogProbs,
-    /// Rows of each person, and those that are nobody's.
-    groups: Vec<Range<usize>>,
-    /// −1/n for each of a person's n tokens that count.
-    slopes: Vec<f32>,
-}
-
-impl<'m> Pass<'m> {
-    fn new(
-        model: &'m Model,
-        people: &[&Person],
-        (rows, context): (usize, usize),
-        tape: Tape<'m>,
-        recompute: bool,
-    ) -> Result<Self> {
-        let mut batch = pack(people.iter().flat_map(|person| &person.examples));
-        batch.fill_up(rows, context)?;
-        let all = batch.input_ids.len();
-        let (mut groups, mut slopes, mut from) = (Vec::new(), vec![0.0; all], 0);
-        for person in people {
-            let to = from + person.tokens();
-            let slope = -1.0 / person.counted() as f32;
-            let counts = batch.targets[from..to].iter().map(|&target| target >= 0);
-            let own = slopes[from..to].iter_mut().zip(counts);
-            own.for_each(|(own, counts)| *own = if counts { slope } else { 0.0 });
-            groups.push(from..to);
-            from = to;
-        }
-        if from < all {
-            groups.push(from..all);
-        }
-        let mut tape = tape;
-        let options = ForwardOptions { recompute, ..ForwardOptions::default() };
-        let found = model.token_log_probs(&mut tape, &batch, &options)?;
-        Ok(Self { tape, found, groups, slopes })
+/// Persons filled up to a number of rows that is always the same; where each one's rows end.
+fn packed(
+    people: &[&Person],
+    (rows, context): (usize, usize),
+) -> Result<(Batch, Vec<Range<usize>>)> {
+    let mut batch = pack(people.iter().flat_map(|person| &person.examples));
+    batch.fill_up(rows, context)?;
+    let (mut groups, mut from) = (Vec::new(), 0);
+    for person in people {
+        let to = from + person.tokens();
+        groups.push(from..to);
+        from = to;
     }
-
-    /// Σ −log p of each person's tokens that count, in nats.
-    fn sums(&self, people: usize) -> Result<Vec<f64>> {
-        let log_probs = self.found.log_probs.value().to_vec_f32()?;
-        let own = |rows: &Range<usize>| {
-            log_probs[rows.clone()].iter().map(|&x| -f64::from(x)).sum::<f64>()
-        };
-        Ok(self.groups.iter().take(people).map(own).collect())
-    }
-
-    /// A gradient for each group.
-    fn back(mut self, slots: usize) -> Result<Grads> {
-        let mut grads = Grads::by_group(slots, self.groups)?;
-        let seed = Tensor::from_f32(self.slopes, self.found.log_probs.shape())?;
-        self.tape.backward_from(&[(&self.found.log_probs, seed)], &mut grads)?;
-        Ok(grads)
-    }
+    Ok((batch, groups))
 }
 
 /// The secrets of a run and where they are spent.
@@ -116,14 +80,16 @@ pub struct Secrets {
 }
 
 impl<'a> Private<'a> {
-    /// From step `next` on: persons to train on and to hold out, the slots of the model that are
-    /// released, in the order of the layout, what decides thresholds and what counts the budget.
+    /// From step `next` on: persons to train on and to hold out, canaries beside them, the slots of
+    /// the model that are released, in the order of the layout, what decides thresholds and what
+    /// counts the budget.
     ///
     /// # Errors
     /// As [`ClippedSum::with_rules`] and [`Sampler::new`].
     pub fn new(
         config: &'a PrivateConfig,
         (people, validation): (&'a [Person], &'a [Person]),
+        canaries: Option<Planted>,
         slots: Vec<usize>,
         (steering, account): (Steering, Account),
         Secrets { key, ledger }: Secrets,
@@ -137,6 +103,7 @@ impl<'a> Private<'a> {
             config,
             people,
             validation,
+            canaries,
             slots,
             steering,
             account,
@@ -145,30 +112,49 @@ impl<'a> Private<'a> {
             sampler,
             noise,
             sum,
+            on_device: None,
             rows,
             next,
         })
     }
 
     /// Adds the clipped gradients of these persons to the sum. Private.
+    ///
+    /// A person's loss is the mean over the tokens that count; the pass sums it up, so that no bit
+    /// of what a token gives depends on how many there are, and the sum's gradient is shortened.
     fn gather(&mut self, model: &Model, people: &[&Person]) -> Result<()> {
-        let cut = (self.rows, self.config.data.context);
-        let pass = Pass::new(model, people, cut, Tape::recording(), self.config.train.recompute)?;
+        let context = self.config.data.context;
+        let (batch, mut groups) = packed(people, (self.rows, context))?;
+        let (first, all) = (groups.last().map_or(0, |last| last.end), batch.input_ids.len());
+        // Rows of nobody, in groups as long as somebody's.
+        groups.extend((first..all).step_by(context).map(|at| at..(at + context).min(all)));
+        let options =
+            ForwardOptions { recompute: self.config.train.recompute, ..ForwardOptions::default() };
+        let mut tape = Tape::recording();
+        let (loss, losses) = model.forward_loss_sum(&mut tape, &batch, &options)?;
+        let shares: Vec<f64> = people.iter().map(|own| 1.0 / own.counted() as f64).collect();
         let losses: Vec<f32> = match self.steering.statistics().is_empty() {
             true => vec![0.0; people.len()],
             false => {
-                let sums = pass.sums(people.len())?.into_iter().zip(people);
-                sums.map(|(sum, person)| (sum / person.counted() as f64) as f32).collect()
+                let sums = sums_of(&losses, &groups[..people.len()])?;
+                sums.iter().zip(&shares).map(|(sum, share)| (sum * share) as f32).collect()
             }
         };
-        let grads = pass.back(model.trained().len())?;
-        let mut gradients = Vec::with_capacity(self.slots.len());
-        for &slot in &self.slots {
-            let most = people.len() * model.trained().tensor(slot).len();
-            gradients.push(grads.get(slot).map(|grad| numbers(grad, most)).transpose()?);
-        }
-        joint::add(&mut self.sum, &self.steering, &losses, gradients)?;
-        Ok(())
+        let mut grads = Grads::by_group(model.trained().len(), groups)?;
+        tape.backward(&loss, &mut grads)?;
+        let found = self.slots.iter().map(|&slot| grads.get(slot));
+        let gradients = match (&mut self.on_device, found.clone().collect::<Option<Vec<_>>>()) {
+            (Some(there), Some(tensors)) => Gradients::There(there, tensors),
+            _ => {
+                let own = self.slots.iter().zip(found).map(|(&slot, gradient)| {
+                    let most = people.len() * model.trained().tensor(slot).len();
+                    gradient.map(|gradient| numbers(gradient, most)).transpose()
+                });
+                Gradients::Here(own.collect::<Result<_>>()?)
+            }
+        };
+        let portion = Portion { losses: &losses, shares: &shares, gradients };
+        joint::add(&mut self.sum, &self.steering, portion)
     }
 
     /// Squared norms of the released slots' weights; empty where nobody wants them.
@@ -186,8 +172,16 @@ impl<'a> Private<'a> {
     /// The drawn persons' gradients into the sum; false when stopped, which leaves it empty.
     fn draw(&mut self, model: &Model, stop: &AtomicBool) -> Result<bool> {
         let stream = self.ledger.next_stream();
-        let drawn = self.sampler.draw(stream, self.people.len());
+        let canaries = self.canaries.as_ref().map_or(0, Planted::included);
         let everybody = self.people;
+        let mut drawn = self.sampler.draw(stream, everybody.len() + canaries);
+        let persons = drawn.partition_point(|&i| i < everybody.len());
+        if let Some(canaries) = &self.canaries {
+            for &i in &drawn[persons..] {
+                canaries.add(i - everybody.len(), &mut self.sum, &self.steering)?;
+            }
+        }
+        drawn.truncate(persons);
         let drawn: Vec<&Person> = drawn.into_iter().map(|i| &everybody[i]).collect();
         for portion in portions(drawn.iter().map(|person| person.tokens()), self.rows) {
             for people in drawn[portion].chunks(self.config.private.micro_people) {
@@ -198,6 +192,18 @@ impl<'a> Private<'a> {
             }
         }
         Ok(!stop.load(Ordering::Relaxed))
+    }
+
+    /// Makes ready to sum up on a device what is there, where it is clipped in its own coordinates.
+    fn sum_there(&mut self, device: &Device) -> Result<()> {
+        match &mut self.on_device {
+            Some(there) => there.clear()?,
+            None if *device == Device::Cpu || self.steering.changes_coordinates() => {}
+            none => {
+                *none = Some(GroupSum::new(device, self.steering.blocks().sizes())?);
+            }
+        }
+        Ok(())
     }
 
     /// What is promised for what the ledger holds now.
@@ -222,9 +228,13 @@ impl Task for Private<'_> {
         self.steering.prepare(step, &squares);
         self.sum.clear();
         self.sum.set_bounds(joint::all_bounds(&self.steering))?;
+        self.sum_there(&model.device())?;
         if !self.draw(model, stop)? {
             self.sum.clear();
             return Ok(None);
+        }
+        if let Some(there) = &mut self.on_device {
+            joint::collect(&mut self.sum, there)?;
         }
         let sigma = self.steering.sigma(step);
         let scales = self.steering.scales(step)?;
@@ -235,6 +245,9 @@ impl Task for Private<'_> {
         let spent = self.ledger.spend(step, rate, sigma, &self.key)?;
         let (sum, noise, all) = (&mut self.sum, &self.noise, (&scales[..], sigma));
         let released = joint::release(sum, &self.steering, spent, noise, all, batch)?;
+        if let Some(canaries) = &mut self.canaries {
+            canaries.score(&self.steering, &released.gradient, &scales);
+        }
         let noisy = self.steering.statistics().read(&released.statistics);
         let threshold = self.steering.bounds().iter().map(|c| c * c).sum::<f64>().sqrt();
         let cost = Cost { rho: self.account.rho(sigma)?, spent: self.account.share(&self.ledger) };
@@ -280,7 +293,14 @@ impl Task for Private<'_> {
     fn sidecars(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let mut files = kept::write(self.ledger.mark(), &self.steering.state()?)?;
         files.push((super::report::FILE.into(), self.promise()?.to_json()?));
+        if let Some(canaries) = &self.canaries {
+            files.push(canaries.file()?);
+        }
         Ok(files)
+    }
+
+    fn adapter_notes(&self) -> Result<Map<String, Value>> {
+        Ok(self.promise()?.notes())
     }
 
     fn is_done(&mut self) -> Result<bool> {
@@ -295,12 +315,17 @@ impl Task for Private<'_> {
 
 /// Σ −log p of each person's tokens that count, in nats; `people` have at most `rows` tokens
 /// together, and none of their examples more than `context`.
-pub(super) fn sums(
-    model: &Model,
-    people: &[&Person],
-    (rows, context): (usize, usize),
-) -> Result<Vec<f64>> {
-    Pass::new(model, people, (rows, context), Tape::inference(), false)?.sums(people.len())
+pub(super) fn sums(model: &Model, people: &[&Person], cut: (usize, usize)) -> Result<Vec<f64>> {
+    let (batch, groups) = packed(people, cut)?;
+    let options = ForwardOptions::default();
+    let (_, losses) = model.forward_loss_sum(&mut Tape::inference(), &batch, &options)?;
+    sums_of(&losses, &groups)
+}
+
+fn sums_of(losses: &Tensor, groups: &[Range<usize>]) -> Result<Vec<f64>> {
+    let losses = losses.to_vec_f32()?;
+    let own = |rows: &Range<usize>| losses[rows.clone()].iter().map(|&x| f64::from(x)).sum();
+    Ok(groups.iter().map(own).collect())
 }
 
 /// The first `most` numbers of a gradient, in main memory.

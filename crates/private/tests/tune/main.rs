@@ -8,6 +8,7 @@ mod bits;
 mod common;
 mod ledger;
 mod methods;
+mod planted;
 mod refused;
 mod told;
 mod update;

@@ -68,8 +68,13 @@ fn the_promise_stands_beside_the_adapter_and_names_a_seed_that_can_be_known() {
             .unwrap()
             .contains("insecure_seed = 5")
     );
-    // The adapter's own file stays what PEFT knows.
-    assert!(json(&beside.join("adapter_config.json")).get("epsilon").is_none());
+    // The gist goes where the adapter goes, in one field that PEFT drops.
+    let gist = json(&beside.join("adapter_config.json"))["privacy"].clone();
+    for name in ["private", "epsilon", "delta", "unit", "adjacency", "steps", "accountant"] {
+        assert_eq!(gist[name], promise[name], "{name}");
+    }
+    let model = tercet_model::Model::load(&room.at("model")).unwrap();
+    tercet_model::Adapter::load(&beside, &model).unwrap();
 
     config.private.insecure_seed = None;
     config.output = room.at("secure");

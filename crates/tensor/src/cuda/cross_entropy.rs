@@ -6,7 +6,7 @@ use tercet_cuda::{Args, Gpu, Label, Matmul, Number, Source};
 use super::linear::weight_gradient;
 use super::{PIECES, at, kernel, number, stale};
 use crate::ops::{HeadGrads, Wants};
-use crate::{DType, Result, Tensor};
+use crate::{DType, Device, Result, Tensor};
 
 const SOURCE: Source =
     Source { name: "cross_entropy", text: include_str!("cross_entropy.cu"), headers: &[PIECES] };
@@ -15,34 +15,36 @@ const SOURCE: Source =
 /// run at full speed and adding to the weight's gradient costs little.
 const LOGITS_AT_ONCE: usize = 1 << 27;
 
-/// Tokens of one chunk; a function of the vocabulary alone.
-pub(super) fn chunk_rows(vocab: usize) -> usize {
-    (LOGITS_AT_ONCE / vocab.max(1)).clamp(128, 8192).next_multiple_of(128)
+/// Tokens of one chunk; a function of shapes alone. A batch of a multiple of 128 tokens is cut into
+/// equal chunks where that takes no more than twice as many: a product of another size may sum in
+/// another order, and a token's bits would depend on its place.
+pub(super) fn chunk_rows(tokens: usize, vocab: usize) -> usize {
+    let most = (LOGITS_AT_ONCE / vocab.max(1)).clamp(128, 8192).next_multiple_of(128);
+    let least = tokens.div_ceil(most).max(1);
+    let equal = (least..=2 * least).find(|count| tokens.is_multiple_of(128 * count));
+    equal.map_or(most, |count| tokens / count).max(1)
 }
 
 /// Threads that share a row.
 pub(super) const THREADS: u32 = 512;
 
-/// Mean loss (f32 `[]`), and the gradients of x and of the weight (f32) for a loss gradient of 1
-/// as far as they are wanted. `targets` are on the device, `list` the same on the host, checked.
+/// The sum of the losses over `over` (f32 `[]`), each token's loss (f32 `[T]`), and the gradients of
+/// x and of the weight (f32) for a loss gradient of 1 as far as they are wanted. `targets` are on
+/// the device, `list` the same on the host, checked.
 pub(crate) fn run(
     gpu: &Gpu,
-    x: &Tensor,
-    weight: &Tensor,
-    targets: &Tensor,
-    list: &[i32],
+    (x, weight, targets, list): (&Tensor, &Tensor, &Tensor, &[i32]),
+    over: usize,
     wants: Wants,
-) -> Result<(Tensor, Option<HeadGrads>)> {
+) -> Result<(Tensor, Tensor, Option<HeadGrads>)> {
     let Wants { grads, of_weight } = wants;
     let [tokens, width] = [x.shape()[0], x.shape()[1]];
     let vocab = weight.shape()[0];
     let dtype = x.dtype();
-    let counted = list.iter().filter(|&&t| t >= 0).count();
-    let factor = 1.0 / counted as f32;
-    let rows = chunk_rows(vocab);
+    let factor = 1.0 / over as f32;
+    let rows = chunk_rows(tokens, vocab);
     let held = rows.min(tokens) * vocab;
-    let losses = gpu.alloc_for(tokens * 4, Label::new("losses"))?;
-    losses.fill(0)?;
+    let losses = Tensor::zeros_on(&Device::Cuda(gpu.clone()), DType::F32, &[tokens])?;
     let logits = gpu.alloc_for(held * 4, Label::shaped("logits", &[rows.min(tokens), vocab]))?;
     // The products take the gradient in the storage type; f32 turns in place.
     let beside = grads && dtype != DType::F32;
@@ -86,7 +88,7 @@ pub(crate) fn run(
         let args = Args::new()
             .ptr(logits.ptr())
             .ptr(at(targets)? + first as u64 * 4)
-            .ptr(losses.ptr() + first as u64 * 4)
+            .ptr(at(&losses)? + first as u64 * 4)
             .ptr(dz)
             .f32(factor)
             .len(vocab);
@@ -113,8 +115,27 @@ pub(crate) fn run(
     }
     let loss = stale(gpu, DType::F32, &[])?;
     let mean = kernel(gpu, &SOURCE, "mean_loss", dtype, &[("VECTOR", vector.into())])?;
-    let args = Args::new().ptr(losses.ptr()).ptr(at(&loss)?).len(tokens).f64(counted as f64);
+    let args = Args::new().ptr(at(&losses)?).ptr(at(&loss)?).len(tokens).f64(over as f64);
     // SAFETY: `losses` holds one number a token, `loss` one.
     unsafe { mean.launch([1, 1, 1], [1024, 1, 1], 0, args)? };
-    Ok((loss, outputs))
+    Ok((loss, losses, outputs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::chunk_rows;
+
+    #[test]
+    fn chunks_are_equal_where_they_can_be_and_never_too_large() {
+        // SmolLM2's vocabulary: 2816 rows at most.
+        assert_eq!(chunk_rows(4096, 49152), 2048);
+        assert_eq!(chunk_rows(2816, 49152), 2816);
+        assert_eq!(chunk_rows(128 * 23, 49152), 2816);
+        assert_eq!((chunk_rows(100, 5), chunk_rows(0, 5)), (8192, 1));
+        for tokens in 0..200 {
+            let (tokens, most) = (tokens * 128, 2816);
+            let rows = chunk_rows(tokens, 49152);
+            assert!(rows > 0 && rows <= most, "{tokens}: {rows}");
+        }
+    }
 }

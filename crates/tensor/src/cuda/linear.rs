@@ -4,7 +4,7 @@
 use tercet_cuda::{Gpu, Matmul, Number};
 
 use super::sum_parts::column_sums;
-use super::{at, number, stale};
+use super::{at, group_product, number, stale};
 use crate::backward::{Backward, Weight};
 use crate::tape::Source;
 use crate::{DType, Result, Tensor};
@@ -53,11 +53,21 @@ pub(crate) fn backward(gpu: &Gpu, call: &Call, grad: &Tensor, walk: &mut Backwar
     let [rows, outer, inner] = call.sizes;
     let (dtype, dy) = (grad.dtype(), at(grad)?);
     let bytes = dtype.bytes() as u64;
-    walk.accumulate_rows_cuda(gpu, call.to_weight, rows, |sum, range, add| {
-        let first = range.start as u64 * bytes;
-        let (dy, x) = (dy + first * outer as u64, at(call.x)? + first * inner as u64);
-        weight_gradient(gpu, dtype, dy, x, sum, [range.len(), outer, inner], add)
-    })?;
+    let narrow = outer.min(inner) <= group_product::NARROW;
+    let groups = match narrow {
+        true => walk.groups_cuda(gpu, call.to_weight, rows)?,
+        false => None,
+    };
+    if let Some((sums, groups, add)) = groups {
+        let places = (dy, at(call.x)?, sums);
+        group_product::launch(gpu, dtype, places, &groups, [outer, inner], add)?;
+    } else {
+        walk.accumulate_rows_cuda(gpu, call.to_weight, rows, |sum, range, add| {
+            let first = range.start as u64 * bytes;
+            let (dy, x) = (dy + first * outer as u64, at(call.x)? + first * inner as u64);
+            weight_gradient(gpu, dtype, dy, x, sum, [range.len(), outer, inner], add)
+        })?;
+    }
     if let Some(to_bias) = call.to_bias {
         walk.accumulate_rows_cuda(gpu, to_bias, rows, |sum, range, add| {
             let dy = dy + range.start as u64 * bytes * outer as u64;

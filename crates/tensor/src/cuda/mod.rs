@@ -37,6 +37,8 @@ pub(crate) mod embedding;
 pub(crate) mod expert_linear;
 pub(crate) mod expert_plan;
 pub(crate) mod expert_rows;
+mod group_product;
+pub(crate) mod group_sum;
 pub(crate) mod layer_norm;
 pub(crate) mod linear;
 pub(crate) mod moe_route;

@@ -33,7 +33,7 @@ pub(crate) fn forward(
     let [tokens, width] = [x.shape()[0], x.shape()[1]];
     let vocab = weight.shape()[0];
     let dtype = x.dtype();
-    let rows = chunk_rows(vocab);
+    let rows = chunk_rows(tokens, vocab);
     let shape = [rows.min(tokens), vocab];
     let logits = gpu.alloc_for(shape[0] * vocab * 4, Label::shaped("logits", &shape))?;
     let column = || Tensor::zeros_on(&Device::Cuda(gpu.clone()), DType::F32, &[tokens]);
@@ -109,7 +109,7 @@ fn run(
     let [tokens, width] = [call.x.shape()[0], call.x.shape()[1]];
     let vocab = call.weight.shape()[0];
     let dtype = call.x.dtype();
-    let rows = chunk_rows(vocab);
+    let rows = chunk_rows(tokens, vocab);
     let held = rows.min(tokens) * vocab;
     let logits = gpu.alloc_for(held * 4, Label::shaped("logits", &[rows.min(tokens), vocab]))?;
     // The products take the gradient in the storage type; f32 turns in place.

@@ -34,16 +34,39 @@ pub fn linear_cross_entropy(
     weight: &Var,
     targets: &Tensor,
 ) -> Result<Var> {
+    Ok(reduced(tape, x, weight, targets, true)?.0)
+}
+
+/// As [`linear_cross_entropy`], the sum of the losses instead of their mean, and with it each
+/// token's loss, f32 `[T]`, 0 where none counts, where x is.
+pub fn linear_cross_entropy_sum(
+    tape: &mut Tape,
+    x: &Var,
+    weight: &Var,
+    targets: &Tensor,
+) -> Result<(Var, Tensor)> {
+    reduced(tape, x, weight, targets, false)
+}
+
+fn reduced(
+    tape: &mut Tape,
+    x: &Var,
+    weight: &Var,
+    targets: &Tensor,
+    mean: bool,
+) -> Result<(Var, Tensor)> {
     let [tokens, _, vocab] = check::head(OP, x, weight)?;
     let list = check::targets(OP, targets, tokens, vocab)?;
+    let counted = list.iter().filter(|&&target| target != IGNORED).count();
+    let over = if mean { counted } else { 1 };
     let inputs = [x, weight];
     let wants = Wants { grads: tape.keeps(&inputs), of_weight: tape.keeps(&[weight]) };
     let places = [("x", x.value()), ("the weight", weight.value()), ("targets", targets)];
     let (to_x, to_weight) = (x.source(), Weight::of(OP, weight));
     if let Device::Cuda(gpu) = check::device(OP, &places)? {
-        let (loss, grads) =
-            cuda::cross_entropy::run(&gpu, x.value(), weight.value(), targets, list, wants)?;
-        return tape.record(loss, &inputs, move |seed, walk| {
+        let call = (x.value(), weight.value(), targets, list);
+        let (loss, losses, grads) = cuda::cross_entropy::run(&gpu, call, over, wants)?;
+        let loss = tape.record(loss, &inputs, move |seed, walk| {
             if let Some((mut d_x, d_weight)) = grads {
                 cuda::scale::in_place_by(&gpu, &mut d_x, &seed)?;
                 if let Some(mut d_weight) = d_weight {
@@ -53,12 +76,14 @@ pub fn linear_cross_entropy(
                 walk.give(to_x, d_x)?;
             }
             Ok(())
-        });
+        })?;
+        return Ok((loss, losses));
     }
-    let outcome = float_dispatch!(OP, x.dtype(), run(x.value(), weight.value(), list, wants))?;
-    tape.record(Tensor::scalar(outcome.loss), &inputs, move |grad, walk| {
+    let run = float_dispatch!(OP, x.dtype(), run(x.value(), weight.value(), list, over, wants))?;
+    let Outcome { loss, losses, grads } = run;
+    let loss = tape.record(Tensor::scalar(loss), &inputs, move |grad, walk| {
         let seed = grad.item()?;
-        if let Some((mut d_x, d_weight)) = outcome.grads {
+        if let Some((mut d_x, d_weight)) = grads {
             if seed != 1.0 {
                 float_dispatch!(OP, d_x.dtype(), scale(&mut d_x, seed))?;
             }
@@ -71,7 +96,8 @@ pub fn linear_cross_entropy(
             walk.give(to_x, d_x)?;
         }
         Ok(())
-    })
+    })?;
+    Ok((loss, losses))
 }
 
 fn scale<E: Float>(grad: &mut Tensor, factor: f32) -> Result<()> {
@@ -94,15 +120,23 @@ pub(crate) type HeadGrads = (Tensor, Option<Tensor>);
 
 struct Outcome {
     loss: f32,
+    /// Of each token, f32 `[T]`.
+    losses: Tensor,
     /// Of x and of the weight (f32), for a loss gradient of 1.
     grads: Option<HeadGrads>,
 }
 
-fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], wants: Wants) -> Result<Outcome> {
+/// The sum of the losses over `over`.
+fn run<E: Float>(
+    x: &Tensor,
+    weight: &Tensor,
+    targets: &[i32],
+    over: usize,
+    wants: Wants,
+) -> Result<Outcome> {
     let Wants { grads, of_weight } = wants;
     let (tokens, width) = (x.shape()[0], x.shape()[1]);
     let vocab = weight.shape()[0];
-    let counted = targets.iter().filter(|&&t| t != IGNORED).count();
     let xs: &[E] = x.view(OP, "x")?;
     let narrow: &[E] = weight.view(OP, "the weight")?;
     let wide = E::widen(narrow);
@@ -127,7 +161,7 @@ fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], wants: Wants) -> 
         let x = E::widen(&xs[at.clone()]);
         let z = &mut logits[..count * vocab];
         project(z, &x, &wide, [count, vocab, width], false);
-        let factor = 1.0 / counted as f32;
+        let factor = 1.0 / over as f32;
         let per = parallel::rows_per_chunk(vocab);
         z.par_chunks_mut(per * vocab)
             .zip(losses[first..first + count].par_chunks_mut(per))
@@ -149,9 +183,9 @@ fn run<E: Float>(x: &Tensor, weight: &Tensor, targets: &[i32], wants: Wants) -> 
         d_weight.as_f32_mut()?.fill(0.0);
     }
     let total: f64 = losses.iter().map(|&l| f64::from(l)).sum();
-    let loss = (total / counted.max(1) as f64) as f32;
+    let loss = (total / over.max(1) as f64) as f32;
     let grads = outputs.map(|(d_x, d_weight)| (Tensor::from_buffer(d_x, x.shape()), d_weight));
-    Ok(Outcome { loss, grads })
+    Ok(Outcome { loss, losses: Tensor::from_buffer(losses, &[tokens]), grads })
 }
 
 multiversion! {

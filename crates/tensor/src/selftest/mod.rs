@@ -8,6 +8,7 @@
 
 mod attention;
 mod cases;
+mod groups;
 mod optimizer;
 mod rules;
 
@@ -64,6 +65,7 @@ pub fn selftest(device: &Device, each: &mut dyn FnMut(Row)) {
     }
     optimizer::run(device, each);
     rules::run(device, each);
+    groups::run(device, each);
 }
 
 /// Numbers in `-1..1`, the same for the same seed.

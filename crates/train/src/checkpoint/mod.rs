@@ -12,6 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use manifest::{MANIFEST, Manifest, verify};
+use serde_json::{Map, Value};
 pub use state::{RunState, differing_key};
 use tercet_model::Model;
 use tercet_tensor::AdamWState;
@@ -30,6 +31,8 @@ pub struct Snapshot<'a> {
     pub model: &'a Model,
     /// The folder of the weights that an adapter stands beside.
     pub base: &'a str,
+    /// Further fields of the adapter's configuration.
+    pub notes: &'a Map<String, Value>,
     /// Moments, master weights, update count.
     pub optimizer: &'a AdamWState,
     /// Step, data position, guard.
@@ -89,7 +92,7 @@ fn write(beside: &Path, snapshot: &Snapshot) -> Result<Manifest> {
     files::create_folder(&state)?;
     let model = snapshot.model;
     let saved = match model.active_adapter().and_then(|name| model.adapter(name)) {
-        Some(adapter) => adapter.save(beside, snapshot.base),
+        Some(adapter) => adapter.save_noted(beside, snapshot.base, snapshot.notes),
         None => model.save(beside),
     };
     saved.map_err(|error| match error {

@@ -20,9 +20,10 @@ const MOST_EPSILON: f64 = 1e6;
 
 /// Set what attacks find beside the epsilon that was proven.
 ///
-/// RUN is the output folder of `tercet private tune`, given with the canaries of its rows (made by
-/// `tercet private records`), with members and with persons it never saw: its newest checkpoint is
-/// attacked, RUN/scores.jsonl gets the scores, and epsilon and delta are those that were proven.
+/// RUN is the output folder of `tercet private tune`: one that planted canaries of its own
+/// (private.canaries), or given with the canaries of its rows (made by `tercet private records`), with
+/// members and with persons it never saw. Its newest checkpoint is attacked, RUN/scores.jsonl gets the
+/// scores, and epsilon and delta are those that were proven.
 ///
 /// SCORES, from elsewhere, has a line a row: {"id": …, "included": true or false, "score": loss,
 /// "kind": "canary", "member" or "nonmember"}; a canary may have "candidates", the losses of what
@@ -34,6 +35,7 @@ const MOST_EPSILON: f64 = 1e6;
 #[command(
     allow_negative_numbers = true,
     after_help = "Examples:\n  \
+    tercet private audit run\n  \
     tercet private audit run --canaries canaries.jsonl\n  \
     tercet private audit --scores scores.jsonl --epsilon 4 --delta 1e-6\n  \
     tercet private audit --scores scores.jsonl --epsilon 4 --delta 1e-6 --svg audit.svg"
@@ -42,7 +44,7 @@ pub struct Args {
     /// Output folder of `tercet private tune`
     #[arg(required_unless_present = "scores")]
     run: Option<PathBuf>,
-    /// The manifest of the canaries among its rows
+    /// The manifest of the canaries among its rows, instead of those that it planted itself
     #[arg(long, value_name = "FILE", requires = "run")]
     canaries: Option<PathBuf>,
     /// Rows that it was trained on
@@ -135,11 +137,6 @@ fn rows(args: &Args) -> anyhow::Result<(Vec<Scored>, f64, f64)> {
         nonmembers: args.nonmembers.clone(),
         rows: args.rows,
     };
-    if suspects.canaries.is_none() && suspects.members.is_none() {
-        return Err(error::user(
-            "there is nothing to audit with; give --canaries, or --members and --nonmembers",
-        ));
-    }
     let device = args.device.choose()?;
     let stop = interrupt::stop_flag()?;
     let found = attack(run, &suspects, (&stop, &device.tensors()))?;
