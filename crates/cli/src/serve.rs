@@ -309,13 +309,14 @@ impl Plan {
             None => free_bytes(device)?,
         };
         let cache_bytes = usize::try_from(cache).unwrap_or(usize::MAX);
-        let running = self.limits.running;
+        let waiting = self.limits.waiting;
         let mut limits = Limits { cache_bytes, ..self.limits };
         if let Choice::Cuda(_) = device {
             [limits.chunk, limits.prefill_tokens] = READS_CUDA;
         }
         let (handle, engine) = Engine::start(Models::new(model)?, limits)?;
-        say(&handle, cache, running);
+        // Memory may hold fewer places than were asked for.
+        say(&handle, cache, handle.places() - waiting);
         let sparse = config.nsa.is_some();
         Ok((Served::new(Arc::new(handle), self.name, text, sparse), engine))
     }
