@@ -67,3 +67,35 @@ fn records_are_made_once_and_counted() {
     assert_eq!(std::fs::read_to_string(folder.path().join("r/train.jsonl")).unwrap(), train);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
+
+/// What a plan can see of a run's mistakes it says, with and without the model's folder.
+#[test]
+fn a_plan_names_a_target_that_the_model_does_not_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "output = \"run\"\n[model]\npath = \"model\"\n[lora]\nr = 2\n\
+        targets = [\"q_proj\", \"w_proj\"]\n[data]\npaths = [\"rows.jsonl\"]\n[private]\n\
+        unit = \"who\"\npeople = 1000\nepsilon = 4.0\n[train]\nsteps = 10\nbatch = 10\n";
+    std::fs::write(folder.path().join("run.toml"), config).unwrap();
+    let plan = |more: &[&str]| tercet(folder.path(), &[&["plan", "run.toml"], more].concat());
+    assert_eq!(plan(&[]).status.code(), Some(0), "the model may come later");
+    std::fs::create_dir(folder.path().join("model")).unwrap();
+    let model = serde_json::json!({
+        "model_type": "llama", "vocab_size": 270, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "hidden_act": "silu", "tie_word_embeddings": true, "architectures": ["LlamaForCausalLM"],
+    });
+    std::fs::write(folder.path().join("model/config.json"), model.to_string()).unwrap();
+    let wrong = plan(&[]);
+    let said = String::from_utf8(wrong.stderr).unwrap();
+    assert_eq!(wrong.status.code(), Some(2), "{said}");
+    assert!(said.contains("\"w_proj\" means no module of this model"), "{said}");
+    let fine = plan(&[
+        "lora.targets=[\"q_proj\"]",
+        "private.canaries.kind=\"gradient\"",
+        "private.canaries.count=100",
+    ]);
+    let said = String::from_utf8(fine.stdout).unwrap();
+    assert_eq!(fine.status.code(), Some(0), "{}", String::from_utf8_lossy(&fine.stderr));
+    assert!(said.contains("canaries    100, gradients along random coordinates"), "{said}");
+}

@@ -3,7 +3,9 @@
 //! has the optimizer, which is the same. Times are compared within one run, round by round; the
 //! peak of memory is that of the ways of one run:
 //!
-//! `cargo run --release -p tercet-private --example step -- plain,private [tokens] [private.KEY=VALUE…]`
+//! `cargo run --release -p tercet-private --example step -- plain,private [tokens] [cuda] [KEY=VALUE…]`
+//!
+//! On `cuda` it is all of SmolLM2-135M and 32 persons, and bf16 with `train.dtype="bf16"`.
 
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -18,13 +20,12 @@ use tercet_private::tune::rows::Person;
 use tercet_private::tune::run::recipe;
 use tercet_private::tune::task::{Private, Secrets, layout};
 use tercet_private::tune::{Budget, PrivateConfig};
-use tercet_tensor::{DType, Grads, Tape};
+use tercet_tensor::{Device, Gpu, Grads, Tape};
 use tercet_train::run::Task;
 use tercet_train::tune::{Example, pack};
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
-const PERSONS: usize = 8;
 const ROUNDS: usize = 9;
 
 /// Everybody is drawn with a probability of 0.999 each.
@@ -36,25 +37,34 @@ fn main() -> Fallible<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let ways: Vec<&str> = args.first().map_or("plain,private", String::as_str).split(',').collect();
     let tokens: usize = args.get(1).map_or(Ok(128), |text| text.parse())?;
+    let gpu = match args.get(2).is_some_and(|arg| arg == "cuda") {
+        true => Some(Gpu::open(0)?),
+        false => None,
+    };
+    // The shape of SmolLM2-135M; on a CPU with fewer layers and a smaller vocabulary.
+    let (persons, layers, vocab) = if gpu.is_some() { (32, 30, 49152) } else { (8, 8, 16384) };
     let mut keys =
-        vec![format!("data.context={tokens}"), format!("train.micro_tokens={}", tokens * PERSONS)];
-    keys.extend(args.iter().skip(2).cloned());
+        vec![format!("data.context={tokens}"), format!("train.micro_tokens={}", tokens * persons)];
+    keys.extend(args.iter().skip(if gpu.is_some() { 3 } else { 2 }).cloned());
     let config = PrivateConfig::parse(TEXT, &keys)?;
-    // The shape of SmolLM2-135M, with fewer layers and a smaller vocabulary.
     let shape = serde_json::from_value(json!({
-        "model_type": "tercet", "vocab_size": 16384, "hidden_size": 576,
-        "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 9,
+        "model_type": "tercet", "vocab_size": vocab, "hidden_size": 576,
+        "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 2048,
+        "tie_word_embeddings": true,
     }))?;
-    let mut model = Model::new(shape, 1, DType::F32)?;
+    let mut model = Model::new(shape, 1, config.train.dtype.dtype())?;
     let adapter = Adapter::new(&model, config.lora.clone().unwrap_or_default(), 2)?;
     model.attach("a", adapter)?;
     model.activate(Some("a"))?;
+    if let Some(gpu) = &gpu {
+        model.to_device(&Device::Cuda(gpu.clone()))?;
+    }
     let person = |p: usize| {
-        let ids = (0..tokens).map(|t| ((t * 31 + p * 977 + t * t * 7) % 16384) as i32).collect();
+        let ids = (0..tokens).map(|t| ((t * 31 + p * 977 + t * t * 7) % vocab) as i32).collect();
         Person { examples: vec![Example { ids, learnt: vec![true; tokens] }] }
     };
-    let people: Vec<Person> = (0..PERSONS).map(person).collect();
+    let people: Vec<Person> = (0..persons).map(person).collect();
 
     let folder = tempfile::tempdir()?;
     let identity = Identity { run: "r".into(), data: "d".into(), config: "c".into() };
@@ -69,9 +79,13 @@ fn main() -> Fallible<()> {
 
     let stop = AtomicBool::new(false);
     let mut times = vec![Vec::new(); ways.len()];
+    let mut peaks = vec![0; ways.len()];
     let mut step = 0;
     for round in 0..ROUNDS * ways.len() {
         let mut grads = Grads::new(model.trained().len());
+        if let Some(gpu) = &gpu {
+            gpu.reset_peak();
+        }
         let start = Instant::now();
         match ways[round % ways.len()] {
             "plain" => {
@@ -86,15 +100,20 @@ fn main() -> Fallible<()> {
             }
             other => return Err(format!("{other:?} is neither plain nor private").into()),
         }
+        if let Some(gpu) = &gpu {
+            gpu.synchronize()?;
+            peaks[round % ways.len()] = gpu.memory_use()?.peak;
+        }
         times[round % ways.len()].push(1e3 * start.elapsed().as_secs_f64());
     }
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or("VmHWM: unknown");
     let (trained, all) = (model.trained().elements(), model.params().elements());
-    println!("{PERSONS} persons of {tokens} tokens; {trained} of {all} parameters train; {peak}");
-    for (way, mut times) in ways.iter().zip(times) {
+    println!("{persons} persons of {tokens} tokens; {trained} of {all} parameters train; {peak}");
+    for ((way, mut times), peak) in ways.iter().zip(times).zip(peaks) {
         times.sort_by(f64::total_cmp);
-        println!("{way}: {:.0} ms a step ({:.0} at best)", times[ROUNDS / 2], times[0]);
+        let (middle, best) = (times[ROUNDS / 2], times[0]);
+        println!("{way}: {middle:.1} ms a step ({best:.1} at best), {} MB on a device", peak >> 20);
     }
     Ok(())
 }

@@ -231,20 +231,19 @@ impl<'g> Backward<'g> {
         })
     }
 
-    /// Where a gradient of a sum over `rows` rows is kept apart by groups, on a device: the address
-    /// of the first group's f32 numbers, the groups, and whether there is something to add to.
+    /// Where a gradient of a sum over `rows` rows is kept apart by groups, on a device.
     pub(crate) fn groups_cuda(
         &mut self,
         gpu: &Gpu,
         to: &Weight,
         rows: usize,
-    ) -> Result<Option<(u64, Arc<[Range<usize>]>, bool)>> {
+    ) -> Result<Option<Apart>> {
         let Source::Param(slot) = to.source else { return Ok(None) };
         let Some(groups) = self.grads.groups_of(to.op, rows)? else { return Ok(None) };
         let device = Device::Cuda(gpu.clone());
         let (sum, filled) =
             self.grads.accumulate_groups_on(&device, slot, &to.shape, groups.len())?;
-        Ok(Some((cuda::at_mut(sum)?, groups, filled)))
+        Ok(Some(Apart { sums: cuda::at_mut(sum)?, groups, add: filled }))
     }
 
     /// As [`Backward::accumulate_rows`] on a device, group after group: `f(sum, rows, add)` is
@@ -256,16 +255,25 @@ impl<'g> Backward<'g> {
         rows: usize,
         f: impl Fn(u64, Range<usize>, bool) -> Result<()>,
     ) -> Result<()> {
-        let Some((mut at, groups, filled)) = self.groups_cuda(gpu, to, rows)? else {
+        let Some(Apart { mut sums, groups, add }) = self.groups_cuda(gpu, to, rows)? else {
             return self.accumulate_f32_cuda(gpu, to, |sum, add| f(sum, 0..rows, add));
         };
         let bytes = (4 * to.shape.iter().product::<usize>()) as u64;
         for group in groups.iter() {
-            f(at, group.clone(), filled)?;
-            at += bytes;
+            f(sums, group.clone(), add)?;
+            sums += bytes;
         }
         Ok(())
     }
+}
+
+/// A gradient on a device that is kept apart by groups of rows.
+pub(crate) struct Apart {
+    /// The address of the first group's f32 numbers; the others follow.
+    pub sums: u64,
+    pub groups: Arc<[Range<usize>]>,
+    /// Whether there is something to add to.
+    pub add: bool,
 }
 
 /// What the backward of an op must know of a weight to give it its gradient.

@@ -1,7 +1,7 @@
 //! Storage that is used again.
 //!
 //! Fresh memory costs a page fault every 4 KiB, which can double the time of a training step
-//! that makes the same few hundred buffers each time. Buffers above [`SMALL`] elements are cut
+//! that makes the same few hundred buffers each time. Buffers above `SMALL` elements are cut
 //! to one of eight sizes an octave and, when dropped, kept for the next request of that size,
 //! with their stale contents: an op that overwrites all of its output pays nothing for it.
 

@@ -6,6 +6,8 @@ use clap::ValueEnum;
 use serde::Serialize;
 use tercet_private::accounting::{Phase, gaussian, gdp, pld, rdp};
 
+use super::run::Run;
+
 /// Say what epsilon a run costs, by one accountant or by all.
 ///
 /// `pld` gives an upper and a lower bound with the truth between them, for each direction of
@@ -23,15 +25,8 @@ pub struct Args {
     /// Noise multiplier: standard deviation of the noise over the clipping norm
     #[arg(long, value_name = "S")]
     sigma: f64,
-    /// Probability with which a step draws each person: a number or BATCH/PEOPLE
-    #[arg(long, value_name = "Q", value_parser = super::parse_rate)]
-    rate: f64,
-    /// Number of steps
-    #[arg(long, value_name = "T")]
-    steps: u64,
-    /// Probability with which epsilon may be passed; well below one over the number of people
-    #[arg(long, value_name = "D")]
-    delta: f64,
+    #[command(flatten)]
+    run: Run,
     /// Who counts
     #[arg(long, value_enum, default_value = "pld")]
     accountant: Choice,
@@ -78,9 +73,9 @@ struct Report {
 
 /// Prints the table.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let phases = [Phase::new(args.sigma, args.rate, args.steps)?];
-    let lines = lines(&phases, args.delta, args.accountant)?;
-    let Args { sigma, rate, steps, delta, .. } = *args;
+    let Args { sigma, run: Run { rate, steps, delta }, .. } = *args;
+    let phases = [Phase::new(sigma, rate, steps)?];
+    let lines = lines(&phases, delta, args.accountant)?;
     let report = Report { sigma, rate, steps, delta, epsilon: lines };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);

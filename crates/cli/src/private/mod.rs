@@ -4,6 +4,7 @@ mod audit;
 mod epsilon;
 pub mod plan;
 mod records;
+mod run;
 mod sigma;
 mod tune;
 
@@ -42,31 +43,5 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         What::Records(args) => records::run(args),
         What::Sigma(args) => sigma::run(args),
         What::Tune(args) => tune::run(args),
-    }
-}
-
-/// An expected batch over a number of people, such as `256/60000`, or a number.
-fn parse_rate(text: &str) -> Result<f64, String> {
-    let number = |text: &str| text.trim().parse::<f64>().ok();
-    let rate = match text.split_once('/') {
-        Some((batch, people)) => number(batch).zip(number(people)).map(|(b, n)| b / n),
-        None => number(text),
-    };
-    rate.ok_or_else(|| format!("`{text}` is not a rate; write a number such as 0.004 or 256/60000"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rate_is_a_number_or_a_fraction() {
-        assert_eq!(parse_rate("0.01"), Ok(0.01));
-        assert_eq!(parse_rate("256/60000"), Ok(256.0 / 60000.0));
-        assert!(
-            parse_rate("1/2/3").is_err() && parse_rate("").is_err() && parse_rate("x").is_err()
-        );
-        // What the number means is for the accountant to judge.
-        assert!(parse_rate("1/0").is_ok_and(f64::is_infinite));
     }
 }

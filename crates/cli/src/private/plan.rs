@@ -16,7 +16,12 @@ pub fn is_private(config: &Path, overrides: &[String]) -> bool {
 
 /// Prints the promise.
 pub fn print(config: &Path, overrides: &[String]) -> anyhow::Result<()> {
-    print!("{}", text(&PrivateConfig::load(config, overrides)?)?);
+    let config = PrivateConfig::load(config, overrides)?;
+    // Of a model that is not there yet nothing can be said.
+    if let (Some(lora), true) = (&config.lora, config.model.path.join("config.json").exists()) {
+        lora.check_for(&tercet_model::load_config(&config.model.path)?.0)?;
+    }
+    print!("{}", text(&config)?);
     Ok(())
 }
 

@@ -4,6 +4,8 @@ use clap::ValueEnum;
 use serde::Serialize;
 use tercet_private::accounting::calibrate::{self, Accountant};
 
+use super::run::Run;
+
 /// Say how much noise an epsilon needs: the smallest sigma, never one that costs more.
 ///
 /// The epsilon meant is the accountant's upper bound, for adding or removing one person. `gdp` is
@@ -19,15 +21,8 @@ pub struct Args {
     /// The epsilon not to pass
     #[arg(long, value_name = "E")]
     epsilon: f64,
-    /// Probability with which a step draws each person: a number or BATCH/PEOPLE
-    #[arg(long, value_name = "Q", value_parser = super::parse_rate)]
-    rate: f64,
-    /// Number of steps
-    #[arg(long, value_name = "T")]
-    steps: u64,
-    /// Probability with which epsilon may be passed; well below one over the number of people
-    #[arg(long, value_name = "D")]
-    delta: f64,
+    #[command(flatten)]
+    run: Run,
     /// Whose upper bound is meant
     #[arg(long, value_enum, default_value = "pld")]
     accountant: Choice,
@@ -71,7 +66,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Choice::Rdp => &[Accountant::Rdp],
         Choice::All => &[Accountant::Pld, Accountant::Rdp],
     };
-    let Args { epsilon: target, rate, steps, delta, .. } = *args;
+    let Args { epsilon: target, run: Run { rate, steps, delta }, .. } = *args;
     let mut report = Report { target, rate, steps, delta, sigma: Vec::new() };
     for &accountant in accountants {
         let found = calibrate::sigma(accountant, (target, delta), rate, steps)?;

@@ -48,8 +48,8 @@ impl Adapter {
     /// a = √5). The same seed gives the same bits.
     pub fn new(model: &Model, config: LoraConfig, seed: u64) -> Result<Self> {
         config.validate()?;
-        let modules = modules::modules(model);
-        let chosen = config.choose(&modules, &modules::refused(model))?;
+        let modules = modules::modules(&modules::Plan::of(model));
+        let chosen = config.choose(&modules, &modules::refused(&modules::Plan::of(model)))?;
         let most = chosen.iter().map(|m| m.inputs.min(m.outputs)).max().unwrap_or(0);
         if config.r > most {
             return Err(Error::Adapter(format!(
@@ -112,7 +112,7 @@ impl Adapter {
     /// Checks that the adapter fits a model, takes its storage type and device, and finds its
     /// weights.
     pub(super) fn seat(&mut self, model: &Model) -> Result<()> {
-        let modules = modules::modules(model);
+        let modules = modules::modules(&modules::Plan::of(model));
         let shapes: Vec<[Vec<usize>; 2]> = self.modules.iter().map(|m| self.shapes(m)).collect();
         let found = self.modules.iter().zip(&shapes);
         let found = found.map(|(module, [a, b])| (module.name.as_str(), [&a[..], &b[..]]));

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::modules::{Module, Refused};
+use super::modules::{self, Module, Plan, Refused};
+use crate::config::ModelConfig;
+use crate::layout::layout;
 use crate::{Error, Result};
 
 /// The target that stands for every linear of the decoder but the output head, routers and routed
@@ -61,6 +63,18 @@ impl LoraConfig {
             return fail("there is no target; name modules, or \"all-linear\"".into());
         }
         Ok(())
+    }
+
+    /// Refuses what could be no adapter for models of a configuration, such as a target that means
+    /// none of their modules; nothing of a model is needed.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`].
+    pub fn check_for(&self, model: &ModelConfig) -> Result<()> {
+        self.validate()?;
+        let (slots, specs) = layout(model);
+        let plan = Plan::new(model, (&slots, &specs));
+        self.choose(&modules::modules(&plan), &modules::refused(&plan)).map(drop)
     }
 
     /// The modules that the targets mean, in the decoder's order. A target that means none, or one

@@ -1,7 +1,7 @@
 //! The modules of a model that may carry an adapter, under the names they have in its files.
 
-use crate::config::Family;
-use crate::layout::{AttentionSlots, DecoderSlots, FeedForwardSlots, LinearSlots};
+use crate::config::{Family, ModelConfig};
+use crate::layout::{AttentionSlots, DecoderSlots, FeedForwardSlots, LinearSlots, ParamSpec};
 use crate::stored::Stored;
 use crate::{Error, Model, Result};
 
@@ -49,18 +49,38 @@ fn linears(slots: &DecoderSlots) -> Vec<LinearSlots> {
     all
 }
 
-/// The name of the module that a weight stands in, in the file.
-fn module_name(model: &Model, weight: usize) -> String {
-    let stored = Stored::of(model.config(), model.params().name(weight)).name;
-    stored.strip_suffix(".weight").unwrap_or(&stored).to_owned()
+/// A model's weights by name and shape, which its configuration says.
+pub(super) struct Plan<'a> {
+    config: &'a ModelConfig,
+    slots: &'a DecoderSlots,
+    specs: &'a [ParamSpec],
+}
+
+impl<'a> Plan<'a> {
+    pub fn of(model: &'a Model) -> Self {
+        Self { config: model.config(), slots: &model.slots, specs: model.params().specs() }
+    }
+
+    pub fn new(
+        config: &'a ModelConfig,
+        (slots, specs): (&'a DecoderSlots, &'a [ParamSpec]),
+    ) -> Self {
+        Self { config, slots, specs }
+    }
+
+    /// The name of the module that a weight stands in, in the file.
+    fn name(&self, weight: usize) -> String {
+        let stored = Stored::of(self.config, &self.specs[weight].name).name;
+        stored.strip_suffix(".weight").unwrap_or(&stored).to_owned()
+    }
 }
 
 /// What may carry an adapter.
-pub(super) fn modules(model: &Model) -> Vec<Module> {
+pub(super) fn modules(plan: &Plan) -> Vec<Module> {
     let mut all: Vec<Module> = Vec::new();
-    for LinearSlots { weight, .. } in linears(&model.slots) {
-        let name = module_name(model, weight);
-        let shape = model.params().tensor(weight).shape();
+    for LinearSlots { weight, .. } in linears(plan.slots) {
+        let name = plan.name(weight);
+        let shape = &plan.specs[weight].shape;
         match all.last_mut() {
             Some(fused) if fused.name == name => {
                 fused.weights.push(weight);
@@ -76,9 +96,9 @@ pub(super) fn modules(model: &Model) -> Vec<Module> {
 }
 
 /// What multiplies too and may not.
-pub(super) fn refused(model: &Model) -> Vec<Refused> {
-    let slots = &model.slots;
-    let refuse = |weight, what| Refused { name: module_name(model, weight), what };
+pub(super) fn refused(plan: &Plan) -> Vec<Refused> {
+    let slots = plan.slots;
+    let refuse = |weight, what| Refused { name: plan.name(weight), what };
     let mut all = vec![refuse(slots.embed, "the embedding")];
     all.extend(slots.positions.map(|slot| refuse(slot, "the table of positions")));
     all.push(Refused { name: "lm_head".into(), what: "the output head" });

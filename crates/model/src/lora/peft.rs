@@ -79,7 +79,7 @@ impl Adapter {
             };
             found.push((name.as_str(), [a, b]));
         }
-        let modules = modules::modules(model);
+        let modules = modules::modules(&modules::Plan::of(model));
         let shapes = found.iter().map(|(name, [a, b])| (*name, [&a.shape[..], &b.shape[..]]));
         modules::refuse_misfits(&modules, config.r, shapes)
             .map_err(|e| Error::file(dir, e.to_string()))?;
@@ -276,7 +276,7 @@ fn check_targets(
     if let Some(star) = config.targets.iter().find(|target| target.contains('*')) {
         return Err(format!("target_modules holds {star:?}, which is no name"));
     }
-    let refused = modules::refused(model);
+    let refused = modules::refused(&modules::Plan::of(model));
     let all = config.targets.iter().any(|target| target == ALL_LINEAR);
     let targeted = |name: &str| config.targets.iter().any(|target| means(target, name));
     if let Some(module) = refused.iter().find(|module| !all && targeted(&module.name)) {

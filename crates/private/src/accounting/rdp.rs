@@ -6,7 +6,7 @@
 //! A is hardly more than 1, so A − 1 is what must be exact. Both forms here have no cancellation:
 //! * integer α: expanding the power, every term of A that is 1 in the absence of noise sums to 1, so
 //!   `A − 1 = Σ_{k≥2} C(α,k)(1−q)^{α−k} q^k·expm1((k²−k)/(2σ²))`, all positive;
-//! * any α: E[w] = 0, so `A − 1 = E[(1+w)^α − 1 − αw]`, and Bernoulli's inequality says that the
+//! * any α: `E[w] = 0`, so `A − 1 = E[(1+w)^α − 1 − αw]`, and Bernoulli's inequality says that the
 //!   integrand is never negative. The integral is done by the trapezoidal rule, which for a function
 //!   analytic within ±id of the line errs by about exp(−2πd/step) (Trefethen & Weideman 2014).
 

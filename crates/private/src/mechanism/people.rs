@@ -2,10 +2,15 @@
 //!
 //! Adding or removing a person adds or removes all rows of that person, of which a step sees at
 //! most `cap`, always the same ones. Which they are depends on that person's own rows alone.
+//!
+//! Ids of text are the same when they are the same characters, however those are written in Unicode
+//! (they are compared in normalization form C): an é of one code point or of two is one person. What
+//! looks alike and is other characters, or differs in case, is another person.
 
 use std::collections::HashMap;
 
 use serde_json::{Map, Value};
+use unicode_normalization_alignments::UnicodeNormalization;
 
 use crate::{Error, Result};
 
@@ -131,6 +136,11 @@ impl People {
     }
 }
 
+/// An id of text in the one form in which ids are compared: Unicode's normalization form C.
+pub fn composed(id: &str) -> String {
+    id.nfc().map(|(character, _)| character).collect()
+}
+
 /// A person's id and whether it is a number.
 fn id(row: &Map<String, Value>, column: &str, at: usize) -> Result<(String, bool)> {
     let refuse = |what: String| {
@@ -147,7 +157,7 @@ fn id(row: &Map<String, Value>, column: &str, at: usize) -> Result<(String, bool
         Some(Value::String(text)) if text.trim() != text => {
             refuse(format!("has the id {text:?} with spaces about it"))
         }
-        Some(Value::String(text)) => Ok((text.clone(), false)),
+        Some(Value::String(text)) => Ok((composed(text), false)),
         Some(Value::Number(number)) if number.is_i64() || number.is_u64() => {
             Ok((number.to_string(), true))
         }
@@ -190,6 +200,24 @@ mod tests {
         assert_eq!(numbers.rows(0), [0, 2]);
         let fewer = all.retain(|row| row != 1 && row != 2);
         assert_eq!((fewer.len(), fewer.rows(0), fewer.rows(1)), (2, &[0, 3][..], &[4][..]));
+    }
+
+    /// An id that came by way of two programs, one of which writes é as e and an accent.
+    #[test]
+    fn a_person_is_one_in_every_form_of_unicode() {
+        let values = json!([{"p": "Ren\u{e9}e"}, {"p": "Rene\u{301}e"}, {"p": "Renee"}]);
+        let people = grouped("p", 9, values).unwrap();
+        assert_eq!((people.len(), people.rows(0), people.rows(1)), (2, &[0, 1][..], &[2][..]));
+        // Hangul, whose syllables compose by rule, and two accents in either order of writing.
+        for (one, other) in
+            [("\u{1112}\u{1161}\u{11ab}", "\u{d55c}"), ("a\u{323}\u{302}", "a\u{302}\u{323}")]
+        {
+            assert_eq!(composed(one), composed(other));
+        }
+        // Lookalikes are others: a ligature, another alphabet, another case.
+        for (one, other) in [("\u{fb01}", "fi"), ("\u{410}", "A"), ("a", "A")] {
+            assert_ne!(composed(one), composed(other));
+        }
     }
 
     #[test]

@@ -18,9 +18,11 @@
 use super::state::{Reader, State};
 use crate::Result;
 
-/// Averages of mean and variance.
+/// Averages of mean and variance, and the share of the mean variance below which none counts. The
+/// rule is the paper's, `s² ← β₂·s² + (1 − β₂)·clamp((g̃ − a)² − b²σ², h₁, h₂)` (as in
+/// github.com/soominkwon/DP-dSNE, too); its β and h are for gradients of another size and could not
+/// be confirmed, so these are ours, chosen without data.
 const BETA: (f32, f32) = (0.99, 0.9);
-/// No variance counts as less than this share of their mean.
 const LEAST: f64 = 1e-4;
 
 /// a, s² and b of every coordinate, by slot.

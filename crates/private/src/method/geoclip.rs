@@ -11,6 +11,10 @@
 //! Directions and variances follow released gradients alone: the leading ones of
 //! `β₂·Σ + (1 − β₂)·B·v·vᵀ` with v = g̃ − a, from which the energy of the noise, which is known, is
 //! taken away along each q_k and in what is orthogonal to them.
+//!
+//! The paper's own code differs in what is private (github.com/atefeh-gilani/GeoClip): its first steps
+//! in low rank release the mean gradient without noise. Here the first step has no direction and all
+//! of the noise.
 
 use super::Layout;
 use super::state::{Reader, State};
@@ -18,9 +22,11 @@ use crate::Result;
 
 /// Directions of an adapter.
 const RANK: usize = 8;
-/// Averages of mean and covariance.
-const BETA: (f64, f64) = (0.99, 0.9);
-/// No variance counts as less than this share of the largest.
+/// Averages of mean and covariance: the paper's β₁, and the β₃ of its streaming variant (its section
+/// 4; 0.999 with a whole covariance matrix).
+const BETA: (f64, f64) = (0.99, 0.99);
+/// No variance counts as less than this share of the largest. The paper clamps between 10⁻¹⁵ and h₂,
+/// 1 or 10 by data set; here the scale is fixed otherwise, and no number depends on the data.
 const LEAST: f64 = 1e-4;
 
 /// What is known of one adapter's gradients.

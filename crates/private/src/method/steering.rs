@@ -96,7 +96,7 @@ impl Steering {
     /// As the run begins.
     ///
     /// # Errors
-    /// [`Error::Step`] for a layout that has no blocks; [`Error::Controller`] for one with more
+    /// [`crate::Error::Step`] for a layout that has no blocks; [`crate::Error::Controller`] for one with more
     /// than a controller can be shown.
     pub fn new(recipe: Recipe, layout: Layout) -> Result<Self> {
         let blocks = blocks(recipe.by_adapter, &layout)?;
@@ -223,7 +223,7 @@ impl Steering {
     /// that went into the sum.
     ///
     /// # Errors
-    /// [`Error::Step`] when a controller's answer makes no sense.
+    /// [`crate::Error::Step`] when a controller's answer makes no sense.
     pub fn learn(
         &mut self,
         step: u64,
@@ -302,7 +302,7 @@ impl Steering {
     /// Goes on from a checkpoint's state.
     ///
     /// # Errors
-    /// [`Error::State`] when it is of another method or other tensors.
+    /// [`crate::Error::State`] when it is of another method or other tensors.
     pub fn restore(&mut self, state: &State) -> Result<()> {
         let mut reader = Reader::new(state);
         self.bounds = reader.numbers(self.bounds.len())?;

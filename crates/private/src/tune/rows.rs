@@ -14,7 +14,7 @@ use tercet_train::{Error, Result, files};
 
 use super::config::PrivateConfig;
 use super::planted::Canaries;
-use crate::mechanism::people::{People, Unit};
+use crate::mechanism::people::{People, Unit, composed};
 
 /// What one person wrote, or is told of.
 #[derive(Clone, Debug, PartialEq)]
@@ -202,7 +202,7 @@ pub(super) fn whose(row: &Row, unit: &Unit) -> String {
     match unit {
         Unit::Row => Value::Object(row.object.clone()).to_string(),
         Unit::Column(column) => match row.object.get(column) {
-            Some(Value::String(text)) => text.clone(),
+            Some(Value::String(text)) => composed(text),
             other => other.map(Value::to_string).unwrap_or_default(),
         },
     }

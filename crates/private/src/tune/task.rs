@@ -1,6 +1,6 @@
 //! One private step of the training loop.
 //!
-//! Everything that depends on a person stays on this side of [`joint::release`]: losses,
+//! Everything that depends on a person stays on this side of `joint::release`: losses,
 //! norms, how many were drawn. What the loop, a record, a controller or a checkpoint is given has
 //! come out of it, or is public.
 

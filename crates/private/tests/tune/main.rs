@@ -6,6 +6,7 @@ mod tiny_chat;
 mod audit;
 mod bits;
 mod common;
+mod device;
 mod ledger;
 mod methods;
 mod planted;

@@ -5,7 +5,7 @@ use tercet_cuda::{Gpu, Matmul, Number};
 
 use super::sum_parts::column_sums;
 use super::{at, group_product, number, stale};
-use crate::backward::{Backward, Weight};
+use crate::backward::{Apart, Backward, Weight};
 use crate::tape::Source;
 use crate::{DType, Result, Tensor};
 
@@ -58,7 +58,7 @@ pub(crate) fn backward(gpu: &Gpu, call: &Call, grad: &Tensor, walk: &mut Backwar
         true => walk.groups_cuda(gpu, call.to_weight, rows)?,
         false => None,
     };
-    if let Some((sums, groups, add)) = groups {
+    if let Some(Apart { sums, groups, add }) = groups {
         let places = (dy, at(call.x)?, sums);
         group_product::launch(gpu, dtype, places, &groups, [outer, inner], add)?;
     } else {

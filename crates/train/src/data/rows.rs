@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::discover::{Layout, SourceFile, discover};
@@ -72,12 +73,101 @@ fn read_file(file: &SourceFile, rows: &mut Vec<Row>, stop: &AtomicBool) -> Resul
             continue;
         }
         match serde_json::from_slice(line) {
-            Ok(Value::Object(object)) => {
+            Ok(Line::Object(object)) => {
                 rows.push(Row { file: place.clone(), line: number, object })
             }
-            Ok(_) => return Err(wrong("is JSON but not an object, {\"key\": …}".into())),
+            Ok(Line::Repeated(key)) => {
+                return Err(wrong(format!(
+                    "has the key {key:?} twice; which of the two is meant is anybody's guess"
+                )));
+            }
+            Ok(Line::Other) => {
+                return Err(wrong("is JSON but not an object, {\"key\": …}".into()));
+            }
             Err(error) => return Err(wrong(format!("is not a JSON object: {error}"))),
         }
     }
     Ok(())
+}
+
+/// What a line holds. JSON's own map would take the last of two values of a key in silence.
+enum Line {
+    Object(Map<String, Value>),
+    Repeated(String),
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Line {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_any(LineVisitor)
+    }
+}
+
+struct LineVisitor;
+
+impl<'de> Visitor<'de> for LineVisitor {
+    type Value = Line;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Line, A::Error> {
+        let (mut object, mut repeated) = (Map::new(), None);
+        while let Some((key, value)) = map.next_entry::<String, Value>()? {
+            if object.insert(key.clone(), value).is_some() {
+                repeated.get_or_insert(key);
+            }
+        }
+        Ok(repeated.map_or(Line::Object(object), Line::Repeated))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<Line, A::Error> {
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Line::Other)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> std::result::Result<Line, E> {
+        Ok(Line::Other)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> std::result::Result<Line, E> {
+        Ok(Line::Other)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> std::result::Result<Line, E> {
+        Ok(Line::Other)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> std::result::Result<Line, E> {
+        Ok(Line::Other)
+    }
+
+    fn visit_str<E>(self, _: &str) -> std::result::Result<Line, E> {
+        Ok(Line::Other)
+    }
+
+    fn visit_unit<E>(self) -> std::result::Result<Line, E> {
+        Ok(Line::Other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_stands_twice_and_a_line_of_something_else_are_seen() {
+        let line = |text: &str| serde_json::from_str::<Line>(text);
+        assert!(matches!(line(r#"{"a": 1, "b": {"a": 2}}"#), Ok(Line::Object(o)) if o.len() == 2));
+        // As it is meant, not as it is written.
+        let twice = r#"{"who": "p1", "text": "", "\u0077ho": "p2"}"#;
+        assert!(matches!(line(twice), Ok(Line::Repeated(key)) if key == "who"));
+        for other in ["null", "true", "1", "-1", "1.5", "\"a\"", "[]", "[{\"a\": [1]}, 2]"] {
+            assert!(matches!(line(other), Ok(Line::Other)), "{other}");
+        }
+        for broken in ["", "{", "[1,", "{\"a\"}", "nul", "{} {}", "[1] 2"] {
+            assert!(line(broken).is_err(), "{broken}");
+        }
+    }
 }

@@ -6,12 +6,12 @@
 //!
 //! | approximation | where | how it is bounded |
 //! |---|---|---|
-//! | tails of one step cut off | [`cells`] | to +∞ or up (upper), down or dropped (lower) |
-//! | rounding of Φ, exp, log | [`cells`] | an error bound beside each mass; `slop` for each edge |
-//! | losses rounded to a grid | [`upper`], [`lower`] | a dominating pair, a dominated pair |
-//! | the transform and the power | [`fft`], [`compose`] | an a-priori bound in the 2-norm |
-//! | the convolution's wrap-around | [`compose`] | Chernoff on the masses themselves |
-//! | sums and the undoing of the tilt | [`curve`] | a relative error on all |
+//! | tails of one step cut off | `cells` | to +∞ or up (upper), down or dropped (lower) |
+//! | rounding of Φ, exp, log | `cells` | an error bound beside each mass; `slop` for each edge |
+//! | losses rounded to a grid | `upper`, `lower` | a dominating pair, a dominated pair |
+//! | the transform and the power | `fft`, `compose` | an a-priori bound in the 2-norm |
+//! | the convolution's wrap-around | `compose` | Chernoff on the masses themselves |
+//! | sums and the undoing of the tilt | `curve` | a relative error on all |
 //!
 //! How close the bounds are: some 10⁻⁴ of ε in the usual regimes. They are wider, and still bounds, when
 //! the grid is at its largest (losses that range over far more than ε, or T past 10⁶), and for δ
