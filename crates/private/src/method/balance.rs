@@ -58,7 +58,8 @@ mod tests {
     /// (cA, B/c) is the same model: the gradients in balanced coordinates must be the same, too.
     #[test]
     fn the_gauge_changes_nothing() {
-        let layout = Layout { sizes: vec![2, 2], pairs: vec![vec![0, 1]], is_a: vec![true, false] };
+        let layout =
+            Layout { sizes: vec![2, 2], pairs: vec![vec![0, 1]], is_a: vec![true, false], rank: 1 };
         let seen = |c: f32| {
             let (a, b) = ([3.0 * c, 4.0 * c], [0.5 / c, 0.1 / c]);
             let square = |w: [f32; 2]| w.iter().map(|x| f64::from(x * x)).sum::<f64>();

@@ -261,7 +261,12 @@ mod tests {
     use super::*;
 
     fn layout() -> Layout {
-        Layout { sizes: vec![20, 10, 5], pairs: vec![vec![0, 1], vec![2]], is_a: vec![true; 3] }
+        Layout {
+            sizes: vec![20, 10, 5],
+            pairs: vec![vec![0, 1], vec![2]],
+            is_a: vec![true; 3],
+            rank: 5,
+        }
     }
 
     fn random(seed: u64) -> impl FnMut() -> f32 {
@@ -323,8 +328,12 @@ mod tests {
     /// Noise alone must not be taken for a signal: b would grow, and with it the noise.
     #[test]
     fn noise_alone_does_not_feed_itself() {
-        let layout =
-            Layout { sizes: vec![500, 500], pairs: vec![vec![0, 1]], is_a: vec![true, false] };
+        let layout = Layout {
+            sizes: vec![500, 500],
+            pairs: vec![vec![0, 1]],
+            is_a: vec![true, false],
+            rank: 1,
+        };
         let mut geoclip = Geoclip::new(&layout);
         let mut next = random(3);
         for _ in 0..300 {

@@ -28,6 +28,7 @@ pub mod random_action;
 pub mod schedule;
 mod state;
 mod steering;
+mod tangent;
 mod watch;
 
 use serde::{Deserialize, Serialize};
@@ -92,4 +93,6 @@ pub struct Layout {
     pub pairs: Vec<Vec<usize>>,
     /// Whether a slot is the A of its pair.
     pub is_a: Vec<bool>,
+    /// Rank of the adapters: rows of an A, columns of a B.
+    pub rank: usize,
 }

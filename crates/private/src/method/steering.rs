@@ -11,6 +11,7 @@ use super::quantile::QuantileConfig;
 use super::random_action::RandomAction;
 use super::schedule::ScheduleConfig;
 use super::state::{Reader, State};
+use super::tangent::Tangent;
 use super::watch::{Public, Watch};
 use super::{Layout, Method, auto_s, dp_sgd, per_layer};
 use crate::Result;
@@ -29,10 +30,12 @@ pub struct Recipe {
     pub by_adapter: bool,
     /// C: of everything together.
     pub threshold: f64,
-    /// How the gradient's noise is divided among blocks.
-    pub split: Split,
+    /// How the gradient's noise is divided among blocks; by a controller's shares when `None`.
+    pub split: Option<Split>,
     /// Clip and add noise as if A and B had equal norms.
     pub balance: bool,
+    /// Clip and add noise in the tangent space of each product BA.
+    pub tangent: bool,
     /// What is released beside the gradient; counts are of these blocks.
     pub statistics: Statistics,
     /// Nominal σ of everything a step releases.
@@ -69,6 +72,7 @@ pub struct Cost {
 enum Coordinates {
     Own,
     Balanced(Balance),
+    Tangent(Tangent),
     Adaclip(Adaclip),
     Geoclip(Geoclip),
 }
@@ -87,6 +91,8 @@ pub struct Steering {
     layout: Layout,
     blocks: Blocks,
     bounds: Vec<f64>,
+    /// Of the gradient's noise, where a controller moves them.
+    shares: Vec<f64>,
     sigma: f64,
     coordinates: Coordinates,
     control: Option<Control>,
@@ -104,13 +110,15 @@ impl Steering {
         let coordinates = match recipe.method {
             Method::Adaclip => Coordinates::Adaclip(Adaclip::new(&layout.sizes)),
             Method::Geoclip => Coordinates::Geoclip(Geoclip::new(&layout)),
+            _ if recipe.tangent => Coordinates::Tangent(Tangent::default()),
             _ if recipe.balance => Coordinates::Balanced(Balance::none(layout.sizes.len())),
             _ => Coordinates::Own,
         };
         let controller = match recipe.method {
             Method::RandomAction => Some(Controller::Random(RandomAction::new(recipe.seed))),
             Method::Rldp => {
-                let actions = blocks.len() + usize::from(recipe.moves_sigma);
+                let each = if recipe.split.is_some() { 1 } else { 2 };
+                let actions = each * blocks.len() + usize::from(recipe.moves_sigma);
                 let agent = Agent::new(Released::width(blocks.len()), actions, recipe.seed)?;
                 Some(Controller::Rldp { agent: Box::new(agent), eta: recipe.eta })
             }
@@ -119,7 +127,11 @@ impl Steering {
         let watch = Watch::new(&blocks);
         let control = controller.map(|controller| Control { controller, watch });
         let sigma = recipe.sigma;
-        Ok(Self { recipe, layout, blocks, bounds, sigma, coordinates, control })
+        let shares = match recipe.split {
+            Some(_) => Vec::new(),
+            None => vec![1.0 / blocks.len() as f64; blocks.len()],
+        };
+        Ok(Self { recipe, layout, blocks, bounds, shares, sigma, coordinates, control })
     }
 
     /// The blocks that have a threshold each.
@@ -162,23 +174,32 @@ impl Steering {
     /// As [`Split::scales`].
     pub fn scales(&self, step: u64) -> Result<Vec<f64>> {
         let sigma = self.recipe.statistics.gradient_sigma(self.sigma(step));
-        self.recipe.split.scales(sigma, &self.bounds, &self.blocks.dims())
+        let dims = self.blocks.dims();
+        match &self.recipe.split {
+            Some(split) => split.scales(sigma, &self.bounds, &dims),
+            None => Split::Weights(self.shares.clone()).scales(sigma, &self.bounds, &dims),
+        }
     }
 
     /// Whether [`Steering::prepare`] wants the weights.
     pub fn wants_weights(&self) -> bool {
-        matches!(self.coordinates, Coordinates::Balanced(_))
+        matches!(self.coordinates, Coordinates::Balanced(_) | Coordinates::Tangent(_))
     }
 
-    /// Makes ready for `step`; `squares` are the squared norms of the slots' weights, where they
-    /// are wanted.
-    pub fn prepare(&mut self, step: u64, squares: &[f64]) {
+    /// Makes ready for `step`; `weights` are those of the slots, where they are wanted.
+    pub fn prepare(&mut self, step: u64, weights: &[Vec<f32>]) {
         if self.recipe.method == Method::Schedule {
             let factor = self.recipe.schedule.threshold(step, self.recipe.steps);
             self.bounds = per_layer::bounds(self.recipe.threshold * factor, self.blocks.len());
         }
-        if let Coordinates::Balanced(balance) = &mut self.coordinates {
-            *balance = Balance::of(&self.layout, squares);
+        match &mut self.coordinates {
+            Coordinates::Balanced(balance) => {
+                let square = |own: &Vec<f32>| own.iter().map(|&x| f64::from(x).powi(2)).sum();
+                let squares: Vec<f64> = weights.iter().map(square).collect();
+                *balance = Balance::of(&self.layout, &squares);
+            }
+            Coordinates::Tangent(tangent) => *tangent = Tangent::at(&self.layout, weights),
+            Coordinates::Own | Coordinates::Adaclip(_) | Coordinates::Geoclip(_) => {}
         }
     }
 
@@ -203,17 +224,11 @@ impl Steering {
                     values.par_chunks_mut(sizes[slot]).for_each(|own| adaclip.forward(slot, own));
                 }
             }
+            Coordinates::Tangent(tangent) => {
+                each_person(gradients, sizes, |gradient| tangent.forward(gradient));
+            }
             Coordinates::Geoclip(geoclip) => {
-                let mut people: Vec<Vec<&mut [f32]>> = Vec::new();
-                for (values, &size) in gradients.iter_mut().zip(sizes) {
-                    for (person, own) in values.chunks_mut(size).enumerate() {
-                        if person == people.len() {
-                            people.push(Vec::new());
-                        }
-                        people[person].push(own);
-                    }
-                }
-                people.par_iter_mut().for_each(|gradient| geoclip.forward(gradient));
+                each_person(gradients, sizes, |gradient| geoclip.forward(gradient));
             }
         }
     }
@@ -244,6 +259,7 @@ impl Steering {
                 let slots = released.iter_mut().enumerate();
                 slots.for_each(|(slot, values)| balance.back(slot, values));
             }
+            Coordinates::Tangent(tangent) => tangent.back(&mut released),
             Coordinates::Adaclip(adaclip) => {
                 adaclip.learn(&mut released, &by_slot, self.recipe.batch);
             }
@@ -269,12 +285,18 @@ impl Steering {
             progress: (step + 1) as f64 / self.recipe.steps as f64,
             spent,
         });
-        let bounds = self.bounds.len();
-        let action = controller.decide(&seen, bounds + usize::from(self.recipe.moves_sigma))?;
-        self.bounds = rldp::thresholds(&self.bounds, &action[..bounds])?;
+        let (bounds, shares) = (self.bounds.len(), self.shares.len());
+        let actions = bounds + shares + usize::from(self.recipe.moves_sigma);
+        let action = controller.decide(&seen, actions)?;
+        let (for_bounds, rest) = action.split_at(bounds);
+        let (for_shares, for_sigma) = rest.split_at(shares);
+        self.bounds = rldp::thresholds(&self.bounds, for_bounds)?;
+        if shares > 0 {
+            self.shares = rldp::shares(&self.shares, for_shares)?;
+        }
         // A control without noise has none to move.
         if self.recipe.moves_sigma && self.recipe.sigma > 0.0 {
-            self.sigma = rldp::sigma(self.recipe.sigma, action[bounds])?;
+            self.sigma = rldp::sigma(self.recipe.sigma, for_sigma[0])?;
         }
         Ok(())
     }
@@ -286,9 +308,10 @@ impl Steering {
     pub fn state(&self) -> Result<State> {
         let mut state = State { numbers: self.bounds.clone(), ..State::default() };
         state.numbers.push(self.sigma);
+        state.numbers.extend(&self.shares);
         match &self.coordinates {
             // Made anew from the weights at every step.
-            Coordinates::Own | Coordinates::Balanced(_) => {}
+            Coordinates::Own | Coordinates::Balanced(_) | Coordinates::Tangent(_) => {}
             Coordinates::Adaclip(adaclip) => adaclip.write(&mut state),
             Coordinates::Geoclip(geoclip) => geoclip.write(&mut state),
         }
@@ -307,8 +330,9 @@ impl Steering {
         let mut reader = Reader::new(state);
         self.bounds = reader.numbers(self.bounds.len())?;
         self.sigma = reader.number()?;
+        self.shares = reader.numbers(self.shares.len())?;
         match &mut self.coordinates {
-            Coordinates::Own | Coordinates::Balanced(_) => {}
+            Coordinates::Own | Coordinates::Balanced(_) | Coordinates::Tangent(_) => {}
             Coordinates::Adaclip(adaclip) => adaclip.read(&mut reader)?,
             Coordinates::Geoclip(geoclip) => geoclip.read(&mut reader)?,
         }
@@ -318,6 +342,24 @@ impl Steering {
         }
         reader.end()
     }
+}
+
+/// Persons' gradients, `[persons, elements]` for each slot, each by itself.
+fn each_person(
+    gradients: &mut [Vec<f32>],
+    sizes: &[usize],
+    change: impl Fn(&mut [&mut [f32]]) + Sync,
+) {
+    let mut people: Vec<Vec<&mut [f32]>> = Vec::new();
+    for (values, &size) in gradients.iter_mut().zip(sizes) {
+        for (person, own) in values.chunks_mut(size).enumerate() {
+            if person == people.len() {
+                people.push(Vec::new());
+            }
+            people[person].push(own);
+        }
+    }
+    people.par_iter_mut().for_each(|gradient| change(gradient));
 }
 
 /// One block, or one for each adapter.

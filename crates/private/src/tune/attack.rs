@@ -24,7 +24,7 @@ use super::config::PrivateConfig;
 use super::planted::{self, Canaries};
 use super::report;
 use super::rows::{Person, hash, rows, whose};
-use super::run::{SALT, canaries, recipe};
+use super::run::{SALT, canaries, of_canaries, recipe};
 use super::task::{layout, sums};
 use crate::audit::canary::{self, Planted};
 use crate::audit::report::{Kind, Scored};
@@ -107,7 +107,7 @@ pub fn attack(
         ));
     }
     let key = start::key(&rows.key, &[&first])?;
-    check_data(&checkpoint, &key)?;
+    check_data(&checkpoint, &key).map_err(|error| of_canaries(&config, error))?;
     let mut tuned = start::resumed(&first, &checkpoint, &config.train)?;
     first.to_device(device)?;
     tuned.to_device(device)?;

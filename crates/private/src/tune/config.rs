@@ -53,15 +53,18 @@ pub enum Division {
     Equal,
     /// The least noise in all.
     LeastEnergy,
+    /// By shares of the budget that the controller moves, even at first.
+    Controlled,
 }
 
 impl Division {
-    /// For the mechanism.
-    pub fn split(self) -> Split {
+    /// For the mechanism; `None` where it is a controller's.
+    pub fn split(self) -> Option<Split> {
         match self {
-            Self::Flat => Split::Flat,
-            Self::Equal => Split::Equal,
-            Self::LeastEnergy => Split::LeastEnergy,
+            Self::Flat => Some(Split::Flat),
+            Self::Equal => Some(Split::Equal),
+            Self::LeastEnergy => Some(Split::LeastEnergy),
+            Self::Controlled => None,
         }
     }
 }
@@ -115,6 +118,10 @@ pub struct PrivateSection {
     pub freeze_a: bool,
     /// Clip and add noise as if A and B of every pair had equal norms.
     pub balance: bool,
+    /// Clip and add noise to what gradients do to the products BA, whatever their factors (after
+    /// PRISM, arXiv 2606.00944).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub tangent: bool,
     /// Noise of integers on a grid: what rounding of doubles could give away is not there.
     pub hardened: bool,
     /// `false`: no noise at all, and no privacy. A negative control for audits.
@@ -154,6 +161,7 @@ impl Default for PrivateSection {
             every: None,
             freeze_a: false,
             balance: false,
+            tangent: false,
             hardened: false,
             noise: true,
             micro_people: 32,
@@ -391,6 +399,26 @@ impl PrivateSection {
             return Err(Error::config(
                 "private.balance",
                 format!("cannot be used with {what}, which leaves nothing to balance"),
+            ));
+        }
+        if self.tangent && (coordinates || self.freeze_a || self.balance) {
+            let what = match (coordinates, self.freeze_a) {
+                (true, _) => name,
+                (_, true) => "freeze_a",
+                _ => "balance",
+            };
+            return Err(Error::config(
+                "private.tangent",
+                format!("cannot be used with {what}: each says in which coordinates is clipped"),
+            ));
+        }
+        if self.division == Division::Controlled
+            && !(self.method.is_controlled() && self.by_adapter())
+        {
+            return Err(Error::config(
+                "private.division",
+                "= \"controlled\" needs a controller with a threshold for each adapter: method = \
+                 \"rldp\" or \"random-action\"",
             ));
         }
         if coordinates && self.thresholds == Some(Thresholds::Adapters) {

@@ -171,11 +171,12 @@ mod tests {
     use crate::mechanism::statistics::Statistics;
     use crate::method::{Cost, Layout, Method, Recipe};
 
-    fn steering(method: Method, moves_sigma: bool) -> Steering {
+    fn steering(method: Method, moves_sigma: bool, moves_shares: bool) -> Steering {
         let layout = Layout {
             sizes: vec![40, 30, 20],
             pairs: vec![vec![0, 1], vec![2]],
             is_a: vec![true, false, true],
+            rank: 10,
         };
         let by_adapter = method.is_controlled() || method == Method::PerLayer;
         let counts = match method {
@@ -187,8 +188,9 @@ mod tests {
             method,
             by_adapter,
             threshold: 0.5,
-            split: Split::LeastEnergy,
+            split: (!moves_shares).then_some(Split::LeastEnergy),
             balance: method == Method::DpSgd,
+            tangent: method == Method::PerLayer,
             statistics: Statistics::new(0.1, true, counts).unwrap(),
             sigma: 1.0,
             moves_sigma,
@@ -223,6 +225,11 @@ mod tests {
         (losses, gradients)
     }
 
+    /// Released ones: what coordinates may follow.
+    fn weights() -> Vec<Vec<f32>> {
+        [40, 30, 20].map(|size| (0..size).map(|i| (i as f32 * 0.7).sin()).collect()).into()
+    }
+
     /// A step up to its release; what came out.
     fn step(
         steering: &mut Steering,
@@ -232,7 +239,7 @@ mod tests {
         (losses, gradients): &(Vec<f32>, Vec<Vec<f32>>),
     ) -> Release {
         let key = Key::insecure(1);
-        steering.prepare(at, &[3.0, 2.0, 1.0]);
+        steering.prepare(at, &weights());
         sum.set_bounds(all_bounds(steering)).unwrap();
         let own = gradients.iter().map(|g| Some(Cow::Borrowed(&g[..]))).collect();
         let shares = vec![1.0; losses.len()];
@@ -247,22 +254,22 @@ mod tests {
     /// thresholds, noise, coordinates, a controller's state and the update must not move by a bit.
     #[test]
     fn nothing_that_was_not_released_reaches_a_method() {
-        for (method, moves_sigma) in [
-            (Method::DpSgd, false),
-            (Method::AutoS, false),
-            (Method::Quantile, false),
-            (Method::Adaclip, false),
-            (Method::Geoclip, false),
-            (Method::PerLayer, false),
-            (Method::Schedule, false),
-            (Method::RandomAction, false),
-            (Method::RandomAction, true),
-            (Method::Rldp, false),
-            (Method::Rldp, true),
+        for (method, moves_sigma, moves_shares) in [
+            (Method::DpSgd, false, false),
+            (Method::AutoS, false, false),
+            (Method::Quantile, false, false),
+            (Method::Adaclip, false, false),
+            (Method::Geoclip, false, false),
+            (Method::PerLayer, false, false),
+            (Method::Schedule, false, false),
+            (Method::RandomAction, false, false),
+            (Method::RandomAction, true, true),
+            (Method::Rldp, false, true),
+            (Method::Rldp, true, false),
         ] {
             let folder = tempfile::tempdir().unwrap();
             let run = |name: &str| {
-                let steering = steering(method, moves_sigma);
+                let steering = steering(method, moves_sigma, moves_shares);
                 let sum = clipped_sum(&steering, false).unwrap();
                 let identity = Identity { run: name.into(), data: "d".into(), config: "c".into() };
                 (steering, sum, Ledger::create(&folder.path().join(name), &identity).unwrap())
@@ -313,7 +320,8 @@ mod tests {
             Method::RandomAction,
             Method::Rldp,
         ] {
-            let steering = steering(method, false);
+            let mut steering = steering(method, false, method.is_controlled());
+            steering.prepare(0, &weights());
             let mut sum = clipped_sum(&steering, false).unwrap();
             let folder = tempfile::tempdir().unwrap();
             let identity = Identity { run: "r".into(), data: "d".into(), config: "c".into() };

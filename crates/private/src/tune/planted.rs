@@ -85,8 +85,7 @@ pub(super) struct Fits<'a> {
 }
 
 impl Canaries {
-    /// Those in a run's folder; new ones with coins of `seed` where there are none yet and the run
-    /// is `new`.
+    /// Those in a run's folder; of a `new` run, which has spent nothing, new ones with coins of `seed`.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] for a file that is missing or is not the plan of these settings;
@@ -98,7 +97,7 @@ impl Canaries {
         (new, seed): (bool, impl FnOnce() -> Result<u64>),
     ) -> Result<Self> {
         let path = output.join(CANARIES);
-        if new && !path.exists() {
+        if new {
             let seed = seed()?;
             let vocabulary: Vec<u32> = (0..fits.vocab as u32).collect();
             let all = match section.kind {

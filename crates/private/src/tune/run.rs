@@ -12,7 +12,7 @@ use tercet_train::{Control, Error, Event, Report, Result, config as toml, files}
 use super::account::Account;
 use super::budget::{Budget, INSECURE, shown};
 use super::config::PrivateConfig;
-use super::planted::{Canaries, Fits};
+use super::planted::{CANARIES, Canaries, Fits};
 use super::rows::{PrivateRows, rows};
 use super::task::{Private, Secrets, layout};
 use super::{kept, report};
@@ -61,7 +61,7 @@ pub fn tune(
         rows.plant(canaries, config)?;
     }
     let key = start::key(&rows.key, &[&first])?;
-    place.check_data(&key)?;
+    place.check_data(&key).map_err(|error| of_canaries(config, error))?;
     rows.count.write(&config.output.join("rows.jsonl"))?;
     let mut notes = said(&rows, &first);
     notes.extend(price);
@@ -182,6 +182,16 @@ pub(super) fn canaries(
     Canaries::open(&config.output, section, &fits, (new, seed)).map(Some)
 }
 
+/// What a key of data tells of a changed plan of canaries as well.
+pub(super) fn of_canaries(config: &PrivateConfig, error: Error) -> Error {
+    match (error, &config.private.canaries) {
+        (Error::Checkpoint(text), Some(_)) => {
+            Error::Checkpoint(format!("{text}. A changed {CANARIES} has the same effect"))
+        }
+        (error, _) => error,
+    }
+}
+
 /// 32 random bytes in a file of the run, made when it is not there.
 fn salt(output: &Path) -> Result<Vec<u8>> {
     let path = output.join(SALT);
@@ -216,6 +226,7 @@ pub fn recipe(config: &PrivateConfig, budget: &Budget, layout: &Layout) -> Resul
         threshold: private.threshold.unwrap_or(private.method.threshold()),
         split: private.division.split(),
         balance: private.balance,
+        tangent: private.tangent,
         statistics,
         sigma: budget.sigma,
         moves_sigma: budget.mode == super::Mode::M2,

@@ -157,16 +157,13 @@ impl<'a> Private<'a> {
         joint::add(&mut self.sum, &self.steering, portion)
     }
 
-    /// Squared norms of the released slots' weights; empty where nobody wants them.
-    fn squares(&self, model: &Model) -> Result<Vec<f64>> {
+    /// The released slots' weights; empty where nobody wants them.
+    fn weights(&self, model: &Model) -> Result<Vec<Vec<f32>>> {
         if !self.steering.wants_weights() {
             return Ok(Vec::new());
         }
-        let square = |&slot: &usize| -> Result<f64> {
-            let values = model.trained().tensor(slot).to_vec_f32()?;
-            Ok(values.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
-        };
-        self.slots.iter().map(square).collect()
+        let own = |&slot: &usize| model.trained().tensor(slot).to_vec_f32();
+        Ok(self.slots.iter().map(own).collect::<tercet_tensor::Result<_>>()?)
     }
 
     /// The drawn persons' gradients into the sum; false when stopped, which leaves it empty.
@@ -224,8 +221,8 @@ impl Task for Private<'_> {
         grads: &mut Grads,
         stop: &AtomicBool,
     ) -> Result<Option<Measured>> {
-        let squares = self.squares(model)?;
-        self.steering.prepare(step, &squares);
+        let weights = self.weights(model)?;
+        self.steering.prepare(step, &weights);
         self.sum.clear();
         self.sum.set_bounds(joint::all_bounds(&self.steering))?;
         self.sum_there(&model.device())?;
@@ -358,5 +355,5 @@ pub fn layout(model: &Model, freeze_a: bool) -> Result<(Vec<usize>, Layout)> {
         pairs.push(pair);
     }
     let sizes = slots.iter().map(|&slot| model.trained().tensor(slot).len()).collect();
-    Ok((slots, Layout { sizes, pairs, is_a }))
+    Ok((slots, Layout { sizes, pairs, is_a, rank: adapter.config().r }))
 }

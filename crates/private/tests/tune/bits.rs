@@ -41,7 +41,10 @@ fn stopping_and_going_on_changes_no_bit_and_costs_nothing_for_every_method() {
         ("random-action", &["private.every=2"]),
         ("random-action", &["private.every=2", "private.mode=\"m2\"", "private.freeze_a=true"]),
         ("per-layer", &["private.hardened=true"]),
+        ("dp-sgd", &["private.tangent=true"]),
+        ("quantile", &["private.quantile.count_noise=5.0", "private.tangent=true"]),
         ("rldp", &["private.every=1", "train.steps=9"]),
+        ("rldp", &["private.every=1", "train.steps=9", "private.division=\"controlled\""]),
         ("rldp", &["private.every=1", "train.steps=9", "private.mode=\"m2\""]),
     ] {
         let method = format!("private.method=\"{name}\"");

@@ -48,6 +48,7 @@ fn gradient_canaries_catch_a_run_without_noise_and_refute_no_proof() {
         ("quantile", &["private.method=\"quantile\"", "private.quantile.count_noise=30.0"]),
         ("adaclip", &["private.method=\"adaclip\""]),
         ("balance", &["private.balance=true"]),
+        ("tangent", &["private.tangent=true"]),
         ("rldp", &["private.method=\"rldp\"", "private.every=2"]),
     ] {
         let off = [more, &["private.noise=false"]].concat();
@@ -164,7 +165,7 @@ fn a_plan_that_is_missing_or_edited_ends_the_resume_and_the_audit() {
         fs::write(&path, text).unwrap();
     };
     edit(&|lines| lines[7]["included"] = json!(!lines[7]["included"].as_bool().unwrap()));
-    both(&["is not what step 3 was trained on"]);
+    both(&["A changed canaries.jsonl has the same effect"]);
     edit(&|lines| lines[7]["elements"][0] = json!(9_999_999));
     both(&["does not have the 240 canaries"]);
     edit(&|lines| drop(lines.pop()));

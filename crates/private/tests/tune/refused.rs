@@ -46,6 +46,18 @@ fn configurations_that_promise_nothing_are_refused_by_key() {
         (&["private.method=\"quantile\"", "private.quantile.count_noise=0.1"], "count_noise"),
         (&["private.method=\"adaclip\"", "private.balance=true"], "private.balance"),
         (&["private.method=\"random-action\"", "private.threshold=100"], "0.001..=10"),
+        (&["private.division=\"controlled\""], "needs a controller"),
+        (
+            &[
+                "private.method=\"rldp\"",
+                "private.division=\"controlled\"",
+                "private.thresholds=\"one\"",
+            ],
+            "needs a controller",
+        ),
+        (&["private.tangent=true", "private.freeze_a=true"], "with freeze_a"),
+        (&["private.tangent=true", "private.balance=true"], "with balance"),
+        (&["private.tangent=true", "private.method=\"geoclip\""], "with geoclip"),
         (&["private.public_validation=true"], "private.public_validation"),
         (&["private.share=0.95"], "private.share"),
         (&["private.threshold=0"], "private.threshold"),
