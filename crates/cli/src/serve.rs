@@ -30,6 +30,10 @@ const THREADS: usize = 2;
 /// Shares of the free memory that keys and values may take when nothing is said: a GPU is here
 /// for this, a computer's main memory is not.
 const SHARE_CUDA: f64 = 0.85;
+
+/// Tokens of a prompt that a GPU reads at once, and of all prompts between two steps: below, launches
+/// cost more than what they compute; far above, running answers would stutter.
+const READS_CUDA: [usize; 2] = [512, 2048];
 const SHARE_CPU: f64 = 0.5;
 
 /// How often signals are looked for.
@@ -79,6 +83,13 @@ pub struct Args {
     /// Do not keep prompts for the next request that begins with them
     #[arg(long, env = "TERCET_NO_PREFIX_CACHE")]
     no_prefix_cache: bool,
+    /// Same bits in any company on a GPU, too, at the price of steps that are always full
+    ///
+    /// Every step then computes --max-batch rows, resting ones among them, so that an answer
+    /// depends on its request, the weights and these settings alone; a model with experts
+    /// writes one sequence after the other. On a CPU that holds anyway.
+    #[arg(long, env = "TERCET_BATCH_INVARIANT")]
+    batch_invariant: bool,
     /// Keys that clients must show, one a line
     #[arg(long, env = "TERCET_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
@@ -262,6 +273,7 @@ impl Plan {
             waiting: args.max_queue as usize,
             context: args.context,
             prefix_cache: !args.no_prefix_cache,
+            batch_invariant: args.batch_invariant,
             ..Limits::default()
         };
         let adapters = args.adapter.clone();
@@ -297,10 +309,14 @@ impl Plan {
             None => free_bytes(device)?,
         };
         let cache_bytes = usize::try_from(cache).unwrap_or(usize::MAX);
-        let running = self.limits.running;
-        let limits = Limits { cache_bytes, ..self.limits };
+        let waiting = self.limits.waiting;
+        let mut limits = Limits { cache_bytes, ..self.limits };
+        if let Choice::Cuda(_) = device {
+            [limits.chunk, limits.prefill_tokens] = READS_CUDA;
+        }
         let (handle, engine) = Engine::start(Models::new(model)?, limits)?;
-        say(&handle, cache, running);
+        // Memory may hold fewer places than were asked for.
+        say(&handle, cache, handle.places() - waiting);
         let sparse = config.nsa.is_some();
         Ok((Served::new(Arc::new(handle), self.name, text, sparse), engine))
     }
@@ -326,6 +342,10 @@ fn say(handle: &Handle, cache: u64, running: usize) {
         human::length(handle.context()),
         human::bytes((each * handle.context() as f64) as u64)
     );
+    if stats.reserved_bytes > 0 {
+        let reserved = human::bytes(stats.reserved_bytes as u64);
+        eprintln!("cache: {reserved} of it for what places hold whatever their length");
+    }
     eprintln!("ready: up to {running} sequences side by side");
 }
 

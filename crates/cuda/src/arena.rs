@@ -24,6 +24,8 @@ struct Pieces {
     all: Vec<u64>,
     /// Address and bytes of what may be used again.
     idle: Vec<(u64, usize)>,
+    /// The same, given back while branches run: one of them may still be using it.
+    later: Vec<(u64, usize)>,
     sizes: std::collections::HashMap<u64, usize>,
 }
 
@@ -57,10 +59,18 @@ impl Arena {
 
     /// Takes back a piece for use later in the capture.
     pub(crate) fn give_back(&self, ptr: u64) {
+        let beside = self.gpu.branch().is_some();
         let mut pieces = lock(&self.pieces);
         if let Some(&bytes) = pieces.sizes.get(&ptr) {
-            pieces.idle.push((ptr, bytes));
+            let to = &mut *pieces;
+            if beside { &mut to.later } else { &mut to.idle }.push((ptr, bytes));
         }
+    }
+
+    /// All branches have ended for whatever comes.
+    pub(crate) fn joined(&self) {
+        let pieces = &mut *lock(&self.pieces);
+        pieces.idle.append(&mut pieces.later);
     }
 
     /// Keeps an allocation from before the capture that the graph may still read.

@@ -63,7 +63,7 @@ impl Buffer {
             return Ok(());
         }
         self.gpu.bind()?;
-        let stream = self.gpu.0.stream;
+        let stream = self.gpu.stream();
         // SAFETY: the range is this buffer.
         let result = unsafe { sys::cuMemsetD8Async(self.ptr, byte, self.bytes, stream) };
         check("cuMemsetD8Async", result)
@@ -75,7 +75,7 @@ impl Buffer {
             return Ok(());
         }
         self.gpu.bind()?;
-        let stream = self.gpu.0.stream;
+        let stream = self.gpu.stream();
         // SAFETY: the range is this buffer.
         let result = unsafe { sys::cuMemsetD32Async(self.ptr, word, self.bytes / 4, stream) };
         check("cuMemsetD32Async", result)
@@ -163,7 +163,7 @@ impl Gpu {
         }
         self.bind()?;
         // SAFETY: promised by the caller.
-        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.stream) };
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream()) };
         check("cuMemcpyDtoDAsync", result)
     }
 
@@ -177,7 +177,7 @@ impl Gpu {
         }
         self.bind()?;
         // SAFETY: promised by the caller.
-        let result = unsafe { sys::cuMemsetD8Async(to, byte, bytes, self.0.stream) };
+        let result = unsafe { sys::cuMemsetD8Async(to, byte, bytes, self.stream()) };
         check("cuMemsetD8Async", result)
     }
 

@@ -8,6 +8,7 @@ use cudarc::driver::sys;
 use crate::arena::Arena;
 use crate::compile::Modules;
 use crate::error::check;
+use crate::fork::Streams;
 use crate::matmul::Blas;
 use crate::memory::Books;
 use crate::profile::Profile;
@@ -26,6 +27,7 @@ pub(crate) struct Inner {
     /// For allocations while `stream` is being captured.
     pub(crate) side: sys::CUstream,
     owns_stream: bool,
+    pub(crate) streams: Mutex<Streams>,
     pub(crate) pool: sys::CUmemoryPool,
     pub(crate) modules: Arc<Modules>,
     pub(crate) blas: Mutex<Option<Blas>>,
@@ -80,6 +82,7 @@ impl Gpu {
             stream: std::ptr::null_mut(),
             side: std::ptr::null_mut(),
             owns_stream: foreign.is_none(),
+            streams: Mutex::default(),
             pool: std::ptr::null_mut(),
             modules,
             blas: Mutex::new(None),
@@ -182,6 +185,7 @@ impl Drop for Inner {
             if let Some(blas) = lock(&self.blas).take() {
                 blas.destroy();
             }
+            *lock(&self.streams) = Streams::default();
             if self.owns_stream && !self.stream.is_null() {
                 sys::cuStreamSynchronize(self.stream);
                 sys::cuStreamDestroy_v2(self.stream);

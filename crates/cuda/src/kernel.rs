@@ -188,7 +188,7 @@ impl Kernel {
                         block[1],
                         block[2],
                         shared,
-                        self.gpu.0.stream,
+                        self.gpu.stream(),
                         pointers.as_mut_ptr(),
                         std::ptr::null_mut(),
                     )

@@ -14,6 +14,7 @@ use cudarc::cublaslt::sys::{
     cublasStatus_t as Status, cudaDataType_t as Type,
 };
 
+use crate::fork::BRANCHES;
 use crate::gpu::lock;
 use crate::library::{Library, look_for};
 use crate::{Error, Gpu, Label, Result};
@@ -127,6 +128,14 @@ struct Kind {
     add: bool,
     bias: bool,
     alignment: [u32; 3],
+    /// Whether it may run beside others, with a share of the scratch.
+    beside: bool,
+}
+
+impl Kind {
+    fn workspace(&self) -> usize {
+        if self.beside { WORKSPACE / BRANCHES } else { WORKSPACE }
+    }
 }
 
 /// The library's handle, its scratch, and the choices made so far.
@@ -198,6 +207,7 @@ impl Gpu {
         let Some(blas) = &mut *held else {
             return Err(Error::Value("cuBLASLt has been given back".into()));
         };
+        let branch = self.branch();
         let alignment = |ptr: u64| 1u32 << ptr.trailing_zeros().min(8);
         let kind = Kind {
             sizes: [p.m, p.n, p.k],
@@ -208,7 +218,9 @@ impl Gpu {
             add: p.add,
             bias: p.bias != 0,
             alignment: [p.a, p.b, p.c].map(alignment),
+            beside: branch.is_some(),
         };
+        let share = kind.workspace();
         let handle = blas.handle;
         let plan = match blas.plans.entry(kind) {
             std::collections::hash_map::Entry::Occupied(plan) => plan.into_mut(),
@@ -241,9 +253,9 @@ impl Gpu {
                         p.c as *mut c_void,
                         plan.layouts[2],
                         &plan.algo,
-                        blas.workspace as *mut c_void,
-                        WORKSPACE,
-                        self.0.stream.cast(),
+                        (blas.workspace + (branch.unwrap_or(0) * share) as u64) as *mut c_void,
+                        share,
+                        self.stream().cast(),
                     );
                     status("cublasLtMatmul", result, p)
                 },
@@ -432,7 +444,7 @@ unsafe fn choose(
             let result = sys::cublasLtMatmulPreferenceSetAttribute(wishes.0, which, value, bytes);
             status("cublasLtMatmulPreferenceSetAttribute", result, p)
         };
-        let most = WORKSPACE as u64;
+        let most = kind.workspace() as u64;
         wish(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const most).cast(), 8)?;
         let (which, reduction) =
             (Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, REDUCTION);

@@ -4,8 +4,11 @@
 use tercet_tensor::{Mask, Tape, Tensor, Var, ops};
 
 use crate::cache::{LayerCache, NsaNew};
+use crate::decode_graph::Branches;
 use crate::decoder::Site;
-use crate::layout::{AttentionSlots, DenseSlots, KvSlots, LinearSlots, NsaSlots, PhiSlots};
+use crate::layout::{
+    AttentionSlots, DenseSlots, KvSlots, LayerSlots, LinearSlots, NsaSlots, PhiSlots,
+};
 use crate::{Model, Result};
 
 impl Model {
@@ -14,10 +17,9 @@ impl Model {
         let slots = &self.slots.layers[site.layer];
         let dims = self.config().dims();
         let dropout = site.dropout;
-        let q = self.heads(tape, &slots.q, x, [dims.heads, dims.key_dim], dropout)?;
         let out = match &slots.attention {
-            AttentionSlots::Dense(dense) => self.dense(tape, dense, q, x, site)?,
-            AttentionSlots::Nsa(nsa) => self.nsa(tape, nsa, q, x, site)?,
+            AttentionSlots::Dense(dense) => self.dense(tape, dense, x, site)?,
+            AttentionSlots::Nsa(nsa) => self.nsa(tape, nsa, x, site)?,
         };
         let out = out.reshape(&[x.shape()[0], dims.heads * dims.value_dim])?;
         self.linear(tape, &slots.o, &out, dropout)
@@ -35,17 +37,19 @@ impl Model {
         Ok(self.linear(tape, slots, x, dropout)?.reshape(&[x.shape()[0], heads, dim])?)
     }
 
-    fn keys_values(
-        &self,
-        tape: &mut Tape,
-        slots: &KvSlots,
-        x: &Var,
-        dropout: Option<u64>,
-    ) -> Result<(Var, Var)> {
+    fn queries(&self, tape: &mut Tape, x: &Var, site: &Site) -> Result<Var> {
+        let (slots, dims) = (&self.slots.layers[site.layer].q, self.config().dims());
+        self.heads(tape, slots, x, [dims.heads, dims.key_dim], site.dropout)
+    }
+
+    fn keys(&self, tape: &mut Tape, slots: &KvSlots, x: &Var, site: &Site) -> Result<Var> {
         let dims = self.config().dims();
-        let k = self.heads(tape, &slots.k, x, [dims.kv_heads, dims.key_dim], dropout)?;
-        let v = self.heads(tape, &slots.v, x, [dims.kv_heads, dims.value_dim], dropout)?;
-        Ok((k, v))
+        self.heads(tape, &slots.k, x, [dims.kv_heads, dims.key_dim], site.dropout)
+    }
+
+    fn values(&self, tape: &mut Tape, slots: &KvSlots, x: &Var, site: &Site) -> Result<Var> {
+        let dims = self.config().dims();
+        self.heads(tape, &slots.v, x, [dims.kv_heads, dims.value_dim], site.dropout)
     }
 
     /// Rotates heads at `positions`; learned positions were added to the embedding instead.
@@ -56,24 +60,26 @@ impl Model {
         }
     }
 
-    fn dense(
-        &self,
-        tape: &mut Tape,
-        slots: &DenseSlots,
-        mut q: Var,
-        x: &Var,
-        site: Site,
-    ) -> Result<Var> {
-        let (mut k, v) = self.keys_values(tape, &slots.kv, x, site.dropout)?;
-        if let Some((q_norm, k_norm)) = slots.qk_norm {
-            let eps = self.config().norm_eps as f32;
-            let (q_norm, k_norm) = (self.param(tape, q_norm), self.param(tape, k_norm));
-            q = ops::rms_norm(tape, &q, &q_norm, eps)?;
-            k = ops::rms_norm(tape, &k, &k_norm, eps)?;
-        }
+    fn dense(&self, tape: &mut Tape, slots: &DenseSlots, x: &Var, site: Site) -> Result<Var> {
         let positions = &site.inputs.positions;
+        let normed = |tape: &mut Tape, x: Var, norm: Option<usize>| match norm {
+            None => Ok(x),
+            Some(slot) => {
+                let norm = self.param(tape, slot);
+                ops::rms_norm(tape, &x, &norm, self.config().norm_eps as f32)
+            }
+        };
+        let branches = Branches::begin(self, site.step.is_some())?;
+        let q = self.queries(tape, x, &site)?;
+        let q = normed(tape, q, slots.qk_norm.map(|norms| norms.0))?;
         let q = self.rotate(tape, q, positions)?;
+        branches.next()?;
+        let k = self.keys(tape, &slots.kv, x, &site)?;
+        let k = normed(tape, k, slots.qk_norm.map(|norms| norms.1))?;
         let k = self.rotate(tape, k, positions)?;
+        branches.next()?;
+        let v = self.values(tape, &slots.kv, x, &site)?;
+        branches.join()?;
         if let ([cache], Some(places)) = (&*site.caches, site.step) {
             let out = cache.step_dense(places, [q.value(), k.value(), v.value()])?;
             return Ok(tape.leaf(out));
@@ -95,17 +101,30 @@ impl Model {
     /// Three branches with their own keys and values. Keys of the selected and window branches
     /// are rotated at their position; compressed keys after φ, at their block's first token.
     /// Values are never rotated. One rotated q serves all three.
-    fn nsa(&self, tape: &mut Tape, slots: &NsaSlots, q: Var, x: &Var, site: Site) -> Result<Var> {
+    fn nsa(&self, tape: &mut Tape, slots: &NsaSlots, x: &Var, site: Site) -> Result<Var> {
         let (inputs, spec) = (site.inputs, &slots.spec);
+        let branches = Branches::begin(self, site.step.is_some())?;
+        let q = self.queries(tape, x, &site)?;
         let q = self.rotate(tape, q, &inputs.positions)?;
-        let (k_raw, v_raw) = self.keys_values(tape, &slots.cmp, x, site.dropout)?;
-        let (k_slc, v_slc) = self.keys_values(tape, &slots.slc, x, site.dropout)?;
-        let (k_win, v_win) = self.keys_values(tape, &slots.win, x, site.dropout)?;
+        branches.next()?;
+        let k_raw = self.keys(tape, &slots.cmp, x, &site)?;
+        branches.next()?;
+        let v_raw = self.values(tape, &slots.cmp, x, &site)?;
+        branches.next()?;
+        let k_slc = self.keys(tape, &slots.slc, x, &site)?;
         let k_slc = self.rotate(tape, k_slc, &inputs.positions)?;
+        branches.next()?;
+        let v_slc = self.values(tape, &slots.slc, x, &site)?;
+        branches.next()?;
+        let k_win = self.keys(tape, &slots.win, x, &site)?;
         let k_win = self.rotate(tape, k_win, &inputs.positions)?;
+        branches.next()?;
+        let v_win = self.values(tape, &slots.win, x, &site)?;
+        branches.next()?;
         let gate = self.linear(tape, &slots.gate, x, site.dropout)?;
         let heads = self.config().num_attention_heads;
         let gate = ops::sigmoid(tape, &gate)?.reshape(&[x.shape()[0], heads, 3])?;
+        branches.join()?;
         let (phi_k, phi_v) = (self.phi(tape, &slots.phi_k), self.phi(tape, &slots.phi_v));
 
         if site.caches.is_empty() {
@@ -118,7 +137,7 @@ impl Model {
         let new = [&q, &k_raw, &v_raw, &k_slc, &v_slc, &k_win, &v_win, &gate].map(Var::value);
         let phi = [&phi_k, &phi_v];
         if let ([cache], Some(places)) = (&*site.caches, site.step) {
-            let out = self.step_nsa(tape, cache, &NsaNew::of(new), phi, places)?;
+            let out = self.step_nsa(tape, cache, &NsaNew::of(new), phi, (site.layer, places))?;
             return Ok(tape.leaf(out));
         }
         let out = self.extend_nsa(tape, (site.caches, site.sequence), NsaNew::of(new), phi)?;
@@ -139,6 +158,17 @@ impl Model {
         let k_cmp = self.rotate(tape, k_cmp, &blocks.starts)?;
         let new = NsaNew { k_cmp: k_cmp.value(), v_cmp: &blocks.v, ..raw };
         LayerCache::extend_nsa(caches, sequence, config, &new, &blocks.counts)
+    }
+
+    /// Of each NSA layer, what its φ of keys and of values add whatever the block.
+    pub(crate) fn shifts(&self) -> Result<Vec<[Option<Tensor>; 2]>> {
+        let tape = &Tape::inference();
+        let shift = |slots: &PhiSlots| ops::compress_shift(&self.phi(tape, slots));
+        let of = |layer: &LayerSlots| match &layer.attention {
+            AttentionSlots::Nsa(nsa) => Ok([shift(&nsa.phi_k)?, shift(&nsa.phi_v)?]),
+            AttentionSlots::Dense(_) => Ok([None, None]),
+        };
+        self.slots.layers.iter().map(of).collect()
     }
 
     fn phi(&self, tape: &Tape, slots: &PhiSlots) -> ops::Phi {

@@ -19,6 +19,9 @@ const PREFILL_CHUNK: usize = 512;
 /// The same on a GPU.
 const CUDA_PREFILL_CHUNK: usize = 2048;
 
+/// The same for the beginning of a prompt, times the model's width: some 3 GB of intermediate values.
+const CUDA_FIRST_CHUNK: usize = 1 << 26;
+
 /// Tokens beyond the present ones that a captured step has room for.
 const AHEAD: usize = 1024;
 
@@ -258,7 +261,7 @@ impl Model {
         tokens: &[i32],
     ) -> Result<Vec<f32>> {
         let (mut last, mut at) = (None, held);
-        for chunk in tokens.chunks(CUDA_PREFILL_CHUNK) {
+        for chunk in self.chunks_device(held, tokens) {
             let hidden = self.hidden_device(layers, (sequence, at), chunk)?;
             last = Some(hidden.rows(chunk.len() - 1..chunk.len())?);
             at += chunk.len();
@@ -277,12 +280,23 @@ impl Model {
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<()> {
         let mut done = 0;
-        for chunk in tokens.chunks(CUDA_PREFILL_CHUNK) {
+        for chunk in self.chunks_device(held, tokens) {
             let hidden = self.hidden_device(layers, (sequence, held + done), chunk)?;
             self.logits_each(&hidden, done, each)?;
             done += chunk.len();
         }
         Ok(())
+    }
+
+    /// What goes through the model at once. The beginning of a prompt looks nowhere back and is
+    /// read several times as fast, so more of it at once.
+    fn chunks_device<'t>(&self, held: usize, tokens: &'t [i32]) -> impl Iterator<Item = &'t [i32]> {
+        let wide = CUDA_FIRST_CHUNK / self.config().hidden_size.max(1);
+        let first = if held == 0 { wide.max(CUDA_PREFILL_CHUNK).min(tokens.len()) } else { 0 };
+        let (first, rest) = tokens.split_at(first);
+        std::iter::once(first)
+            .filter(|chunk| !chunk.is_empty())
+            .chain(rest.chunks(CUDA_PREFILL_CHUNK))
     }
 
     fn hidden_device(

@@ -1,7 +1,7 @@
 //! One layer's caches on a GPU, of one sequence or some.
 
 use tercet_attention::NsaSpec;
-use tercet_tensor::caches::{DenseCache, NsaBlocks, NsaCache, NsaNew, Rows};
+use tercet_tensor::caches::{DenseCache, NsaBlocks, NsaCache, NsaNew, Pages, Partial, Rows};
 use tercet_tensor::{Compressor, DType, Device, Gpu, Mask, Tape, Tensor, ops};
 
 use crate::Result;
@@ -9,16 +9,18 @@ use crate::batch::{block_starts, tensor_i32};
 use crate::cache::{Blocks, NsaNew as New};
 use crate::config::ModelConfig;
 
-/// Sequences of a layer's caches, and tokens there is room for at first; caches grow by doubling.
+/// Sequences of a layer's caches, and tokens of each: those there is room for at first, where
+/// caches grow by doubling, or the most there may be, where all layers share pages.
 #[derive(Clone, Copy)]
-pub(crate) struct Room {
+pub(crate) struct Room<'a> {
     pub sequences: usize,
     pub tokens: usize,
+    pub pages: Option<&'a Pages>,
 }
 
-impl Room {
+impl Room<'_> {
     /// What a cache of one sequence begins with.
-    pub const ONE: Self = Self { sequences: 1, tokens: 1024 };
+    pub const ONE: Self = Self { sequences: 1, tokens: 1024, pages: None };
 }
 
 /// Keys and values of a dense layer.
@@ -37,7 +39,10 @@ impl CudaDense {
         room: Room,
     ) -> Result<Self> {
         let dims = config.dims();
-        let cache = DenseCache::new(gpu, dtype, (mask, dims), room.sequences, room.tokens)?;
+        let cache = match room.pages {
+            Some(pages) if mask == Mask::Causal => DenseCache::paged(gpu, dtype, dims, pages)?,
+            _ => DenseCache::new(gpu, dtype, (mask, dims), room.sequences, room.tokens)?,
+        };
         Ok(Self { cache, window: mask != Mask::Causal })
     }
 
@@ -76,8 +81,8 @@ impl CudaDense {
         Ok(self.cache.clear(sequence)?)
     }
 
-    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
-        Ok(self.cache.copy(from, to)?)
+    pub fn copy(&mut self, from: usize, to: usize, partial: Partial) -> Result<()> {
+        Ok(self.cache.copy(from, to, partial)?)
     }
 }
 
@@ -97,6 +102,9 @@ pub(crate) struct CudaNsa {
     device: Device,
     dtype: DType,
     tails: Vec<Tail>,
+    /// What each row of the last step, or the last token of the last chunk, selected: I32
+    /// `[sequences, K, S]` at a fixed place; where sequences share pages.
+    chosen: Option<Tensor>,
 }
 
 impl CudaNsa {
@@ -107,11 +115,26 @@ impl CudaNsa {
         dtype: DType,
         room: Room,
     ) -> Result<Self> {
-        let dims = config.dims();
-        let cache = NsaCache::new(gpu, dtype, (spec, dims), room.sequences, room.tokens)?;
-        let device = Device::Cuda(gpu.clone());
+        let (dims, device) = (config.dims(), Device::Cuda(gpu.clone()));
+        let (cache, chosen) = match room.pages {
+            None => (NsaCache::new(gpu, dtype, (spec, dims), room.sequences, room.tokens)?, None),
+            Some(pages) => {
+                let shape = [room.sequences, dims.kv_heads, spec.select_count];
+                let chosen = Tensor::zeros_on(&device, DType::I32, &shape)?;
+                (NsaCache::paged(gpu, dtype, (spec, dims), pages)?, Some(chosen))
+            }
+        };
         let tails = vec![Tail::default(); room.sequences];
-        Ok(Self { cache, spec: spec.clone(), device, dtype, tails })
+        Ok(Self { cache, spec: spec.clone(), device, dtype, tails, chosen })
+    }
+
+    /// What a row of the last step selected, `[K, S]`, or of a chunk its last token, row 0; read
+    /// from the device.
+    pub fn chosen(&self, row: usize) -> Result<Option<Vec<i32>>> {
+        let Some(chosen) = &self.chosen else { return Ok(None) };
+        let all = chosen.to_device(&Device::Cpu)?;
+        let width = all.len() / all.shape()[0];
+        Ok(all.as_i32()?.chunks_exact(width).nth(row).map(<[i32]>::to_vec))
     }
 
     pub fn bytes(&self) -> usize {
@@ -161,7 +184,7 @@ impl CudaNsa {
 
     /// Appends new tokens to a sequence; returns the output `[c, H, V]`.
     pub fn extend(&mut self, sequence: usize, new: &New) -> Result<Tensor> {
-        Ok(self.cache.extend(sequence, &device_new(new))?)
+        Ok(self.cache.extend(sequence, &device_new(new), self.chosen.as_ref())?)
     }
 
     /// Makes room for `tokens` tokens, for steps from here on; returns how many there is room for.
@@ -180,7 +203,8 @@ impl CudaNsa {
 
     /// Appends a token of n sequences, whose compression rows are raw, averaged on the device.
     pub fn step_mean(&self, rows: Rows, new: &New, turns: Option<&Tensor>) -> Result<Tensor> {
-        Ok(self.cache.step(rows, &device_new(new), &NsaBlocks::Mean { turns })?)
+        let blocks = NsaBlocks::Mean { turns };
+        Ok(self.cache.step(rows, &device_new(new), &blocks, self.chosen.as_ref())?)
     }
 
     /// Takes the raw compression rows of n sequences; returns the last l of each `[n·l, K, _]`,
@@ -191,7 +215,8 @@ impl CudaNsa {
 
     /// Appends a token of n sequences with its compressed blocks; `numbers` are theirs.
     pub fn step_ready(&self, rows: Rows, new: &New, numbers: &Tensor) -> Result<Tensor> {
-        Ok(self.cache.step(rows, &device_new(new), &NsaBlocks::Ready { numbers })?)
+        let blocks = NsaBlocks::Ready { numbers };
+        Ok(self.cache.step(rows, &device_new(new), &blocks, self.chosen.as_ref())?)
     }
 
     /// Whether blocks are averages, which steps make themselves.
@@ -209,9 +234,9 @@ impl CudaNsa {
         Ok(self.cache.clear(sequence)?)
     }
 
-    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+    pub fn copy(&mut self, from: usize, to: usize, partial: Partial) -> Result<()> {
         self.tails[to] = self.tails[from].clone();
-        Ok(self.cache.copy(from, to)?)
+        Ok(self.cache.copy(from, to, partial)?)
     }
 }
 

@@ -3,8 +3,8 @@
 //! step cost more than what they compute.
 
 use tercet_attention::NsaSpec;
-use tercet_tensor::caches::Rows;
-use tercet_tensor::{DType, Device, Gpu, Graph, Pinned, Tape, Tensor, ops};
+use tercet_tensor::caches::{Partial, Rows};
+use tercet_tensor::{DType, Device, Fork, Gpu, Graph, Pinned, Tape, Tensor, ops};
 
 use crate::batch::Inputs;
 use crate::cache::{LayerCache, NsaNew, mismatch};
@@ -31,6 +31,8 @@ pub(crate) struct Places {
     starts: Tensor,
     /// Cosines and sines of all positions there is room for.
     turns: Option<Tensor>,
+    /// By layer, of φ for keys and values: see [`ops::compress_shift`].
+    shifts: Vec<[Option<Tensor>; 2]>,
 }
 
 impl Places {
@@ -48,8 +50,8 @@ impl Places {
             cu_seqlens: (0..=rows as i32).collect(),
         };
         let (positions, sequences) = (place()?, place()?);
-        let places =
-            Self { inputs, positions, sequences, numbers: place()?, starts: place()?, turns };
+        let (numbers, starts, shifts) = (place()?, place()?, model.shifts()?);
+        let places = Self { inputs, positions, sequences, numbers, starts, turns, shifts };
         places.write(&[], model.config().nsa.as_ref())?;
         Ok(places)
     }
@@ -85,6 +87,32 @@ impl Places {
 
     fn rows_at(&self) -> Rows<'_> {
         Rows { positions: &self.positions, sequences: &self.sequences }
+    }
+}
+
+/// Launches of a step that do not need one another and run beside one another once captured: with
+/// a few rows each fills a few multiprocessors for five microseconds.
+pub(crate) struct Branches(Option<Fork>);
+
+impl Branches {
+    /// The first branch begins, if this is a step on a device; else nothing happens, here and below.
+    pub fn begin(model: &Model, step: bool) -> Result<Self> {
+        Ok(Self(match model.device() {
+            Device::Cuda(gpu) if step => Some(gpu.fork().map_err(tercet_tensor::Error::from)?),
+            _ => None,
+        }))
+    }
+
+    /// What follows needs nothing that came since the first branch began.
+    pub fn next(&self) -> Result<()> {
+        let Some(fork) = &self.0 else { return Ok(()) };
+        Ok(fork.branch().map_err(tercet_tensor::Error::from)?)
+    }
+
+    /// What follows needs all of them.
+    pub fn join(self) -> Result<()> {
+        let Some(fork) = self.0 else { return Ok(()) };
+        Ok(fork.join().map_err(tercet_tensor::Error::from)?)
     }
 }
 
@@ -159,7 +187,7 @@ impl Model {
         cache: &LayerCache,
         new: &NsaNew,
         phi: [&ops::Phi; 2],
-        places: &Places,
+        (layer_number, places): (usize, &Places),
     ) -> Result<Tensor> {
         let (LayerCache::CudaNsa(layer), Some(spec)) = (cache, &self.config().nsa) else {
             return Err(mismatch());
@@ -172,15 +200,16 @@ impl Model {
         let l = spec.compress_block;
         let each = NsaSpec { compress_stride: l, select_block: l, ..spec.clone() };
         let offsets = [0, (places.rows() * l) as i32];
-        let mut made = Vec::with_capacity(2);
-        for (raw, phi) in
-            layer.tails(rows, &places.starts, [new.k_cmp, new.v_cmp])?.into_iter().zip(phi)
-        {
-            let raw = tape.leaf(raw);
-            made.push(ops::compress(tape, &raw, phi, &each, &offsets)?);
-        }
-        let (v, k) = made.pop().zip(made.pop()).ok_or_else(mismatch)?;
+        let [k_raw, v_raw] = layer.tails(rows, &places.starts, [new.k_cmp, new.v_cmp])?;
+        let [k_shift, v_shift] = places.shifts.get(layer_number).ok_or_else(mismatch)?;
+        let [k_phi, v_phi] = phi;
+        let (k_raw, v_raw) = (tape.leaf(k_raw), tape.leaf(v_raw));
+        let branches = Branches::begin(self, true)?;
+        let k = ops::compress_shifted(tape, &k_raw, k_phi, k_shift.as_ref(), &each, &offsets)?;
         let k = self.rotate(tape, k, &places.starts)?;
+        branches.next()?;
+        let v = ops::compress_shifted(tape, &v_raw, v_phi, v_shift.as_ref(), &each, &offsets)?;
+        branches.join()?;
         let new = NsaNew { k_cmp: k.value(), v_cmp: v.value(), ..*new };
         layer.step_ready(rows, &new, &places.numbers)
     }
@@ -230,11 +259,12 @@ impl LayerCache {
         }
     }
 
-    /// What sequence `from` holds becomes what `to` holds, too.
-    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+    /// What sequence `from` holds becomes what `to` holds, too; see
+    /// [`tercet_tensor::caches::Pages::copy`].
+    pub fn copy(&mut self, from: usize, to: usize, partial: Partial) -> Result<()> {
         match self {
-            Self::CudaNsa(layer) => layer.copy(from, to),
-            Self::CudaDense(layer) => layer.copy(from, to),
+            Self::CudaNsa(layer) => layer.copy(from, to, partial),
+            Self::CudaDense(layer) => layer.copy(from, to, partial),
             _ => Err(mismatch()),
         }
     }

@@ -6,7 +6,7 @@ use tercet_tensor::{Tape, Tensor, Var, ops};
 
 use crate::batch::{Batch, IGNORE, Inputs};
 use crate::cache::LayerCache;
-use crate::decode_graph::Places;
+use crate::decode_graph::{Branches, Places};
 use crate::layout::{FeedForwardSlots, LinearSlots, NormSlots, SwiGluSlots};
 use crate::{Error, Model, Result};
 
@@ -44,6 +44,14 @@ pub(crate) struct Site<'s> {
     /// One token of each of some sequences, at places that only the device knows; the layer's only
     /// cache then holds all of them.
     pub step: Option<&'s Places>,
+}
+
+/// What a layer's parts are told.
+#[derive(Clone, Copy)]
+struct Pass {
+    dropout: Option<u64>,
+    /// See [`Site::step`].
+    step: bool,
 }
 
 impl Model {
@@ -170,12 +178,12 @@ impl Model {
     /// One layer: x `[T, C]` to `[x]`, or `[x, balance]` when it has experts.
     pub(crate) fn layer(&self, tape: &mut Tape, x: &Var, site: Site) -> Result<Vec<Var>> {
         let slots = &self.slots.layers[site.layer];
-        let dropout = site.dropout;
+        let pass = Pass { dropout: site.dropout, step: site.step.is_some() };
         let normed = self.norm(tape, &slots.input_norm, x)?;
         let attended = self.attention(tape, &normed, site)?;
         let x = ops::add(tape, x, &attended)?;
         let normed = self.norm(tape, &slots.post_norm, &x)?;
-        let (y, balance) = self.feed_forward(tape, &slots.feed_forward, &normed, dropout)?;
+        let (y, balance) = self.feed_forward(tape, &slots.feed_forward, &normed, pass)?;
         let x = ops::add(tape, &x, &y)?;
         Ok(std::iter::once(x).chain(balance).collect())
     }
@@ -185,10 +193,11 @@ impl Model {
         tape: &mut Tape,
         slots: &FeedForwardSlots,
         x: &Var,
-        dropout: Option<u64>,
+        pass: Pass,
     ) -> Result<(Var, Option<Var>)> {
+        let dropout = pass.dropout;
         match slots {
-            FeedForwardSlots::SwiGlu(slots) => Ok((self.swiglu(tape, slots, x, dropout)?, None)),
+            FeedForwardSlots::SwiGlu(slots) => Ok((self.swiglu(tape, slots, x, pass)?, None)),
             FeedForwardSlots::Gelu { up, down, exact } => {
                 let kind = if *exact { ops::Gelu::Exact } else { ops::Gelu::Tanh };
                 let h = self.linear(tape, up, x, dropout)?;
@@ -200,7 +209,7 @@ impl Model {
                 let y = match shared {
                     None => y,
                     Some(slots) => {
-                        let all = self.swiglu(tape, slots, x, dropout)?;
+                        let all = self.swiglu(tape, slots, x, pass)?;
                         ops::add(tape, &y, &all)?
                     }
                 };
@@ -242,10 +251,13 @@ impl Model {
         tape: &mut Tape,
         slots: &SwiGluSlots,
         x: &Var,
-        dropout: Option<u64>,
+        Pass { dropout, step }: Pass,
     ) -> Result<Var> {
+        let branches = Branches::begin(self, step)?;
         let gate = self.linear(tape, &slots.gate, x, dropout)?;
+        branches.next()?;
         let up = self.linear(tape, &slots.up, x, dropout)?;
+        branches.join()?;
         let h = ops::swiglu(tape, &gate, &up)?;
         self.linear(tape, &slots.down, &h, dropout)
     }

@@ -37,6 +37,7 @@ mod sample_many;
 mod sampling;
 mod selftest;
 pub mod slots;
+mod slots_cuda;
 mod stop;
 mod stored;
 mod text_stream;

@@ -5,7 +5,8 @@
 //! norms, activations and softmax are left out, as everywhere.
 
 use tercet_attention::{Compressor, NsaSpec};
-use tercet_tensor::DType;
+use tercet_tensor::caches::{DenseCache, NsaCache, Pages};
+use tercet_tensor::{DType, Mask};
 
 use crate::config::{Activation, ModelConfig, MoeConfig};
 use crate::layout::parameters;
@@ -163,6 +164,34 @@ impl ModelConfig {
             None => row * self.window(i).map_or(context, |w| w.min(context)) as u64,
         };
         (0..self.num_hidden_layers).map(layer).sum()
+    }
+
+    /// Bytes of [`Slots`](crate::slots::Slots) on a GPU: `count` slots of at most `tokens` tokens,
+    /// which share `pages` pages of 64 of them. Each has its rings of windows, and of raw
+    /// tokens that no compressed block is made of yet, whatever it holds.
+    pub fn slots_bytes(&self, [count, tokens]: [usize; 2], pages: usize, dtype: DType) -> u64 {
+        let dims = self.dims();
+        let row = (dims.kv_heads * (dims.key_dim + dims.value_dim) * dtype.bytes()) as u64;
+        let spec = self.nsa.as_ref();
+        let [pages, blocks] = Pages::counts(spec, [count, tokens], pages);
+        let layer = |i: usize| match (spec, self.window(i)) {
+            (Some(spec), _) => {
+                count * NsaCache::ring_rows(spec, tokens) + (pages + blocks) * Pages::ROWS
+            }
+            (None, Some(window)) => count * DenseCache::ring_rows(Mask::Window(window), tokens),
+            (None, None) => pages * Pages::ROWS,
+        };
+        let rows: u64 = (0..self.num_hidden_layers).map(|i| layer(i) as u64).sum();
+        let tables = match self.keeps_every_token() {
+            true => Pages::table_bytes(spec, [count, tokens]),
+            false => 0,
+        };
+        row * rows + tables as u64
+    }
+
+    /// Whether there is a layer whose cache grows with every token.
+    pub(crate) fn keeps_every_token(&self) -> bool {
+        self.nsa.is_some() || (0..self.num_hidden_layers).any(|i| self.window(i).is_none())
     }
 
     /// Bytes of one checkpoint: weights, and the optimizer's state.

@@ -3,6 +3,8 @@
 //! Small random models of every family. The reference is the CPU in f32; in bf16 a device may be
 //! twice as far from it as the CPU's own bf16 is, in f32 both round and the bound counts roundings.
 
+mod slots;
+
 use tercet_attention::selftest::{Check, Fault, Row, Tally, ensure};
 use tercet_tensor::{DType, Device, Grads, Tape};
 
@@ -85,7 +87,24 @@ pub fn selftest(device: &Device, each: &mut dyn FnMut(Row)) {
             each(Row::of("model", name("decode side by side"), |tally| {
                 side_by_side(tally, config, device, dtype)
             }));
+            each(Row::of("model", name("pages shared and used again"), |tally| {
+                slots::shared(tally, config, device, dtype)
+            }));
+            each(Row::of("model", name("no page left"), |tally| {
+                slots::none_left(tally, config, device, dtype)
+            }));
+            each(Row::of("model", name("what a token selected"), |_| {
+                slots::selected(config, device, dtype)
+            }));
+            each(Row::of("model", name("same bits in company"), |_| {
+                slots::company(config, device, dtype)
+            }));
         }
+    }
+    let (name, config) = slots::MANY_BLOCKS;
+    for dtype in [DType::F32, DType::BF16] {
+        let name = format!("pages shared and used again, {name} · {device} {dtype}");
+        each(Row::of("model", name, |tally| slots::shared(tally, config, device, dtype)));
     }
 }
 

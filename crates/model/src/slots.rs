@@ -1,13 +1,17 @@
 //! Places for a fixed number of sequences that are decoded side by side, by whichever device the
 //! model is on: what sampling of many answers and serving stand on.
 
-use tercet_tensor::{Device, Gpu};
+use tercet_tensor::Device;
+use tercet_tensor::caches::{Pages, Partial};
 
 use crate::batch::{Inputs, check_ids};
-use crate::cache::{Cache, LayerCache};
-use crate::cache_cuda::Room;
-use crate::decode_graph::{DecodeGraph, Places, Token};
+use crate::cache::Cache;
+use crate::decode_graph::Token;
+use crate::slots_cuda::OnDevice;
 use crate::{Error, Model, Result};
+
+/// Tokens of a page.
+pub const PAGE: usize = Pages::ROWS;
 
 /// Some sequences' keys and values; each sequence has its number, from 0 on.
 pub struct Slots {
@@ -36,35 +40,29 @@ enum Held {
     Cuda(Box<OnDevice>),
 }
 
-/// All slots of a layer in one cache, and captured steps for numbers of rows.
-struct OnDevice {
-    gpu: Gpu,
-    layers: Vec<LayerCache>,
-    /// Slots.
-    count: usize,
-    graphs: Vec<(u64, DecodeGraph)>,
-    /// Whether a step may be captured: experts are counted on the host.
-    fixed: bool,
-}
-
 impl Model {
     /// `count` empty slots with room for `tokens` tokens each, at most the model's context. A GPU
     /// takes their memory at once, the CPU as sequences grow.
     pub fn slots(&self, count: usize, tokens: usize) -> Result<Slots> {
+        let pages = count.saturating_mul(tokens.div_ceil(PAGE));
+        self.slots_within(count, tokens, pages)
+    }
+
+    /// As [`Model::slots`]; on a GPU all slots together hold at most `pages` pages of [`PAGE`]
+    /// tokens: a slot takes a page as it grows into it, a copy shares the full pages of what it is
+    /// a copy of until both are cleared. [`ModelConfig::slots_bytes`] says what they cost.
+    ///
+    /// [`ModelConfig::slots_bytes`]: crate::ModelConfig::slots_bytes
+    pub fn slots_within(&self, count: usize, tokens: usize, pages: usize) -> Result<Slots> {
         let context = self.config().max_position_embeddings;
-        if count == 0 || tokens == 0 || tokens > context {
+        if count == 0 || tokens == 0 || tokens > context || pages == 0 {
             return Err(Error::Batch(format!(
-                "{count} slots of {tokens} tokens; expected at least 1 of each, and at most the \
-                 model's context of {context}"
+                "{count} slots of {tokens} tokens in {pages} pages; expected at least 1 of each, \
+                 and at most the model's context of {context} tokens"
             )));
         }
         let held = if let Device::Cuda(gpu) = self.device() {
-            let room = Room { sequences: count, tokens };
-            let layers = (0..self.config().num_hidden_layers)
-                .map(|layer| LayerCache::on_device(self, &gpu, layer, room))
-                .collect::<Result<Vec<_>>>()?;
-            let fixed = self.config().moe.is_none();
-            Held::Cuda(Box::new(OnDevice { gpu, layers, count, graphs: Vec::new(), fixed }))
+            Held::Cuda(Box::new(OnDevice::new(self, gpu, [count, tokens], pages)?))
         } else {
             Held::Cpu((0..count).map(|_| None).collect())
         };
@@ -88,12 +86,36 @@ impl Slots {
         self.states.get(slot).map_or(0, |state| state.len)
     }
 
-    /// Bytes of keys and values: in use on a CPU, reserved on a GPU.
+    /// Bytes of keys and values: in use on a CPU, of all pages and rings on a GPU.
     pub fn bytes(&self) -> usize {
         match &self.held {
             Held::Cpu(caches) => caches.iter().flatten().map(Cache::bytes).sum(),
-            Held::Cuda(device) => device.layers.iter().map(LayerCache::bytes).sum(),
+            Held::Cuda(device) => device.bytes(),
         }
+    }
+
+    /// Pages of [`PAGE`] tokens that no slot holds; `None` where slots do not share any: on a CPU,
+    /// and where every layer has a window.
+    pub fn free_pages(&self) -> Option<usize> {
+        match &self.held {
+            Held::Cpu(_) => None,
+            Held::Cuda(device) => device.free_pages(),
+        }
+    }
+
+    /// From here on every step on a GPU computes `rows` rows, those without a token resting, and
+    /// takes at most so many tokens. A product's bits depend on its size, so that after this what
+    /// a slot computes no longer depends on how many others are in the step; not so where tokens
+    /// are dealt to experts, unless `rows` is 1. On a CPU no bit ever does.
+    pub fn fix_rows(&mut self, rows: usize) -> Result<()> {
+        if rows == 0 || rows > self.count() {
+            let count = self.count();
+            return Err(Error::Batch(format!("steps of {rows} rows; expected 1 to {count}")));
+        }
+        if let Held::Cuda(device) = &mut self.held {
+            device.fix_rows(rows);
+        }
+        Ok(())
     }
 
     /// Forgets what a slot holds.
@@ -101,31 +123,37 @@ impl Slots {
         *self.state(slot)? = State::default();
         match &mut self.held {
             Held::Cpu(caches) => caches[slot] = None,
-            Held::Cuda(device) => {
-                device.layers.iter_mut().try_for_each(|layer| layer.clear(slot))?;
-            }
+            Held::Cuda(device) => device.clear(slot)?,
         }
         Ok(())
     }
 
-    /// Slot `to` becomes a copy of `from`, without the model.
+    /// Slot `to` becomes a copy of `from`, without the model. On a GPU full pages are shared, and
+    /// an error for want of a page changes nothing.
     pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
         let state = *self.state(from)?;
-        self.state(to)?.broken = true;
+        self.state(to)?;
+        if from == to {
+            return Ok(());
+        }
+        let partial = match &self.held {
+            Held::Cpu(_) => Partial::default(),
+            Held::Cuda(device) => device.share(from, to, state.len)?,
+        };
+        self.states[to].broken = true;
         match &mut self.held {
             Held::Cpu(caches) => {
                 let fork = caches[from].as_ref().map(|cache| cache.fork().ok_or_else(gone));
                 caches[to] = fork.transpose()?;
             }
-            Held::Cuda(device) => {
-                device.layers.iter_mut().try_for_each(|layer| layer.copy(from, to))?;
-            }
+            Held::Cuda(device) => device.copy(from, to, partial)?,
         }
         *self.state(to)? = state;
         Ok(())
     }
 
-    /// Appends a chunk of a prompt to a slot; returns the logits after its last token, `[vocab]`.
+    /// Appends a chunk of a prompt to a slot; returns the logits after its last token, `[vocab]`. A
+    /// slot for which there are not enough pages stays as it is.
     pub fn read(&mut self, model: &Model, slot: usize, tokens: &[i32]) -> Result<Vec<f32>> {
         let held = self.check_chunk(model, slot, tokens)?;
         self.state(slot)?.broken = true;
@@ -140,11 +168,11 @@ impl Slots {
                 let mut logits = Vec::new();
                 for (i, &id) in tokens.iter().enumerate() {
                     let token = Token { sequence: slot, id, position: held + i };
-                    logits = device.step(model, self.tokens, &[token], &mut self.logits)?.to_vec();
+                    logits = device.step(model, &[token], &mut self.logits)?.to_vec();
                 }
                 logits
             }
-            Held::Cuda(device) => model.read_device(&mut device.layers, (slot, held), tokens)?,
+            Held::Cuda(device) => model.read_device(device.reading(slot), (slot, held), tokens)?,
         };
         let state = self.state(slot)?;
         (state.len, state.stamp, state.broken) = (held + tokens.len(), model.stamp, false);
@@ -173,7 +201,7 @@ impl Slots {
                 model.read_each(cache, tokens, each)?;
             }
             Held::Cuda(device) => {
-                model.read_device_each(&mut device.layers, (slot, held), tokens, each)?;
+                model.read_device_each(device.reading(slot), (slot, held), tokens, each)?;
             }
         }
         let state = self.state(slot)?;
@@ -181,11 +209,16 @@ impl Slots {
         Ok(())
     }
 
-    /// What the last token of a slot selected, see [`Cache::selected`].
-    pub fn selected(&self, slot: usize) -> Option<Vec<&[i32]>> {
+    /// What the last token of a slot selected, layer by layer, see [`Cache::selected`]. On a GPU it
+    /// is known until tokens of other slots are read or stepped, and read back when asked for;
+    /// errors are the device's.
+    pub fn selected(&self, slot: usize) -> Result<Option<Vec<Vec<i32>>>> {
         match &self.held {
-            Held::Cpu(caches) => caches.get(slot)?.as_ref()?.selected(),
-            Held::Cuda(_) => None,
+            Held::Cpu(caches) => {
+                let selected = caches.get(slot).and_then(|cache| cache.as_ref()?.selected());
+                Ok(selected.map(|layers| layers.into_iter().map(<[i32]>::to_vec).collect()))
+            }
+            Held::Cuda(device) => device.selected(slot),
         }
     }
 
@@ -196,7 +229,7 @@ impl Slots {
     /// Appends one token to each of the named slots, all different; returns the logits after each,
     /// `[n, vocab]`, in that order. Refused before anything changes: tokens outside the vocabulary,
     /// a slot without room, one that holds nothing, one filled under other weights or left behind
-    /// by an error.
+    /// by an error, and slots for which there are not enough pages.
     pub fn step(&mut self, model: &Model, tokens: &[(usize, i32)]) -> Result<&[f32]> {
         let ids: Vec<i32> = tokens.iter().map(|&(_, id)| id).collect();
         check_ids(model.config(), &ids)?;
@@ -217,6 +250,15 @@ impl Slots {
         if rows.is_empty() {
             return Ok(&[]);
         }
+        if let Held::Cuda(device) = &self.held {
+            let most = device.rows().unwrap_or(rows.len());
+            if rows.len() > most {
+                let got = rows.len();
+                return Err(Error::Batch(format!("a step of {got} tokens; its rows are {most}")));
+            }
+            let want = |row: &Token| (row.sequence, row.position + 1);
+            device.reserve(&rows.iter().map(want).collect::<Vec<_>>())?;
+        }
         rows.iter().for_each(|row| self.states[row.sequence].broken = true);
         let logits: &[f32] = match &mut self.held {
             Held::Cpu(caches) => {
@@ -234,7 +276,7 @@ impl Slots {
                 for row in rows.iter().filter(|row| !self.states[row.sequence].stepped) {
                     device.layers.iter_mut().try_for_each(|layer| layer.prime(row.sequence))?;
                 }
-                device.step(model, self.tokens, &rows, &mut self.logits)?
+                device.step(model, &rows, &mut self.logits)?
             }
         };
         for row in &rows {
@@ -257,6 +299,9 @@ impl Slots {
             return Err(Error::Batch("no token to append; a prompt needs at least one".into()));
         }
         Inputs::appended(model.config(), &Device::Cpu, tokens, held)?;
+        if let Held::Cuda(device) = &self.held {
+            device.reserve(&[(slot, held + tokens.len())])?;
+        }
         Ok(held)
     }
 
@@ -276,43 +321,6 @@ impl Slots {
             )));
         }
         Ok(len)
-    }
-}
-
-impl OnDevice {
-    /// A step of some rows; the slots are ready for it. `own` takes the logits that no graph holds.
-    fn step<'l>(
-        &'l mut self,
-        model: &Model,
-        capacity: usize,
-        tokens: &[Token],
-        own: &'l mut Vec<f32>,
-    ) -> Result<&'l [f32]> {
-        let stamp = model.stamp;
-        let rows = tokens.len().next_power_of_two().min(self.count);
-        let spec = model.config().nsa.as_ref();
-        let logits = if self.fixed {
-            let known = |(of, graph): &(u64, DecodeGraph)| *of == stamp && graph.rows() == rows;
-            let at = match self.graphs.iter().position(known) {
-                Some(at) => at,
-                None => {
-                    let layers = &mut self.layers;
-                    let graph = DecodeGraph::capture(model, &self.gpu, layers, rows, capacity)?;
-                    self.graphs.push((stamp, graph));
-                    self.graphs.len() - 1
-                }
-            };
-            self.graphs[at].1.run(tokens, spec)?
-        } else {
-            let places = Places::new(model, &Device::Cuda(self.gpu.clone()), rows, capacity)?;
-            places.write(tokens, spec)?;
-            let logits = model.step(&places, &mut self.layers)?;
-            *own = logits.rows(0..tokens.len())?.to_vec_f32()?;
-            own
-        };
-        let sequences: Vec<usize> = tokens.iter().map(|token| token.sequence).collect();
-        self.layers.iter_mut().try_for_each(|layer| layer.advance(&sequences))?;
-        Ok(logits)
     }
 }
 

@@ -121,3 +121,33 @@ fn the_plan_for_a_gpu_is_within_a_tenth_of_what_was_measured() {
         assert!(off < 0.1, "{name}, recompute {recompute}: {planned:.1} GiB, not {measured}");
     }
 }
+
+/// By hand, for a GPU: rings and tails of every slot, pages of tokens, and pages of blocks: one for
+/// every `compress_stride` pages of tokens, two for each slot and one for every 64 slots.
+#[test]
+fn slots_on_a_gpu_cost_their_rings_and_the_pages_that_they_share() {
+    let config = recipe("nsa-1b");
+    let spec = config.nsa.clone().unwrap();
+    assert_eq!((spec.compress_block, spec.compress_stride, spec.window), (32, 16, 512));
+    let dims = config.dims();
+    let row = dims.kv_heads * (dims.key_dim + dims.value_dim) * 2 * config.num_hidden_layers;
+    let slots = |count, pages| config.slots_bytes([count, 8192], pages, DType::BF16) as usize;
+    // 128 pages of tokens a slot, and 511 blocks: 8 pages. A ring has 512 tokens more than the
+    // window, the tail 64.
+    let (ring, tables) = (1024 + 64, 4 * (128 + 8));
+    assert_eq!(slots(1, 128), row * (ring + 64 * (128 + 8)) + tables);
+    assert_eq!(slots(64, 1600), row * (64 * ring + 64 * (1600 + 100 + 128 + 1)) + 64 * tables);
+    assert_eq!(slots(2, 10_000), slots(2, 256), "no more than they can hold");
+    // What one more page costs is what the plan says of 64 tokens.
+    let page = (slots(64, 3200) - slots(64, 1600)) as f64 / 1600.0;
+    let token = |n| config.cache_bytes(n, DType::BF16) as f64;
+    assert_eq!(page, 64.0 * (token(8192) - token(4096)) / 4096.0);
+
+    let dense = recipe("dense-1b");
+    let row = 2 * dense.num_hidden_layers * dense.dims().kv_heads * 2 * dense.head_dim;
+    let bytes = dense.slots_bytes([3, 100], 5, DType::BF16) as usize;
+    assert_eq!(bytes, row * 5 * 64 + 3 * 4 * (2 + 1));
+    let window = ModelConfig { sliding_window: Some(100), ..dense };
+    let bytes = window.slots_bytes([3, 100], 5, DType::BF16) as usize;
+    assert_eq!(bytes, row * 3 * (100usize + 100).next_multiple_of(64));
+}

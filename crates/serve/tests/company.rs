@@ -127,9 +127,9 @@ fn adapters_answer_side_by_side() {
 
 #[test]
 fn sequences_that_had_to_give_way_go_on_with_the_same_bits() {
-    for config in [nsa(), dense()] {
+    for (config, batch_invariant) in [(nsa(), false), (dense(), false), (nsa(), true)] {
         let model = model(config);
-        let limits = with_pages(&model, limits(), 12);
+        let limits = Limits { batch_invariant, ..with_pages(&model, limits(), 12) };
         let mut callers = callers(24, &[None]);
         for caller in &mut callers {
             caller.prompt.truncate(200);

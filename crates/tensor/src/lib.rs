@@ -48,11 +48,11 @@ pub use tape::{Tape, Var};
 pub use tensor::Tensor;
 pub use tercet_attention::cpu::Mask;
 pub use tercet_attention::{Compressor, NsaSpec};
-pub use tercet_cuda::{Gpu, Graph, Pinned};
+pub use tercet_cuda::{Fork, Gpu, Graph, Pinned};
 
 /// Caches for decoding on a device.
 pub mod caches {
-    pub use crate::cuda::caches::{DenseCache, NsaBlocks, NsaCache, NsaNew, Rows};
+    pub use crate::cuda::caches::{DenseCache, NsaBlocks, NsaCache, NsaNew, Pages, Partial, Rows};
 }
 
 /// Result of every fallible call of this crate.

@@ -30,6 +30,7 @@ mod slice;
 
 pub use attend::{AttendGrads, AttendInput, attend_backward, attend_forward};
 pub use batch::{Batch, NsaBatch};
+use nsa::nsa_forward_choosing;
 pub use nsa::{
     NsaGrads, NsaInput, NsaSaved, NsaState, nsa_backward, nsa_forward, nsa_forward_into,
 };

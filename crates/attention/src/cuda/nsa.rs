@@ -201,16 +201,37 @@ pub fn nsa_forward(input: &NsaInput, out: Slice, save: bool) -> Result<Option<Ns
         nsa_forward_into(input, out, &saved.state())?;
         return Ok(Some(saved));
     }
+    nsa_forward_choosing(input, out, None)?;
+    Ok(None)
+}
+
+/// [`nsa_forward`] that saves nothing but, when asked for, the selected blocks i32 `[T, K, S]`.
+pub(super) fn nsa_forward_choosing(
+    input: &NsaInput,
+    out: Slice,
+    indices: Option<Slice>,
+) -> Result<()> {
+    input.check()?;
+    input.check_rows("out", out)?;
     let Dims { heads, kv_heads, .. } = input.plan.dims;
     let (tokens, count) = (input.batch.tokens(), input.batch.spec.select_count);
-    let gpu = &input.plan.gpu;
-    let label = Label::shaped("log-sum-exps", &[tokens, heads]);
-    let lse = gpu.alloc_for(tokens * heads * 4, label)?;
-    let label = Label::shaped("selected blocks", &[tokens, kv_heads, count]);
-    let indices = gpu.alloc_for(tokens * kv_heads * count * 4, label)?;
-    let (lse, indices) = (Slice::whole(&lse, 4), Slice::whole(&indices, 4));
-    forward(input, out, [None; 3], [Some(lse), None, None], indices)?;
-    Ok(None)
+    let alloc = |what, shape: &[usize]| {
+        let bytes = shape.iter().product::<usize>() * size_of::<i32>();
+        input.plan.gpu.alloc_for(bytes, Label::shaped(what, shape))
+    };
+    let lse = alloc("log-sum-exps", &[tokens, heads])?;
+    let own;
+    let indices = match indices {
+        Some(indices) => {
+            input.check_indices(indices)?;
+            indices
+        }
+        None => {
+            own = alloc("selected blocks", &[tokens, kv_heads, count])?;
+            Slice::whole(&own, 4)
+        }
+    };
+    forward(input, out, [None; 3], [Some(Slice::whole(&lse, 4)), None, None], indices)
 }
 
 /// [`nsa_forward`] with the state in memory of the caller's.

@@ -9,14 +9,11 @@ use tercet_tensor::{DType, Device, FEW_ROWS};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::admission::Door;
-use super::pages::{Costs, PAGE};
+use super::pages::{Division, PAGE};
 use super::request::{Event, Refused, Request};
 use super::scheduler::{Rules, Scheduler};
 use super::stats::Stats;
 use super::worker::{Message, Worker};
-
-/// Beginnings of prompts that may be kept, if there are pages for them.
-const KEPT: usize = 64;
 
 /// A base model and its adapters by name; all share the base's tensors.
 pub struct Models {
@@ -52,8 +49,8 @@ impl Models {
 /// What the engine may use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limits {
-    /// Sequences computed side by side, 1..=1024; on a GPU no more than places of a whole context
-    /// fit into `cache_bytes`.
+    /// Sequences computed side by side, 1..=1024; on a GPU no more than half of `cache_bytes` holds
+    /// the rings of.
     pub running: usize,
     /// Sequences that may wait beside those; more are refused with [`Refused::Full`].
     pub waiting: usize,
@@ -69,6 +66,9 @@ pub struct Limits {
     pub context: Option<usize>,
     /// Whether prompts are kept for the next request that begins with them.
     pub prefix_cache: bool,
+    /// Whether an answer has the same bits in any company on a GPU, too: every step then computes
+    /// `running` rows, or one sequence after the other where tokens are dealt to experts.
+    pub batch_invariant: bool,
 }
 
 impl Default for Limits {
@@ -81,6 +81,7 @@ impl Default for Limits {
             cache_bytes: 4 << 30,
             context: None,
             prefix_cache: true,
+            batch_invariant: false,
         }
     }
 }
@@ -203,46 +204,43 @@ pub(super) fn assemble(models: Models, limits: Limits) -> Result<(Handle, Worker
     let on_cpu = base.device() == Device::Cpu;
     // Whatever the weights are, a CPU's caches hold f32.
     let stored = if on_cpu { DType::F32 } else { base.params().dtype() };
-    let costs = Costs::new(config, stored);
-    let pages = limits.cache_bytes / costs.page_bytes;
-    let context = config
-        .max_position_embeddings
-        .min(limits.context.unwrap_or(usize::MAX))
-        .min(costs.tokens(pages));
+    let divide = if on_cpu { Division::as_filled } else { Division::reserved };
+    let Division { costs, pages, running, kept, context, reserved } =
+        divide(config, stored, &limits);
     if context < 2 {
         return Err(StartError::Limits(format!(
-            "a context of {context} tokens holds no prompt and answer: cache_bytes = {} are \
-             {pages} pages of {} bytes, of which a sequence needs {}",
+            "a context of {context} tokens holds no prompt and answer: of cache_bytes = {} a place \
+             takes {reserved} bytes, and {pages} pages of {} bytes are left, of which a sequence \
+             needs {}",
             limits.cache_bytes,
             costs.page_bytes,
             costs.pages(2)
         )));
     }
-    let wanted = if limits.prefix_cache { KEPT } else { 0 };
-    let (running, kept) = match on_cpu {
-        true => (limits.running, wanted),
-        // There every place has the memory of a whole context from the start.
-        false => {
-            let places = (pages / costs.pages(context)).max(1);
-            let kept = wanted.min(places / 4);
-            (limits.running.min(places - kept), kept)
-        }
-    };
     let rules = Rules {
         running,
         prefill_tokens: limits.prefill_tokens,
         chunk: limits.chunk,
-        // So few rows have the bits of single steps.
-        replay: if on_cpu { FEW_ROWS.min(limits.chunk) } else { limits.chunk },
+        replay: match on_cpu {
+            _ if limits.batch_invariant => 0,
+            // So few rows have the bits of single steps.
+            true => FEW_ROWS.min(limits.chunk),
+            false => limits.chunk,
+        },
     };
     let stats = Stats {
         pages_total: pages,
         page_tokens: PAGE,
         page_bytes: costs.page_bytes,
         bytes_per_token: costs.bytes_per_token,
+        reserved_bytes: reserved,
         ..Stats::default()
     };
-    let slots = base.slots(running + kept, context)?;
+    let mut slots = base.slots_within(running + kept, context, pages)?;
+    let apart = limits.batch_invariant && !on_cpu && config.moe.is_some();
+    if limits.batch_invariant {
+        slots.fix_rows(if apart { 1 } else { running })?;
+    }
     let scheduler = Scheduler::new(rules, costs, pages, kept);
     let vocab = config.vocab_size;
     let (names, with): (Vec<String>, Vec<Model>) = adapted.into_iter().unzip();
@@ -250,6 +248,6 @@ pub(super) fn assemble(models: Models, limits: Limits) -> Result<(Handle, Worker
     let door = Arc::new(Door::new(limits, vocab, context, names, stats));
     let models = std::iter::once(base).chain(with).collect();
     let (outbox, inbox) = mpsc::channel();
-    let worker = Worker::new((models, end_of_text), slots, scheduler, door.clone(), inbox);
+    let worker = Worker::new((models, end_of_text), (slots, apart), scheduler, door.clone(), inbox);
     Ok((Handle { door, outbox }, worker))
 }

@@ -11,7 +11,8 @@
 //! **What an answer depends on.** On a CPU: on its prompt, settings, seed, constraint, the weights
 //! and [`Limits::chunk`] alone, to the last bit: not on who else is served, what is kept, or how
 //! often it had to give way. The price is that prompts are kept up to a multiple of the chunk only.
-//! On a GPU products of other sizes round differently.
+//! On a GPU products of other sizes round differently, unless [`Limits::batch_invariant`] makes
+//! all steps of one size.
 
 mod admission;
 mod handle;

@@ -2,13 +2,18 @@
 //!
 //! A page is what [`PAGE`] tokens add to a sequence for good: their selected keys and values and
 //! their share of the compressed ones (all layers), or the dense ones. What a sequence needs
-//! whatever its length, the rings of its windows, is counted as whole pages too.
+//! whatever its length, the rings of its windows, is counted as whole pages too; but a GPU has it
+//! reserved for every place, and what is left is pages.
 
 use tercet_model::ModelConfig;
 use tercet_tensor::DType;
 
-/// Tokens of a page.
-pub(super) const PAGE: usize = 64;
+use super::handle::Limits;
+
+pub(super) use tercet_model::slots::PAGE;
+
+/// Beginnings of prompts that may be kept, if there are pages for them.
+const KEPT: usize = 64;
 
 /// The price of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,6 +62,80 @@ impl Costs {
             Some(_) if !self.grows => usize::MAX,
             Some(pages) => pages.saturating_mul(PAGE),
         }
+    }
+}
+
+/// How the memory is divided.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Division {
+    pub costs: Costs,
+    /// Of running sequences and kept prefixes together.
+    pub pages: usize,
+    /// Places of running sequences.
+    pub running: usize,
+    /// Places of kept prefixes.
+    pub kept: usize,
+    /// Tokens of prompt and answer.
+    pub context: usize,
+    /// Bytes that places take whatever they hold.
+    pub reserved: usize,
+}
+
+impl Division {
+    /// Where a place takes memory as it is filled.
+    pub fn as_filled(config: &ModelConfig, stored: DType, limits: &Limits) -> Self {
+        let costs = Costs::new(config, stored);
+        let pages = limits.cache_bytes / costs.page_bytes;
+        let (running, kept) = (limits.running, limits.kept());
+        let context = limits.longest(config).min(costs.tokens(pages));
+        Self { costs, pages, running, kept, context, reserved: 0 }
+    }
+
+    /// Where all memory is taken at once: what every place has whatever it holds, of which there
+    /// are fewer than asked for when that would be more than half of it, and pages. What
+    /// [`ModelConfig::slots_bytes`] counts of these places and pages is at most the limit.
+    pub fn reserved(config: &ModelConfig, stored: DType, limits: &Limits) -> Self {
+        let longest = limits.longest(config);
+        let costs = Costs::new(config, stored);
+        let bytes = |places: usize, pages: usize| {
+            let bytes = config.slots_bytes([places, longest], pages, stored);
+            usize::try_from(bytes).unwrap_or(usize::MAX)
+        };
+        // A place has its rings, and only pages are left to be counted.
+        let costs = match costs.grows {
+            true => Costs { fixed: 0, ..costs },
+            false => Costs { page_bytes: bytes(1, 0).max(1), ..costs },
+        };
+        let most = if costs.grows { limits.cache_bytes / 2 } else { limits.cache_bytes };
+        let (running, kept) = (limits.running, limits.kept());
+        let fits = |&places: &usize| places == 1 || bytes(places, 0) <= most;
+        let places = (1..=running + kept).rev().find(fits).unwrap_or(1);
+        let kept = if places < running + kept { kept.min(places / 4) } else { kept };
+        let running = running.min(places - kept);
+        let places = running + kept;
+        let pages = if costs.grows {
+            let left = limits.cache_bytes.saturating_sub(bytes(places, 0));
+            let pages = (left / costs.page_bytes).min(places * longest.div_ceil(PAGE));
+            // One page of blocks may be only partly used.
+            (0..=pages).rev().find(|&n| bytes(places, n) <= limits.cache_bytes).unwrap_or(0)
+        } else {
+            usize::from(bytes(1, 0) <= most) * places
+        };
+        let context = longest.min(costs.tokens(pages));
+        let context = if pages == 0 { 0 } else { context };
+        Self { costs, pages, running, kept, context, reserved: bytes(places, 0) }
+    }
+}
+
+impl Limits {
+    /// Beginnings of prompts that may be kept.
+    fn kept(&self) -> usize {
+        if self.prefix_cache { KEPT } else { 0 }
+    }
+
+    /// Tokens of prompt and answer, if there is memory for them.
+    fn longest(&self, config: &ModelConfig) -> usize {
+        config.max_position_embeddings.min(self.context.unwrap_or(usize::MAX))
     }
 }
 
@@ -206,6 +285,49 @@ mod tests {
         // By hand: 3 layers of 2 heads of 8 + 4 numbers, once a token and once a stride of 16.
         let costs = Costs::new(&kinds()[0], DType::F32);
         assert_eq!(costs.bytes_per_token, (3 * 2 * 12 * 4) as f64 * (1.0 + 1.0 / 16.0));
+    }
+
+    /// What a GPU is asked for is never more than it may be, and little less where sequences are
+    /// long enough to use it; whatever the scheduler lets in then has its pages.
+    #[test]
+    fn a_division_keeps_to_its_limit_and_wastes_little() {
+        for config in kinds() {
+            for gib in [0.001, 0.01, 0.1, 1.0] {
+                for (running, prefix_cache) in [(1, false), (8, true), (512, true)] {
+                    let cache_bytes = (gib * f64::from(1 << 30)) as usize;
+                    let limits = Limits { running, prefix_cache, cache_bytes, ..Limits::default() };
+                    let own = Division::reserved(&config, DType::BF16, &limits);
+                    let Division { costs, pages, running, kept, context, .. } = own;
+                    if pages == 0 {
+                        assert_eq!(context, 0);
+                        continue;
+                    }
+                    let shape = [running + kept, 65_536];
+                    let pool = if costs.grows { pages } else { 1 };
+                    let bytes = config.slots_bytes(shape, pool, DType::BF16) as usize;
+                    assert!(bytes <= cache_bytes, "{bytes} of {cache_bytes}: {own:?}");
+                    let full = !costs.grows || pages == (running + kept) * (65_536 / PAGE);
+                    let wasted = cache_bytes - bytes;
+                    let more = if costs.grows { 3 } else { 1 } * costs.page_bytes;
+                    assert!(
+                        full && running == limits.running || wasted < more + cache_bytes / 8,
+                        "{wasted} of {cache_bytes}: {own:?}"
+                    );
+                    assert!(context <= costs.tokens(pages) && running >= 1);
+                    assert_eq!(costs.pages(1), 1, "rings are paid for");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn many_more_places_than_whole_contexts_fit() {
+        let nsa = &kinds()[0];
+        let limits = Limits { cache_bytes: 64 << 20, ..Limits::default() };
+        let own = Division::reserved(nsa, DType::BF16, &limits);
+        assert_eq!((own.running, own.kept), (64, 64));
+        assert!(own.pages < 5 * own.costs.pages(65_536), "five contexts, {own:?}");
+        assert!(own.reserved < limits.cache_bytes / 2);
     }
 
     #[test]

@@ -62,6 +62,8 @@ pub struct Stats {
     pub page_bytes: usize,
     /// Bytes of keys and values that one more token costs in the long run.
     pub bytes_per_token: f64,
+    /// Bytes beside the pages: what a GPU holds for each place whatever is in it.
+    pub reserved_bytes: usize,
     /// Requests that were taken.
     pub accepted: u64,
     /// Requests that were refused because the queue was full.
@@ -107,6 +109,7 @@ impl Default for Stats {
             page_tokens: 0,
             page_bytes: 0,
             bytes_per_token: 0.0,
+            reserved_bytes: 0,
             accepted: 0,
             refused_full: 0,
             finished_length: 0,

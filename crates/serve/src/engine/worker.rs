@@ -65,6 +65,9 @@ pub(super) struct Worker {
     models: Vec<Model>,
     end_of_text: Vec<u32>,
     slots: Slots,
+    /// Whether each sequence is computed by itself: in a step together, which experts the others'
+    /// tokens go to would change its bits.
+    apart: bool,
     scheduler: Scheduler,
     door: Arc<Door>,
     inbox: Receiver<Message>,
@@ -74,13 +77,13 @@ pub(super) struct Worker {
 impl Worker {
     pub fn new(
         (models, end_of_text): (Vec<Model>, Vec<u32>),
-        slots: Slots,
+        (slots, apart): (Slots, bool),
         scheduler: Scheduler,
         door: Arc<Door>,
         inbox: Receiver<Message>,
     ) -> Self {
         let sequences = BTreeMap::new();
-        Self { models, end_of_text, slots, scheduler, door, inbox, sequences }
+        Self { models, end_of_text, slots, apart, scheduler, door, inbox, sequences }
     }
 
     /// Until the door drains, or every handle is gone, and nobody is inside.
@@ -254,32 +257,33 @@ impl Worker {
         let mut groups: BTreeMap<(usize, Option<Id>), Vec<Id>> = BTreeMap::new();
         for &id in ids {
             let Some(sequence) = self.sequences.get(&id) else { continue };
-            let group = (sequence.model, sequence.alone.then_some(id));
-            groups.entry(group).or_default().push(id);
+            let alone = sequence.alone || self.apart;
+            groups.entry((sequence.model, alone.then_some(id))).or_default().push(id);
         }
         for ((model, _), ids) in groups {
             let token = |&id: &Id| {
-                let last = self.sequences.get(&id)?.tokens.last()?;
-                Some((self.scheduler.slot(id)?, *last as i32))
+                let next = self.sequences.get(&id)?.tokens.get(self.scheduler.held(id))?;
+                Some((self.scheduler.slot(id)?, *next as i32))
             };
             let tokens: Vec<(usize, i32)> = ids.iter().filter_map(token).collect();
             match self.slots.step(&self.models[model], &tokens) {
                 Ok(logits) => {
-                    let chosen = choose(&mut self.sequences, self.door.vocab, &ids, logits);
-                    self.hand_out(&ids, chosen);
+                    for &id in &ids {
+                        self.scheduler.holds(id, self.scheduler.held(id) + 1);
+                    }
+                    // Not those whose next token was chosen before a preemption.
+                    let rows = ids.iter().copied().zip(logits.chunks_exact(self.door.vocab));
+                    let ready = |&(id, _): &(Id, &[f32])| {
+                        let held = self.scheduler.held(id);
+                        self.sequences.get(&id).is_some_and(|own| own.tokens.len() == held)
+                    };
+                    let rows: Vec<(Id, &[f32])> = rows.filter(ready).collect();
+                    let chosen = choose(&mut self.sequences, &rows);
+                    let ids: Vec<Id> = rows.into_iter().map(|(id, _)| id).collect();
+                    ids.into_iter().zip(chosen).for_each(|(id, chosen)| self.take(id, chosen));
                 }
                 Err(error) => self.failed_together(&ids, &error.to_string()),
             }
-        }
-    }
-
-    /// Hands out what was chosen for each of `ids`.
-    fn hand_out(&mut self, ids: &[Id], chosen: Vec<Result<Chosen, EngineError>>) {
-        for (&id, chosen) in ids.iter().zip(chosen) {
-            if let Some(sequence) = self.sequences.get(&id) {
-                self.scheduler.holds(id, sequence.tokens.len());
-            }
-            self.take(id, chosen);
         }
     }
 
@@ -328,9 +332,10 @@ impl Worker {
     fn selected(&self, id: Id) -> Option<Reads> {
         let sequence = self.sequences.get(&id).filter(|sequence| sequence.reads)?;
         let spec = self.models[sequence.model].config().nsa.as_ref()?;
-        let layers = self.slots.selected(self.scheduler.slot(id)?)?;
+        // A device that failed says so at the next step.
+        let layers = self.slots.selected(self.scheduler.slot(id)?).ok().flatten()?;
         let group = |blocks: &[i32]| blocks.iter().filter_map(|&b| u32::try_from(b).ok()).collect();
-        let layer = |chosen: &[i32]| chosen.chunks(spec.select_count).map(group).collect();
+        let layer = |chosen: Vec<i32>| chosen.chunks(spec.select_count).map(group).collect();
         Some(Reads {
             position: self.scheduler.held(id).saturating_sub(1),
             block: spec.select_block,
@@ -446,18 +451,14 @@ impl Worker {
     }
 }
 
-/// Chooses a token for each of `ids`, ascending, from logits `[n, vocab]`.
+/// Chooses a token for each sequence, ascending, from its logits `[vocab]`.
 fn choose(
     sequences: &mut BTreeMap<Id, Sequence>,
-    vocab: usize,
-    ids: &[Id],
-    logits: &[f32],
+    rows: &[(Id, &[f32])],
 ) -> Vec<Result<Chosen, EngineError>> {
-    let rows: Vec<&[f32]> = logits.chunks_exact(vocab).collect();
-    let mut work: Vec<(&mut Sequence, &[f32])> = sequences
-        .iter_mut()
-        .filter_map(|(id, sequence)| Some((sequence, *rows.get(ids.binary_search(id).ok()?)?)))
-        .collect();
+    let row = |id: &Id| rows.binary_search_by_key(id, |row| row.0).ok().map(|at| rows[at].1);
+    let mut work: Vec<(&mut Sequence, &[f32])> =
+        sequences.iter_mut().filter_map(|(id, sequence)| Some((sequence, row(id)?))).collect();
     let choose = |(sequence, row): &mut (&mut Sequence, &[f32])| sequence.chooser.choose(row);
     match &mut work[..] {
         [one] => vec![choose(one)],

@@ -8,12 +8,71 @@ use tercet_cuda::Gpu;
 use super::{at, number, stale};
 use crate::{DType, Error, Mask, Result, Tensor};
 
+pub use tercet_attention::cuda::decode::Partial;
+
 const OP: &str = "cache";
 
 /// A tensor's numbers, for calls whose work is enqueued before the tensor is dropped.
 fn slice(tensor: &Tensor) -> Result<Slice> {
     // SAFETY: memory is freed in the stream's order, so after all work enqueued until then.
     Ok(unsafe { Slice::new(at(tensor)?, tensor.len()) })
+}
+
+/// The pages of all layers' caches; see [`decode::Pages`]. Clones are the same pages.
+#[derive(Clone)]
+pub struct Pages(decode::Pages);
+
+impl Pages {
+    /// Tokens, or compressed blocks, of a page.
+    pub const ROWS: usize = decode::Pages::ROWS;
+
+    /// Pages of `tokens`·64 tokens together, for `sequences` sequences of at most `capacity`
+    /// tokens each.
+    pub fn new(
+        gpu: &Gpu,
+        spec: Option<&NsaSpec>,
+        [sequences, capacity]: [usize; 2],
+        tokens: usize,
+    ) -> Result<Self> {
+        let pages = decode::Pages::new(gpu, spec, [sequences, capacity], tokens);
+        Ok(Self(pages.map_err(Error::attention(OP))?))
+    }
+
+    /// How many pages of tokens and of compressed blocks [`Pages::new`] makes.
+    pub fn counts(spec: Option<&NsaSpec>, sequences: [usize; 2], tokens: usize) -> [usize; 2] {
+        decode::Pages::counts(spec, sequences, tokens)
+    }
+
+    /// Bytes of the tables that [`Pages::new`] makes.
+    pub fn table_bytes(spec: Option<&NsaSpec>, sequences: [usize; 2]) -> usize {
+        decode::Pages::table_bytes(spec, sequences)
+    }
+
+    /// Bytes of the tables.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    /// Pages of tokens that no sequence holds.
+    pub fn free(&self) -> usize {
+        self.0.free()
+    }
+
+    /// Gives each of some sequences the pages for so many tokens: all, or none and an error.
+    pub fn reserve(&self, wants: &[(usize, usize)]) -> Result<()> {
+        self.0.reserve(wants).map_err(Error::attention(OP))
+    }
+
+    /// Sequence `to` becomes a copy of the `tokens` tokens of `from`, as far as pages go; an error
+    /// changes nothing.
+    pub fn copy(&self, from: usize, to: usize, tokens: usize) -> Result<Partial> {
+        self.0.copy(from, to, tokens).map_err(Error::attention(OP))
+    }
+
+    /// Takes a sequence's pages back.
+    pub fn clear(&self, sequence: usize) -> Result<()> {
+        self.0.clear(sequence).map_err(Error::attention(OP))
+    }
 }
 
 /// One layer's NSA caches of some sequences.
@@ -60,6 +119,23 @@ impl NsaCache {
         Ok(Self { gpu: gpu.clone(), dims, dtype, cache: cache.map_err(Error::attention(OP))? })
     }
 
+    /// Empty caches of sequences that take `pages` as they grow.
+    pub fn paged(
+        gpu: &Gpu,
+        dtype: DType,
+        (spec, dims): (&NsaSpec, Dims),
+        pages: &Pages,
+    ) -> Result<Self> {
+        let plan = Plan::new(gpu, dims, number(dtype)).map_err(Error::attention(OP))?;
+        let cache = decode::NsaCache::paged(&plan, spec, &pages.0);
+        Ok(Self { gpu: gpu.clone(), dims, dtype, cache: cache.map_err(Error::attention(OP))? })
+    }
+
+    /// Rows of keys and values that a sequence of at most `capacity` tokens takes beside its pages.
+    pub fn ring_rows(spec: &NsaSpec, capacity: usize) -> usize {
+        decode::NsaCache::ring_rows(spec, capacity)
+    }
+
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
         self.cache.bytes()
@@ -75,10 +151,23 @@ impl NsaCache {
         self.cache.reserve(tokens).map_err(Error::attention(OP))
     }
 
-    /// Appends c tokens of a sequence; returns their output `[c, H, V]`. Grows as needed.
-    pub fn extend(&mut self, sequence: usize, new: &NsaNew) -> Result<Tensor> {
+    /// Appends c tokens of a sequence; returns their output `[c, H, V]`. Grows as needed, but for
+    /// pages. The blocks that the last token selects become the first row of `chosen`, I32
+    /// `[≥ 1, K, S]`.
+    pub fn extend(
+        &mut self,
+        sequence: usize,
+        new: &NsaNew,
+        chosen: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let (dims, count) = (self.dims, new.q.shape()[0]);
         let out = stale(&self.gpu, self.dtype, &[count, dims.heads, dims.value_dim])?;
+        let each = match chosen {
+            Some(chosen) => {
+                Some(stale(&self.gpu, DType::I32, &[&[count], &chosen.shape()[1..]].concat())?)
+            }
+            None => None,
+        };
         let step = NsaStep {
             scale: dims.scale(),
             q: slice(new.q)?,
@@ -90,8 +179,17 @@ impl NsaCache {
             v_win: slice(new.v_win)?,
             gate: slice(new.gate)?,
         };
-        let done = self.cache.extend(sequence, &step, slice(&out)?, None);
+        let indices = each.as_ref().map(slice).transpose()?;
+        let done = self.cache.extend(sequence, &step, slice(&out)?, indices);
         done.map_err(Error::attention(OP))?;
+        if let (Some(each), Some(chosen)) = (&each, chosen)
+            && count > 0
+        {
+            let row = first_rows(chosen, 1)?;
+            let bytes = row.len() * size_of::<i32>();
+            // SAFETY: the last of `count` rows, and the first of another tensor.
+            unsafe { self.gpu.copy(row.ptr(), at(each)? + ((count - 1) * bytes) as u64, bytes)? };
+        }
         Ok(out)
     }
 
@@ -102,8 +200,15 @@ impl NsaCache {
     }
 
     /// Appends one token of n sequences; returns their output `[n, H, V]`. Can be captured;
-    /// [`NsaCache::advance`] then tells of each launch.
-    pub fn step(&self, rows: Rows, new: &NsaNew, blocks: &NsaBlocks) -> Result<Tensor> {
+    /// [`NsaCache::advance`] then tells of each launch. The blocks that each row selects become the
+    /// first rows of `chosen`, I32 `[≥ n, K, S]`, −1 where a row rests.
+    pub fn step(
+        &self,
+        rows: Rows,
+        new: &NsaNew,
+        blocks: &NsaBlocks,
+        chosen: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let (dims, count) = (self.dims, new.q.shape()[0]);
         let out = stale(&self.gpu, self.dtype, &[count, dims.heads, dims.value_dim])?;
         let (ready, turns) = match *blocks {
@@ -125,7 +230,8 @@ impl NsaCache {
             gate: slice(new.gate)?,
             turns: turns.map(slice).transpose()?,
         };
-        self.cache.step(&token, slice(&out)?, None).map_err(Error::attention(OP))?;
+        let indices = chosen.map(|chosen| first_rows(chosen, count)).transpose()?;
+        self.cache.step(&token, slice(&out)?, indices).map_err(Error::attention(OP))?;
         Ok(out)
     }
 
@@ -164,9 +270,10 @@ impl NsaCache {
         self.cache.clear(sequence).map_err(Error::attention(OP))
     }
 
-    /// What sequence `from` holds becomes what `to` holds, too.
-    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
-        self.cache.copy(from, to).map_err(Error::attention(OP))
+    /// What sequence `from` holds becomes what `to` holds, too; `partial` is what [`Pages::copy`]
+    /// left to do.
+    pub fn copy(&mut self, from: usize, to: usize, partial: Partial) -> Result<()> {
+        self.cache.copy(from, to, partial).map_err(Error::attention(OP))
     }
 }
 
@@ -194,6 +301,18 @@ pub enum NsaBlocks<'a> {
     },
 }
 
+/// The first rows of a tensor of integers.
+fn first_rows(tensor: &Tensor, rows: usize) -> Result<Slice> {
+    let held = tensor.shape().first().copied().unwrap_or(0);
+    if tensor.dtype() != DType::I32 || rows > held {
+        let expected = format!("at least {rows} rows of i32");
+        return Err(Error::shape(OP, "the chosen blocks", expected, tensor.shape()));
+    }
+    let len = tensor.len() / held.max(1) * rows;
+    // SAFETY: inside the tensor; as in `slice`.
+    Ok(unsafe { Slice::new(at(tensor)?, len) })
+}
+
 /// One layer's dense (or window) caches of some sequences.
 pub struct DenseCache {
     gpu: Gpu,
@@ -214,6 +333,18 @@ impl DenseCache {
         let plan = Plan::new(gpu, dims, number(dtype)).map_err(Error::attention(OP))?;
         let cache = decode::DenseCache::new(&plan, mask, sequences, capacity);
         Ok(Self { gpu: gpu.clone(), dims, dtype, cache: cache.map_err(Error::attention(OP))? })
+    }
+
+    /// Empty causal caches of sequences that take `pages` as they grow.
+    pub fn paged(gpu: &Gpu, dtype: DType, dims: Dims, pages: &Pages) -> Result<Self> {
+        let plan = Plan::new(gpu, dims, number(dtype)).map_err(Error::attention(OP))?;
+        let cache = decode::DenseCache::paged(&plan, &pages.0);
+        Ok(Self { gpu: gpu.clone(), dims, dtype, cache: cache.map_err(Error::attention(OP))? })
+    }
+
+    /// As [`NsaCache::ring_rows`].
+    pub fn ring_rows(mask: Mask, capacity: usize) -> usize {
+        decode::DenseCache::ring_rows(mask, capacity)
     }
 
     /// Bytes of device memory.
@@ -255,9 +386,10 @@ impl DenseCache {
         self.cache.clear(sequence).map_err(Error::attention(OP))
     }
 
-    /// What sequence `from` holds becomes what `to` holds, too.
-    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
-        self.cache.copy(from, to).map_err(Error::attention(OP))
+    /// What sequence `from` holds becomes what `to` holds, too; `partial` is what [`Pages::copy`]
+    /// left to do.
+    pub fn copy(&mut self, from: usize, to: usize, partial: Partial) -> Result<()> {
+        self.cache.copy(from, to, partial).map_err(Error::attention(OP))
     }
 
     /// Appends c tokens of a sequence (q `[c, H, D]`, k `[c, K, D]`, v `[c, K, V]`); returns their

@@ -53,6 +53,24 @@ impl Chunk {
     }
 }
 
+/// What is added to the first layer's outputs, `pe · W₁ (+ bias₁)`, f32 `[K, outer]`.
+pub(crate) fn shift(
+    gpu: &Gpu,
+    pe: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    [heads, inner, outer]: [usize; 3],
+) -> Result<Tensor> {
+    let shift = stale(gpu, DType::F32, &[heads, outer])?;
+    let kernel = kernel(gpu, &SOURCE, "compress_shift", weight.dtype(), &[])?;
+    let grid = [outer.div_ceil(COLUMNS) as u32, heads as u32, 1];
+    let args = Args::new().ptr(at(pe)?).ptr(at(weight)?);
+    let args = args.ptr(bias.map_or(Ok(0), at)?).ptr(at(&shift)?).len(inner).i32(outer as i32);
+    // SAFETY: all have the shapes that the sizes name.
+    unsafe { kernel.launch(grid, [COLUMNS as u32, COLUMNS as u32, 1], 0, args)? };
+    Ok(shift)
+}
+
 impl<'a, 'p> Phi<'a, 'p> {
     /// `params` in the order of the fields of `ops::Phi`.
     pub(crate) fn new(blocks: Blocks<'a>, params: &'p [Tensor], hidden: usize) -> Result<Self> {
@@ -93,18 +111,10 @@ impl<'a, 'p> Phi<'a, 'p> {
         })
     }
 
-    /// What is added to the first layer's outputs, `pe · W₁ (+ bias₁)`, f32 `[K, outer]`.
-    fn shift(&self) -> Result<Buffer> {
+    fn shift(&self) -> Result<Tensor> {
         let (first, heads) = (&self.layers[0], self.blocks.heads);
-        let shift = self.gpu().alloc(heads * first.outer * F32)?;
-        let kernel = kernel(self.gpu(), &SOURCE, "compress_shift", self.dtype(), &[])?;
-        let grid = [first.outer.div_ceil(COLUMNS) as u32, heads as u32, 1];
-        let args = Args::new().ptr(at(self.pe)?).ptr(at(first.weight)?);
-        let args = args.ptr(first.bias.map_or(Ok(0), at)?).ptr(shift.ptr());
-        let args = args.len(first.inner).i32(first.outer as i32);
-        // SAFETY: all have the shapes that the fields name, and `shift` a row for each head.
-        unsafe { kernel.launch(grid, [COLUMNS as u32, COLUMNS as u32, 1], 0, args)? };
-        Ok(shift)
+        let sizes = [heads, first.inner, first.outer];
+        shift(self.gpu(), self.pe, first.weight, first.bias, sizes)
     }
 
     /// One product a head: `[m, n, k]`, the addresses of a, b and c, and elements between heads.
@@ -128,13 +138,13 @@ impl<'a, 'p> Phi<'a, 'p> {
     fn hidden(
         &self,
         z: &Buffer,
-        shift: &Buffer,
+        shift: &Tensor,
         d_active: Option<&Buffer>,
         to: &Buffer,
         rows: usize,
     ) -> Result<()> {
         let width = self.layers[0].outer;
-        let args = Args::new().ptr(z.ptr()).ptr(shift.ptr());
+        let args = Args::new().ptr(z.ptr()).ptr(at(shift)?);
         let (entry, args) = match d_active {
             None => ("compress_hidden_forward", args),
             Some(d_active) => ("compress_hidden_backward", args.ptr(d_active.ptr())),
@@ -160,11 +170,12 @@ impl<'a, 'p> Phi<'a, 'p> {
         last.map(|bias| bias.to_dtype(DType::F32)).transpose()
     }
 
-    /// `[N, K, C]`.
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    /// `[N, K, C]`; `known` is what [`shift`] says, if somebody has asked before.
+    pub(crate) fn forward(&self, x: &Tensor, known: Option<&Tensor>) -> Result<Tensor> {
         let (blocks, first) = (&self.blocks, &self.layers[0]);
         let out = stale(self.gpu(), self.dtype(), &[blocks.rows(), blocks.heads, blocks.dim])?;
-        let (bias, shift) = (self.last_bias()?, self.shift()?);
+        let bias = self.last_bias()?;
+        let shift = known.map_or_else(|| self.shift(), |known| Ok(known.clone()))?;
         for chunk in self.chunks() {
             let rows = chunk.own();
             let flat = self.narrow(rows, first.inner)?;
@@ -172,7 +183,7 @@ impl<'a, 'p> Phi<'a, 'p> {
             let z = self.wide(rows, first.outer)?;
             self.forward_product(first, flat.ptr(), z.ptr(), rows)?;
             let Some((second, bias)) = self.layers.get(1).zip(bias.as_ref()) else {
-                blocks.finish((z.ptr(), shift.ptr()), &out, chunk.first, rows)?;
+                blocks.finish((z.ptr(), at(&shift)?), &out, chunk.first, rows)?;
                 continue;
             };
             let active = self.narrow(rows, first.outer)?;
@@ -198,7 +209,7 @@ impl<'a, 'p> Phi<'a, 'p> {
         let sizes = [blocks.rows(), blocks.heads * blocks.dim];
         column_sums(self.gpu(), self.dtype(), at(grad)?, at(&sums[last])?, sizes, false)?;
         // With one layer the backward does not look at its outputs.
-        let shift = if last > 0 { self.shift()? } else { self.gpu().alloc(0)? };
+        let shift = if last > 0 { self.shift()? } else { zeros(DType::F32, &[0])? };
         for chunk in self.chunks() {
             let sums = (&d_weights[..], &sums[0]);
             self.chunk_backward(x, grad, &shift, chunk, sums)?.scatter(blocks, &d_x)?;
@@ -222,7 +233,7 @@ impl<'a, 'p> Phi<'a, 'p> {
         &self,
         x: &Tensor,
         grad: &Tensor,
-        shift: &Buffer,
+        shift: &Tensor,
         chunk: Chunk,
         (d_weights, columns): (&[Tensor], &Tensor),
     ) -> Result<BlockGrads> {

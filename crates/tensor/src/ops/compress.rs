@@ -56,6 +56,39 @@ pub fn compress(
     spec: &NsaSpec,
     cu_seqlens: &[i32],
 ) -> Result<Var> {
+    compress_shifted(tape, x, phi, None, spec, cu_seqlens)
+}
+
+/// What φ adds to its first layer whatever the block, `pe · W₁ (+ b₁)`, f32 `[K, outer]`, computed
+/// once for many calls of [`compress_shifted`]; `None` where there is no such thing: an average, or
+/// on a CPU.
+pub fn compress_shift(phi: &Phi) -> Result<Option<Tensor>> {
+    let (weight, bias, pe) = match phi {
+        Phi::Mean => return Ok(None),
+        Phi::Linear { weight, pe } => (weight, None, pe),
+        Phi::Mlp { weight1, bias1, pe, .. } => (weight1, Some(bias1), pe),
+    };
+    let [heads, inner, outer] = check::dims(OP, "weight", weight.value(), "[K, l·C, M]")?;
+    if pe.value().len() != heads * inner {
+        return Err(Error::shape(OP, "pe", "[K, l, C]", pe.shape()));
+    }
+    let Device::Cuda(gpu) = check::device(OP, &[("weight", weight.value()), ("pe", pe.value())])?
+    else {
+        return Ok(None);
+    };
+    let (weight, bias) = (weight.value(), bias.map(Var::value));
+    compress_phi::shift(&gpu, pe.value(), weight, bias, [heads, inner, outer]).map(Some)
+}
+
+/// As [`compress`], with what [`compress_shift`] made of the same φ.
+pub fn compress_shifted(
+    tape: &mut Tape,
+    x: &Var,
+    phi: &Phi,
+    shift: Option<&Tensor>,
+    spec: &NsaSpec,
+    cu_seqlens: &[i32],
+) -> Result<Var> {
     let [tokens, kv_heads, dim] = check::dims(OP, "x", x.value(), "[T, K, C]")?;
     spec.validate().map_err(|e| Error::attention(OP)(e.into()))?;
     let sequences = sequences(cu_seqlens, tokens).map_err(Error::attention(OP))?;
@@ -95,7 +128,7 @@ pub fn compress(
     let device = check::device(OP, &[&[("x", x.value())], &places[..]].concat())?;
     let value = match &device {
         Device::Cpu => float_dispatch!(OP, x.dtype(), forward(&call, rows_at[sequences.len()]))?,
-        Device::Cuda(gpu) => call.forward_cuda(gpu, &rows_at)?,
+        Device::Cuda(gpu) => call.forward_cuda(gpu, &rows_at, shift)?,
     };
     let mut inputs = vec![x];
     inputs.extend(named.iter().map(|(_, var, _)| *var));
@@ -152,11 +185,11 @@ impl Call {
         Blocks::new(gpu, &self.x, &self.spec, &self.cu_seqlens, rows_at)
     }
 
-    fn forward_cuda(&self, gpu: &Gpu, rows_at: &[usize]) -> Result<Tensor> {
+    fn forward_cuda(&self, gpu: &Gpu, rows_at: &[usize], shift: Option<&Tensor>) -> Result<Tensor> {
         let blocks = self.blocks(gpu, rows_at)?;
         match &self.params[..] {
             [] => blocks.mean(&self.x),
-            params => compress_phi::Phi::new(blocks, params, self.hidden)?.forward(&self.x),
+            params => compress_phi::Phi::new(blocks, params, self.hidden)?.forward(&self.x, shift),
         }
     }
 

@@ -30,7 +30,7 @@ mod token_log_probs;
 pub use add::add;
 pub use attention_dense::attention_dense;
 pub use attention_nsa::{NsaVars, attention_nsa};
-pub use compress::{Phi, compress};
+pub use compress::{Phi, compress, compress_shift, compress_shifted};
 pub(crate) use dropout::Mask;
 pub use dropout::dropout;
 pub use embedding::embedding;

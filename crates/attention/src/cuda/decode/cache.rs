@@ -2,10 +2,11 @@
 
 use super::super::{Plan, Slice};
 use super::append::{Compress, New, Places, append};
+use super::fresh::{self, FRESH};
+use super::pages::{Kind, Pages, Partial};
 use super::step::{NsaCaches, Rows, dense_rows, nsa_rows};
-use super::store::{Numbered, Store, ring_chunk, ring_tokens};
+use super::store::{Numbered, Store, place, ring_chunk, ring_tokens};
 use super::tails::tails;
-use super::view::TILE;
 use crate::cpu::Mask;
 use crate::shape::check_len;
 use crate::{Dims, Error, NsaSpec, Result};
@@ -17,10 +18,11 @@ fn rows_of(plan: &Plan, x: Slice, first: usize, count: usize, width: usize) -> S
     unsafe { Slice::new(x.ptr() + start, count * width) }
 }
 
-fn clear(lens: &mut [usize], sequence: usize) -> Result<()> {
+/// Notes that a sequence holds so many tokens.
+fn set_len(lens: &mut [usize], sequence: usize, len: usize) -> Result<()> {
     let count = lens.len();
     let text = || format!("sequence {sequence} of a cache for {count}");
-    *lens.get_mut(sequence).ok_or_else(|| Error::Dims(text()))? = 0;
+    *lens.get_mut(sequence).ok_or_else(|| Error::Dims(text()))? = len;
     Ok(())
 }
 
@@ -82,6 +84,9 @@ pub struct NsaToken {
     pub turns: Option<Slice>,
 }
 
+const CMP: &str = "compressed cache";
+const SLC: &str = "selected cache";
+
 /// One layer's NSA caches of some sequences; see [`crate::cpu::NsaCache`].
 pub struct NsaCache {
     plan: Plan,
@@ -98,18 +103,44 @@ impl NsaCache {
     /// Empty caches of `sequences` sequences with room for `capacity` tokens each.
     pub fn new(plan: &Plan, spec: &NsaSpec, sequences: usize, capacity: usize) -> Result<Self> {
         spec.validate()?;
-        let capacity = capacity.max(1).next_multiple_of(TILE);
-        let ring = ring_tokens(spec.window, capacity);
+        let capacity = place(capacity);
         let blocks = spec.compressed_blocks(capacity);
+        let cmp = Store::new(plan, CMP, sequences, blocks, false)?;
+        let slc = Store::new(plan, SLC, sequences, capacity, false)?;
+        Self::with(plan, spec, sequences, [cmp, slc])
+    }
+
+    /// Empty caches of sequences that take `pages` as they grow, of the same spec; they are
+    /// reserved by whoever owns those, before tokens are appended. Rings are for whole sequences.
+    pub fn paged(plan: &Plan, spec: &NsaSpec, pages: &Pages) -> Result<Self> {
+        spec.validate()?;
+        let cmp = Store::paged(plan, CMP, pages, Kind::Blocks)?;
+        let slc = Store::paged(plan, SLC, pages, Kind::Tokens)?;
+        Self::with(plan, spec, pages.sequences(), [cmp, slc])
+    }
+
+    fn with(plan: &Plan, spec: &NsaSpec, sequences: usize, [cmp, slc]: [Store; 2]) -> Result<Self> {
+        let [ring, tail] = Self::rings(spec, slc.capacity());
         Ok(NsaCache {
             plan: plan.clone(),
             spec: spec.clone(),
             lens: vec![0; sequences],
-            cmp: Store::new(plan, "compressed cache", sequences, blocks, false)?,
-            slc: Store::new(plan, "selected cache", sequences, capacity, false)?,
+            cmp,
+            slc,
             win: Store::new(plan, "window cache", sequences, ring, true)?,
-            raw: Store::new(plan, "compression tail", sequences, spec.compress_block, true)?,
+            raw: Store::new(plan, "compression tail", sequences, tail, true)?,
         })
+    }
+
+    /// Tokens of a sequence's rings, whatever it holds: of the window, of the raw tail.
+    fn rings(spec: &NsaSpec, capacity: usize) -> [usize; 2] {
+        [place(ring_tokens(spec.window, place(capacity))), place(spec.compress_block)]
+    }
+
+    /// Rows of keys and values that a sequence of at most `capacity` tokens takes beside its pages,
+    /// however few it holds.
+    pub fn ring_rows(spec: &NsaSpec, capacity: usize) -> usize {
+        Self::rings(spec, capacity).iter().sum()
     }
 
     /// Tokens held of a sequence.
@@ -124,7 +155,7 @@ impl NsaCache {
 
     /// Tokens of a sequence that fit.
     pub fn capacity(&self) -> usize {
-        self.slc.page
+        self.slc.capacity()
     }
 
     /// Bytes of device memory.
@@ -140,9 +171,9 @@ impl NsaCache {
         self.slc.reserve(&self.plan, tokens)?;
         // A ring changes its places when it grows, so it is made for the longest at once unless
         // sequences were short; then no token has wrapped yet.
-        let ring = ring_tokens(self.spec.window, self.slc.page);
+        let ring = ring_tokens(self.spec.window, self.slc.capacity());
         self.win.reserve(&self.plan, ring)?;
-        self.cmp.reserve(&self.plan, self.spec.compressed_blocks(self.slc.page))
+        self.cmp.reserve(&self.plan, self.spec.compressed_blocks(self.slc.capacity()))
     }
 
     fn caches(&self, gate: Slice) -> NsaCaches<'_> {
@@ -189,6 +220,7 @@ impl NsaCache {
         let Dims { heads, kv_heads, key_dim, value_dim } = self.plan.dims;
         let len = self.lens[sequence];
         self.reserve(len + count)?;
+        self.slc.covers(sequence, len + count)?;
         let plan = &self.plan;
         let blocks = self.spec.compressed_blocks(len);
         let ready = step.k_cmp.len() / (kv_heads * key_dim);
@@ -200,6 +232,22 @@ impl NsaCache {
             append(&places, &[New { k: step.k_cmp, v: step.v_cmp, cache: cmp }], None)?;
         }
         let numbered = Numbered::new(plan, sequence, len, count)?;
+        if len == 0 && count >= FRESH {
+            let put = |kept: usize, k: Slice, v: Slice, cache| {
+                let (first, dims) = (count - kept, [kv_heads * key_dim, kv_heads * value_dim]);
+                let (positions, sequences) = numbered.part(first, kept);
+                let places = Places { plan, positions, sequences: Some(sequences) };
+                let [k, v] = [(k, dims[0]), (v, dims[1])]
+                    .map(|(x, width)| rows_of(plan, x, first, kept, width));
+                append(&places, &[New { k, v, cache }], None)
+            };
+            put(count, step.k_slc, step.v_slc, slc)?;
+            // A ring has one place for tokens that far apart: only the last of them go in.
+            put(count.min(win.page), step.k_win, step.v_win, win)?;
+            fresh::nsa((plan, &self.spec), (step, count), out, indices)?;
+            self.lens[sequence] = count;
+            return Ok(());
+        }
         let most = ring_chunk(self.win.page, self.spec.window, len, count);
         let mut done = 0;
         while done < count {
@@ -277,7 +325,7 @@ impl NsaCache {
     /// Takes one raw token of the compression branch of n sequences, k `[n, K, D]` and v
     /// `[n, K, V]`, at the positions on the device, and writes the l last ones `[n·l, K, _]`, from
     /// the positions `starts` (i32 `[n]`) on, to `to`: what a φ with parameters makes a block of.
-    /// Tokens before the first are 0. Rows as in [`NsaToken`]. Can be captured.
+    /// Rows that complete no block stay as they are. Rows as in [`NsaToken`]. Can be captured.
     pub fn tails(
         &self,
         positions: Slice,
@@ -290,7 +338,7 @@ impl NsaCache {
         self.check_rows(positions, sequences)?;
         check_len("starts", starts.len(), &[('n', positions.len())])?;
         append(&Places { plan, positions, sequences }, &[New { k, v, cache: raw }], None)?;
-        tails(plan, &raw, self.spec.compress_block, (starts, sequences), to)
+        tails(plan, &raw, &self.spec, (starts, sequences), to)
     }
 
     fn check_rows(&self, positions: Slice, sequences: Option<Slice>) -> Result<()> {
@@ -302,16 +350,17 @@ impl NsaCache {
 
     /// Forgets what a sequence holds.
     pub fn clear(&mut self, sequence: usize) -> Result<()> {
-        clear(&mut self.lens, sequence)
+        set_len(&mut self.lens, sequence, 0)
     }
 
-    /// What sequence `from` holds becomes what `to` holds, too.
-    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
+    /// What sequence `from` holds becomes what `to` holds, too. `partial` is what [`Pages::copy`]
+    /// has left to do, nothing without pages.
+    pub fn copy(&mut self, from: usize, to: usize, partial: Partial) -> Result<()> {
         for store in [&self.cmp, &self.slc, &self.win, &self.raw] {
-            store.copy(&self.plan, from, to)?;
+            store.copy(&self.plan, from, to, partial)?;
         }
-        self.lens[to] = self.lens[from];
-        Ok(())
+        let len = self.len(from);
+        set_len(&mut self.lens, to, len)
     }
 
     /// Hands over raw tokens of the compression branch, `k` `[c, K, D]` and `v` `[c, K, V]`, the
@@ -340,7 +389,7 @@ impl NsaCache {
     /// one token more.
     pub fn advance(&mut self, active: impl IntoIterator<Item = usize>) -> Result<()> {
         for sequence in active {
-            let capacity = self.slc.page;
+            let capacity = self.capacity();
             match self.lens.get_mut(sequence) {
                 Some(len) if *len < capacity => *len += 1,
                 Some(len) => {
@@ -370,15 +419,30 @@ pub struct DenseCache {
 impl DenseCache {
     /// Empty caches of `sequences` sequences with room for `capacity` tokens each.
     pub fn new(plan: &Plan, mask: Mask, sequences: usize, capacity: usize) -> Result<Self> {
+        if mask == Mask::Window(0) {
+            return Err(Error::Dims("a window of 0 keys, expected at least 1".into()));
+        }
         let (tokens, ring) = match mask {
             Mask::Causal => (capacity, false),
-            Mask::Window(0) => {
-                return Err(Error::Dims("a window of 0 keys, expected at least 1".into()));
-            }
-            Mask::Window(window) => (ring_tokens(window, capacity), true),
+            Mask::Window(_) => (Self::ring_rows(mask, capacity), true),
         };
         let store = Store::new(plan, "dense cache", sequences, tokens, ring)?;
         Ok(DenseCache { plan: plan.clone(), mask, lens: vec![0; sequences], store })
+    }
+
+    /// Empty causal caches of sequences that take `pages` as they grow; see [`NsaCache::paged`].
+    pub fn paged(plan: &Plan, pages: &Pages) -> Result<Self> {
+        let store = Store::paged(plan, "dense cache", pages, Kind::Tokens)?;
+        let lens = vec![0; pages.sequences()];
+        Ok(DenseCache { plan: plan.clone(), mask: Mask::Causal, lens, store })
+    }
+
+    /// As [`NsaCache::ring_rows`]; none where every token is kept.
+    pub fn ring_rows(mask: Mask, capacity: usize) -> usize {
+        match mask {
+            Mask::Causal => 0,
+            Mask::Window(window) => place(ring_tokens(window, capacity)),
+        }
     }
 
     /// Tokens held of a sequence.
@@ -398,7 +462,7 @@ impl DenseCache {
 
     /// Tokens of a sequence that fit; a window's ring takes any number.
     pub fn capacity(&self) -> usize {
-        if self.store.ring { i32::MAX as usize } else { self.store.page }
+        if self.store.ring { i32::MAX as usize } else { self.store.capacity() }
     }
 
     /// Makes room for `tokens` tokens of each sequence. Graphs captured before hold the old memory.
@@ -412,14 +476,14 @@ impl DenseCache {
 
     /// Forgets what a sequence holds.
     pub fn clear(&mut self, sequence: usize) -> Result<()> {
-        clear(&mut self.lens, sequence)
+        set_len(&mut self.lens, sequence, 0)
     }
 
-    /// What sequence `from` holds becomes what `to` holds, too.
-    pub fn copy(&mut self, from: usize, to: usize) -> Result<()> {
-        self.store.copy(&self.plan, from, to)?;
-        self.lens[to] = self.lens[from];
-        Ok(())
+    /// See [`NsaCache::copy`].
+    pub fn copy(&mut self, from: usize, to: usize, partial: Partial) -> Result<()> {
+        self.store.copy(&self.plan, from, to, partial)?;
+        let len = self.len(from);
+        set_len(&mut self.lens, to, len)
     }
 
     /// Appends one token of n sequences (`q` `[n, H, D]`, `k` `[n, K, D]`, `v` `[n, K, V]`) at the
@@ -440,7 +504,7 @@ impl DenseCache {
         let places = Places { plan, positions, sequences };
         append(&places, &[New { k, v, cache }], None)?;
         // What a ring holds is all that a row can see.
-        let longest = self.store.page;
+        let longest = self.store.capacity();
         let rows = Rows { plan, scale, q, positions, sequences, count, longest };
         dense_rows(&rows, self.mask, &cache, out)
     }
@@ -483,6 +547,7 @@ impl DenseCache {
         if count == 0 {
             return Ok(());
         }
+        self.store.covers(sequence, len + count)?;
         let most = match self.mask {
             Mask::Causal => {
                 self.store.reserve(&self.plan, len + count)?;
@@ -497,6 +562,17 @@ impl DenseCache {
         let plan = &self.plan;
         let cache = self.store.view(plan);
         let numbered = Numbered::new(plan, sequence, len, count)?;
+        if len == 0 && count >= FRESH {
+            // A ring has one place for tokens that far apart: only the last of them go in.
+            let kept = if cache.ring { count.min(cache.page) } else { count };
+            let (positions, sequences) = numbered.part(count - kept, kept);
+            let own = |x: Slice, width: usize| rows_of(plan, x, count - kept, kept, width);
+            let new = New { k: own(k, kv_heads * key_dim), v: own(v, kv_heads * value_dim), cache };
+            append(&Places { plan, positions, sequences: Some(sequences) }, &[new], None)?;
+            fresh::dense((plan, self.mask), (scale, count), [q, k, v], out)?;
+            self.lens[sequence] = count;
+            return Ok(());
+        }
         let mut done = 0;
         while done < count {
             let some = (count - done).min(most);

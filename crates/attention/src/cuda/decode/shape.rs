@@ -160,11 +160,20 @@ pub(super) fn choose(load: &Load) -> Option<Shape> {
             slots.iter().map(move |&slots| Shape { splits, slots, ..shape })
         })
     };
+    // Of rows of 64 numbers a multiprocessor holds more blocks, and does best when all run at once.
+    let halves = Shape { splits: 2, slots: 4, resident: 2, ..wide };
+    let thirds = Shape { resident: 3, ..narrow };
+    let short = usize::from(dims <= 64 && wanted <= 1 && units <= 3 * machine) * 2;
+    let one_wave = if units <= machine { halves } else { thirds };
+    let one_wave = [Global::Nothing, Global::Logits].map(|global| Shape { global, ..one_wave });
     // A crowd does best without splits, even if logits then go through the L2.
     let alone = |shape: Shape, slots: &'static [usize]| tried(shape, slots, 1).take(slots.len());
     let far = Shape { global: Global::Logits, ..wide };
     let crowd = usize::from(wanted <= 1) * usize::MAX;
-    alone(narrow, &[4])
+    one_wave
+        .into_iter()
+        .take(short)
+        .chain(alone(narrow, &[4]))
         .chain(alone(far, &[10, 6, 4]))
         .take(crowd)
         .chain(tried(wide, &[8, 6, 4], wanted))

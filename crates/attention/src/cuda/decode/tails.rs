@@ -6,7 +6,7 @@ use super::super::plain::int;
 use super::super::{Plan, Slice};
 use super::view::CacheView;
 use crate::shape::check_len;
-use crate::{Dims, Result};
+use crate::{Dims, NsaSpec, Result};
 
 pub(super) static TAILS: Source = Source {
     name: "decode_tails",
@@ -16,21 +16,23 @@ pub(super) static TAILS: Source = Source {
 
 const THREADS: u32 = 128;
 
-/// Writes `length` tokens of each row's sequence, from its entry of `starts` (i32 `[n]`) on, to k
-/// `[n·length, K, D]` and v `[n·length, K, V]`; without `sequences` row i is of sequence i.
+/// Writes a block's tokens of each row's sequence, from its entry of `starts` (i32 `[n]`) on, to k
+/// `[n·l, K, D]` and v `[n·l, K, V]`; without `sequences` row i is of sequence i. Rows whose start is
+/// no block's stay as they are.
 pub(super) fn tails(
     plan: &Plan,
     raw: &CacheView,
-    length: usize,
+    spec: &NsaSpec,
     (starts, sequences): (Slice, Option<Slice>),
     [k, v]: [Slice; 2],
 ) -> Result<()> {
     let Dims { kv_heads, key_dim, value_dim, .. } = plan.dims;
-    let count = starts.len();
+    let (count, length) = (starts.len(), spec.compress_block);
     let rows = count * length;
     check_len("tails of keys", k.len(), &[('R', rows), ('K', kv_heads), ('D', key_dim)])?;
     check_len("tails of values", v.len(), &[('R', rows), ('K', kv_heads), ('V', value_dim)])?;
-    let constants = [("D", key_dim), ("V", value_dim), ("LENGTH", length)];
+    let stride = spec.compress_stride;
+    let constants = [("D", key_dim), ("V", value_dim), ("LENGTH", length), ("STRIDE", stride)];
     let mut defines = vec![plan.number.define()];
     defines.extend(constants.map(|(name, value)| (name, value.to_string())));
     let kernel = plan.gpu.kernel(&TAILS, "tails", &defines)?;

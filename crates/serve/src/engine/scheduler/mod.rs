@@ -11,8 +11,9 @@
 //! * **The oldest goes on.** When pages run out, kept prefixes give way, then the youngest
 //!   sequence, which is computed again later; so the oldest always gets to its end.
 //! * **Same chunks.** A prompt is cut at multiples of `chunk` from its start, whatever else
-//!   happens, and what was written is read again by at most `replay` tokens at a time: sums have
-//!   the same order every time.
+//!   happens, and what was written is read again by at most `replay` tokens at a time, or where
+//!   only steps have the bits of steps grows back among the answers: sums have the same order
+//!   every time.
 //! * **Read once.** Of equal prompts that are there together one is read, and the others take a
 //!   copy.
 
@@ -38,7 +39,7 @@ pub(super) struct Rules {
     pub prefill_tokens: usize,
     /// Tokens of a prompt read at once.
     pub chunk: usize,
-    /// Written tokens read again at once.
+    /// Written tokens read again at once; 0: a token a step, as they were written.
     pub replay: usize,
 }
 
@@ -62,7 +63,8 @@ pub(super) struct Plan {
     pub admitted: Vec<Id>,
     /// Sequences that lost theirs.
     pub preempted: Vec<Id>,
-    /// Sequences that grow by a token, ascending.
+    /// Sequences that grow by a token, ascending: one that was just chosen, or with
+    /// [`Rules::replay`] 0 the next of those that were written before a preemption.
     pub decode: Vec<Id>,
     /// Then, one after the other: which tokens of whom are read.
     pub reads: Vec<(Id, Range<usize>)>,
@@ -195,9 +197,14 @@ impl Scheduler {
         plan
     }
 
+    /// Tokens of a sequence that are read rather than stepped.
+    fn read_until(&self, item: &Item) -> usize {
+        if self.rules.replay == 0 { item.prompt } else { item.goal() }
+    }
+
     /// A page more for each answer that needs one.
     fn grow(&mut self, plan: &mut Plan) {
-        let decoding = |item: &Item| item.written > 0 && item.held == item.goal();
+        let decoding = |item: &Item| item.written > 0 && item.held >= self.read_until(item);
         let ids: Vec<Id> =
             self.running.iter().filter(|(_, item)| decoding(item)).map(|(&id, _)| id).collect();
         for id in ids {
@@ -280,7 +287,7 @@ impl Scheduler {
         let leaders = self.leaders();
         let reading = |(&id, item): (&Id, &Item)| {
             let follows = item.begins() && leader(&leaders, item).is_some_and(|other| other != id);
-            (item.held < item.goal() && !follows).then_some((item.turn, id, item.held))
+            (item.held < self.read_until(item) && !follows).then_some((item.turn, id, item.held))
         };
         let mut order: Vec<(u64, Id, usize)> = self.running.iter().filter_map(reading).collect();
         order.sort_unstable();
@@ -288,6 +295,9 @@ impl Scheduler {
             order.into_iter().map(|(_, id, held)| (id, held)).collect();
         let mut left = self.rules.prefill_tokens;
         while let Some((id, held)) = order.pop_front() {
+            let Some(until) = self.running.get(&id).map(|item| self.read_until(item)) else {
+                continue;
+            };
             let Some(item) = self.running.get_mut(&id) else { continue };
             let end = match held < item.prompt {
                 true => item.prompt.min((held / self.rules.chunk + 1) * self.rules.chunk),
@@ -301,7 +311,7 @@ impl Scheduler {
             self.turn += 1;
             item.turn = self.turn;
             plan.reads.push((id, held..end));
-            if end < item.goal() {
+            if end < until {
                 order.push_back((id, end));
             }
         }
