@@ -74,11 +74,14 @@ impl GroupSum {
     /// # Errors
     /// The device's.
     pub fn take(&mut self) -> Result<Vec<Vec<i128>>> {
-        let [high, low] = self.halves.read()?;
+        let all = self.halves.read()?;
         self.clear()?;
-        let mut both = high.into_iter().zip(low);
-        let whole = |(high, low): (i64, i64)| (i128::from(high) << 40) + i128::from(low);
-        let slot = |&size: &usize| both.by_ref().take(size).map(whole).collect();
+        let mut all = &all[..];
+        let slot = |&size: &usize| {
+            let (own, rest) = all.split_at(size);
+            all = rest;
+            own.to_vec()
+        };
         Ok(self.sizes.iter().map(slot).collect())
     }
 

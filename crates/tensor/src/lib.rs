@@ -14,6 +14,7 @@ mod backward;
 pub mod clip;
 mod cuda;
 mod device;
+mod draws;
 mod dtype;
 mod error;
 mod exponentials;
@@ -35,6 +36,7 @@ mod tensor;
 
 pub use adamw::{AdamW, AdamWConfig, AdamWState, SlotState};
 pub use device::Device;
+pub use draws::{Draw, Drawn, Draws};
 pub use dtype::DType;
 pub use error::Error;
 pub use exponentials::{exp_quantile, exp_sum, log_sum_exp};

@@ -14,7 +14,7 @@ use half::bf16;
 /// Buffers up to this many elements are left to the allocator.
 const SMALL: usize = 1024;
 
-/// Bytes the pool may hold beyond the most that was ever in use at once.
+/// Bytes the pool may hold beyond half as much again as was ever in use at once.
 const SLACK: usize = 64 << 20;
 
 /// Element types the pool has a shelf for.
@@ -107,6 +107,11 @@ pub fn trim() {
 }
 
 impl Pool {
+    /// Bytes that may be in use and idle together.
+    fn most(&self) -> usize {
+        self.peak + self.peak / 2 + SLACK
+    }
+
     fn drop_idle(&mut self) {
         (self.f32, self.bf16, self.i32) = (Shelf::new(), Shelf::new(), Shelf::new());
         self.held = 0;
@@ -127,6 +132,9 @@ pub(crate) struct Buffer<T: Pooled> {
     /// At least `len` initialised elements.
     elements: Vec<T>,
     len: usize,
+    /// Made by the caller: goes back to the allocator. On the shelves, which nobody took it from,
+    /// one more would lie after every step.
+    adopted: bool,
 }
 
 impl<T: Pooled> Buffer<T> {
@@ -135,7 +143,7 @@ impl<T: Pooled> Buffer<T> {
     pub(crate) fn stale(len: usize) -> Self {
         let size = class(len);
         if size <= SMALL {
-            return Buffer { elements: vec![T::default(); size], len };
+            return Buffer { elements: vec![T::default(); size], len, adopted: false };
         }
         let bytes = size * size_of::<T>();
         let mut pool = pool();
@@ -144,13 +152,13 @@ impl<T: Pooled> Buffer<T> {
         pool.peak = pool.peak.max(pool.lent);
         if reused.is_some() {
             pool.held -= bytes;
-        } else if pool.lent + pool.held > pool.peak + pool.peak / 2 + SLACK {
+        } else if pool.lent + pool.held > pool.most() {
             // Idle buffers of sizes nobody asks for any more must not pile up.
             pool.drop_idle();
         }
         drop(pool);
         let elements = reused.unwrap_or_else(|| vec![T::default(); size]);
-        Buffer { elements, len }
+        Buffer { elements, len, adopted: false }
     }
 
     /// Takes `len` zeros.
@@ -168,7 +176,7 @@ impl<T: Pooled> Buffer<T> {
             pool.lent += len * size_of::<T>();
             pool.peak = pool.peak.max(pool.lent);
         }
-        Buffer { elements, len }
+        Buffer { elements, len, adopted: true }
     }
 
     /// A copy of `elements`.
@@ -189,8 +197,7 @@ impl<T: Pooled> Drop for Buffer<T> {
         let bytes = size * size_of::<T>();
         let mut pool = pool();
         pool.lent -= bytes;
-        // A vector that came from outside with an odd length would never be asked for.
-        if class(size) == size {
+        if !self.adopted && pool.lent + pool.held + bytes <= pool.most() {
             pool.held += bytes;
             T::shelf(&mut pool).put(elements);
         }
@@ -242,5 +249,16 @@ mod tests {
         drop(again);
         let zeros = Buffer::<f32>::zeroed(LEN);
         assert!(zeros.iter().all(|&x| x == 0.0));
+    }
+
+    #[test]
+    fn a_callers_vector_is_not_kept() {
+        // A length that is its own class, and that no other test asks for.
+        const LEN: usize = 5 << 17;
+        assert_eq!(class(LEN), LEN);
+        for _ in 0..3 {
+            drop(Buffer::adopt(vec![1.0f32; LEN]));
+        }
+        assert!(f32::shelf(&mut pool()).take(LEN).is_none());
     }
 }

@@ -98,11 +98,6 @@ impl<'a> Tape<'a> {
         Tape { id, recording, values: 0, nodes: Vec::new() }
     }
 
-    /// Whether ops on this tape can be walked back.
-    pub fn is_recording(&self) -> bool {
-        self.recording
-    }
-
     /// A constant: no gradient.
     pub fn leaf(&self, value: Tensor) -> Var {
         Var { value, source: Source::Constant }

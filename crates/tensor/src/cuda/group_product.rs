@@ -15,8 +15,9 @@ const SOURCE: Source = Source::new("group_product", include_str!("group_product.
 pub(super) const NARROW: usize = 64;
 /// Groups of a launch.
 const GROUPS: usize = 128;
-/// Threads of a block, and numbers of the narrow side that each sums; the latter as in the kernel.
-const THREADS: usize = 128;
+/// Threads of a block and slices of rows, and numbers of the narrow side that each thread sums; as in
+/// the kernel.
+const THREADS: [usize; 2] = [128, 4];
 const TILE: usize = 8;
 
 /// First row of each group and the end of the last.
@@ -41,7 +42,7 @@ pub(super) fn launch(
     let across = outer <= inner;
     let (wide, narrow, width, narrows) =
         if across { (x, dy, inner, outer) } else { (dy, x, outer, inner) };
-    let grid = [width.div_ceil(THREADS) as u32, narrows.div_ceil(TILE) as u32];
+    let grid = [width.div_ceil(THREADS[0]) as u32, narrows.div_ceil(TILE) as u32];
     for (i, groups) in groups.chunks(GROUPS).enumerate() {
         let end = groups.last().map_or(0, |last| last.end) as u32;
         let mut rows = Rows { at: [end; GROUPS + 1] };
@@ -58,7 +59,7 @@ pub(super) fn launch(
             .i32(add.into());
         let grid = [grid[0], grid[1], groups.len() as u32];
         // SAFETY: the groups' rows lie inside dy and x, and `to` has room for a gradient of each.
-        unsafe { kernel.launch(grid, [THREADS as u32, 1, 1], 0, args)? };
+        unsafe { kernel.launch(grid, [THREADS[0] as u32, THREADS[1] as u32, 1], 0, args)? };
     }
     Ok(())
 }

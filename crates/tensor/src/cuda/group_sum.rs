@@ -1,6 +1,7 @@
 //! Launches of `group_sum.cu`: see [`crate::GroupSum`].
 
-use tercet_cuda::{Args, Buffer, Gpu, Label, Source};
+use rayon::prelude::*;
+use tercet_cuda::{Args, Buffer, Gpu, Label, Pinned, Source};
 
 use super::{SLOTS, SPAN, THREADS, at, kernel};
 use crate::{DType, Result, Tensor};
@@ -16,13 +17,16 @@ pub(crate) struct Halves {
     gpu: Gpu,
     high: Buffer,
     low: Buffer,
+    /// Where the host reads a half.
+    pinned: Pinned,
     elements: usize,
 }
 
 impl Halves {
     pub(crate) fn new(gpu: &Gpu, elements: usize) -> Result<Self> {
         let room = || gpu.alloc_for(elements * 8, Label::new("sums of persons"));
-        let halves = Halves { gpu: gpu.clone(), high: room()?, low: room()?, elements };
+        let (high, low, pinned) = (room()?, room()?, gpu.pinned(elements * 8)?);
+        let halves = Halves { gpu: gpu.clone(), high, low, pinned, elements };
         halves.clear()?;
         Ok(halves)
     }
@@ -70,13 +74,12 @@ impl Halves {
     }
 
     /// All sums, waited for.
-    pub(crate) fn read(&self) -> Result<[Vec<i64>; 2]> {
-        let read = |half: &Buffer| -> Result<Vec<i64>> {
-            let mut host = vec![0; self.elements];
-            half.download(&mut host)?;
-            Ok(host)
-        };
-        Ok([read(&self.high)?, read(&self.low)?])
+    pub(crate) fn read(&mut self) -> Result<Vec<i128>> {
+        let high = self.pinned.read::<i64>(&self.high, self.elements)?;
+        let mut sums: Vec<i128> = high.par_iter().map(|&high| i128::from(high) << 40).collect();
+        let low = self.pinned.read::<i64>(&self.low, self.elements)?;
+        sums.par_iter_mut().zip(low).for_each(|(sum, &low)| *sum += i128::from(low));
+        Ok(sums)
     }
 
     /// The slots, and how many blocks of [`SPAN`] elements they have.

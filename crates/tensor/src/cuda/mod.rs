@@ -32,6 +32,7 @@ pub(crate) mod compress_phi;
 mod convert;
 pub(crate) mod cross_entropy;
 mod cut;
+pub(crate) mod draw;
 pub(crate) mod dropout;
 pub(crate) mod embedding;
 pub(crate) mod expert_linear;

@@ -8,6 +8,7 @@
 
 mod attention;
 mod cases;
+mod draws;
 mod groups;
 mod optimizer;
 mod rules;
@@ -66,6 +67,7 @@ pub fn selftest(device: &Device, each: &mut dyn FnMut(Row)) {
     optimizer::run(device, each);
     rules::run(device, each);
     groups::run(device, each);
+    draws::run(device, each);
 }
 
 /// Numbers in `-1..1`, the same for the same seed.
