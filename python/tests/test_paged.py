@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import formula
 import tercet
+from conftest import close
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="pages are for CUDA")
 SPEC = tercet.Spec(32, 16, 64, 4, 1, 2, 100)
@@ -48,15 +50,21 @@ def paged(k, v, cu, page, heads_first):
     return tercet.Pages(*pools, table.cuda(), False, heads_first)
 
 
-def near(got, want, dtype):
-    assert (got - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max()
+def truths(tensors, cu, choice):
+    """The output by the formula with these blocks, in float64 and in the tensors' own dtype."""
+    q, _, _, *rest = tensors
+    args = (q, *rest)
+    return [
+        formula.nsa(*(x.to(dtype) for x in args), cu, SPEC, indices=choice)[0]
+        for dtype in (torch.float64, q.dtype)
+    ]
 
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_pages_equal_the_whole(dtype, heads_first):
-    cu, (q, _, _, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate), out, choice = whole(dtype)
+    cu, (q, _, _, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate), _, choice = whole(dtype)
     cmp_cu = [0, *torch.tensor([SPEC.compressed_blocks(n) for n in LENGTHS]).cumsum(0).tolist()]
     cmp = paged(k_cmp, v_cmp, cmp_cu, 64, heads_first)
     slc = paged(k_slc, v_slc, cu, 128, heads_first)
@@ -67,28 +75,32 @@ def test_pages_equal_the_whole(dtype, heads_first):
         q[last], cmp, slc, win, gate[last], positions, spec=SPEC, return_indices=True
     )
     assert torch.equal(chosen, choice[last])
-    near(got, out[last], dtype)
+    want, plain = truths((q, None, None, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate), cu, choice)
+    close("last rows", got, want[last], plain[last], dtype)
     # A chunk of the first sequence's prompt, and an idle row.
     rows = torch.tensor([650, 651, 652, 699], device="cuda")
     positions = torch.tensor([650, 651, -1, 699], device="cuda", dtype=torch.int32)
     chunk = tercet.nsa_decode(
         q[rows], cmp, slc, win, gate[rows], positions, torch.zeros(4, device="cuda", dtype=torch.int32), SPEC
     )
-    near(chunk[[0, 1, 3]], out[rows[[0, 1, 3]]], dtype)
+    some = rows[[0, 1, 3]]
+    close("a chunk", chunk[[0, 1, 3]], want[some], plain[some], dtype)
     assert not chunk[2].any()
     dense = tercet.attend_decode(q[last], slc, torch.tensor(LENGTHS, device="cuda", dtype=torch.int32) - 1)
-    near(dense, tercet.attend(q, k_slc, v_slc, cu)[last], dtype)
+    want = formula.attend(q.double(), k_slc.double(), v_slc.double(), cu)[last]
+    close("dense", dense, want, formula.attend(q, k_slc, v_slc, cu)[last], dtype)
 
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_captured_steps_equal_the_whole(dtype):
     lengths = [400, 400]
-    cu, tensors, out, choice = whole(dtype, lengths)
+    cu, tensors, _, choice = whole(dtype, lengths)
+    want, plain = (x.unflatten(0, (2, -1)) for x in truths(tensors, cu, choice))
     q, k_raw, v_raw, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gate = (
         x.unflatten(0, (2, -1)).contiguous() for x in tensors
     )
-    out, choice = out.unflatten(0, (2, -1)), choice.unflatten(0, (2, -1))
+    choice = choice.unflatten(0, (2, -1))
     prompt = 300
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -100,7 +112,7 @@ def test_captured_steps_equal_the_whole(dtype):
             head(q), head(k_cmp, blocks), head(v_cmp, blocks), head(k_slc), head(v_slc), head(k_win),
             head(v_win), head(gate), return_indices=True,
         )
-        near(first, out[:, :prompt], dtype)
+        close("the prompt", first, want[:, :prompt], plain[:, :prompt], dtype)
         assert torch.equal(chosen, choice[:, :prompt])
         cache.prime(head(k_raw), head(v_raw))
         now = [x[:, prompt].contiguous() for x in (q, k_raw, v_raw, k_slc, v_slc, k_win, v_win, gate)]
@@ -108,7 +120,7 @@ def test_captured_steps_equal_the_whole(dtype):
         step = lambda: cache.step(positions, *now, return_indices=True)
         made = step()
         cache.advance()
-        near(made[0], out[:, prompt], dtype)
+        close("a step", made[0], want[:, prompt], plain[:, prompt], dtype)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             made = step()
@@ -119,7 +131,7 @@ def test_captured_steps_equal_the_whole(dtype):
             graph.replay()
             cache.advance()
             assert torch.equal(made[1], choice[:, t]), t
-            near(made[0], out[:, t], dtype)
+            close(f"step {t}", made[0], want[:, t], plain[:, t], dtype)
         assert len(cache) == 400
     with pytest.raises(ValueError, match="^stream"):
         cache.step(positions, *now)

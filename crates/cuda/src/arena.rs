@@ -81,7 +81,7 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        if self.gpu.bind().is_ok() {
+        if self.gpu.make_current().is_ok() {
             for &ptr in &lock(&self.pieces).all {
                 self.gpu.free(ptr);
             }

@@ -197,7 +197,7 @@ impl Gpu {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.ptr == 0 || self.gpu.bind().is_err() {
+        if self.ptr == 0 || self.gpu.make_current().is_err() {
             return;
         }
         lock(&self.gpu.0.books).strike(self.ptr);

@@ -1,6 +1,7 @@
 //! One device with one stream.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys;
@@ -12,10 +13,10 @@ use crate::fork::Streams;
 use crate::matmul::Blas;
 use crate::memory::Books;
 use crate::profile::Profile;
-use crate::{DeviceInfo, Result, device};
+use crate::{DeviceInfo, Error, Result, device};
 
 /// A device, its context and one stream, on which everything happens in order. Clones are the
-/// same stream; it can be used from any thread, one at a time while a graph is captured.
+/// same stream; it can be used from any thread, but for the time in which another one captures a graph.
 #[derive(Clone)]
 pub struct Gpu(pub(crate) Arc<Inner>);
 
@@ -33,6 +34,8 @@ pub(crate) struct Inner {
     pub(crate) blas: Mutex<Option<Blas>>,
     pub(crate) books: Mutex<Books>,
     pub(crate) arena: Mutex<Option<Arc<Arena>>>,
+    /// Which thread captures a graph, see [`this_thread`]; 0 for none.
+    pub(crate) capturing: AtomicUsize,
     pub(crate) profile: Profile,
 }
 
@@ -41,6 +44,12 @@ pub(crate) struct Inner {
 unsafe impl Send for Inner {}
 // SAFETY: see above.
 unsafe impl Sync for Inner {}
+
+/// A number that no other living thread has, never 0.
+pub(crate) fn this_thread() -> usize {
+    thread_local!(static HERE: u8 = const { 0 });
+    HERE.with(|here| std::ptr::from_ref(here).addr())
+}
 
 /// A lock whose data is consistent between statements, so that a panic elsewhere spoils nothing.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -54,20 +63,12 @@ impl Gpu {
         Self::build(ordinal, None, Arc::default())
     }
 
-    /// As [`Gpu::open`], on a stream that somebody else made in the device's primary context
-    /// (such as PyTorch's current stream) and that outlives the result; 0 is the legacy default
-    /// stream, which cannot be captured into a graph.
+    /// The same device and compiled kernels on a stream that somebody else made in the device's
+    /// primary context (such as PyTorch's current stream) and that outlives the result; memory is
+    /// apart. 0 is the legacy default stream, which cannot be captured into a graph.
     ///
     /// # Safety
     /// `stream` is a valid `CUstream` of that device's primary context.
-    pub unsafe fn on_stream(ordinal: usize, stream: u64) -> Result<Gpu> {
-        Self::build(ordinal, Some(stream), Arc::default())
-    }
-
-    /// The same device and compiled kernels on another foreign stream; memory is apart.
-    ///
-    /// # Safety
-    /// As [`Gpu::on_stream`].
     pub unsafe fn with_stream(&self, stream: u64) -> Result<Gpu> {
         Self::build(self.info().ordinal, Some(stream), self.0.modules.clone())
     }
@@ -88,6 +89,7 @@ impl Gpu {
             blas: Mutex::new(None),
             books: Mutex::default(),
             arena: Mutex::new(None),
+            capturing: AtomicUsize::new(0),
             profile: Profile::default(),
         };
         let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
@@ -126,11 +128,6 @@ impl Gpu {
         self.0.info.multiprocessors
     }
 
-    /// The stream, for libraries that are called beside this one.
-    pub fn raw_stream(&self) -> u64 {
-        self.0.stream as u64
-    }
-
     /// Whether two handles are the same device and stream.
     pub fn same(&self, other: &Gpu) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
@@ -159,8 +156,20 @@ impl Gpu {
         self.0.modules.counts()
     }
 
-    /// Makes the context current on this thread; cheap.
+    /// Makes the context current on this thread; cheap. An error while another thread captures a
+    /// graph: what this one asks would become part of it.
     pub(crate) fn bind(&self) -> Result<()> {
+        let owner = self.0.capturing.load(Ordering::Acquire);
+        if owner != 0 && owner != this_thread() {
+            return Err(Error::Value(
+                "another thread is capturing a graph on this device; wait for it".into(),
+            ));
+        }
+        self.make_current()
+    }
+
+    /// As [`Gpu::bind`] for what is given back, which any thread may do at any time.
+    pub(crate) fn make_current(&self) -> Result<()> {
         // SAFETY: the context is alive as long as `self`.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.0.context) })
     }

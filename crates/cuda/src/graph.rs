@@ -1,12 +1,13 @@
 //! A sequence of launches, recorded once and started with one call.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use cudarc::driver::sys;
 
 use crate::arena::Arena;
 use crate::error::check;
-use crate::gpu::lock;
+use crate::gpu::{lock, this_thread};
 use crate::{Error, Gpu, Result};
 
 /// Launches recorded by [`Gpu::capture`]. They read and write the same addresses every time;
@@ -26,7 +27,7 @@ unsafe impl Sync for Graph {}
 
 impl Gpu {
     /// Records what `work` asks of this device instead of doing it. Within `work` nothing may be
-    /// read or written by the host, and no other thread may use this device. Buffers from
+    /// read or written by the host; other threads that use this device get an error. Buffers from
     /// before that `work` uses must outlive the graph (one dropped inside `work` is kept).
     pub fn capture<R, E: From<Error>>(
         &self,
@@ -47,6 +48,7 @@ impl Gpu {
             })?;
             *current = Some(arena.clone());
         }
+        self.0.capturing.store(this_thread(), Ordering::Release);
         // Ends the capture when `work` panics, too.
         let ending = Ending { gpu: self };
         let outcome = work();
@@ -79,9 +81,10 @@ impl Ending<'_> {
 
     fn stop(&self) -> Result<sys::CUgraph> {
         let mut graph = std::ptr::null_mut();
-        let bound = self.gpu.bind();
+        let bound = self.gpu.make_current();
         // SAFETY: the stream is alive and being captured; on an error the graph stays null.
         let result = unsafe { sys::cuStreamEndCapture(self.gpu.0.stream, &mut graph) };
+        self.gpu.0.capturing.store(0, Ordering::Release);
         let arena = lock(&self.gpu.0.arena).take();
         drop(arena);
         bound?;
@@ -115,7 +118,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        if self.gpu.bind().is_ok() {
+        if self.gpu.make_current().is_ok() {
             // SAFETY: the driver keeps a running instance until it ends.
             unsafe { sys::cuGraphExecDestroy(self.exec) };
         }

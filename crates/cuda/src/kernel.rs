@@ -216,29 +216,6 @@ impl Kernel {
         self.attribute(Attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
     }
 
-    /// Bytes of static shared memory.
-    pub fn static_shared(&self) -> Result<u32> {
-        self.attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
-    }
-
-    /// Blocks of `threads` that fit on one multiprocessor at once.
-    pub fn blocks_per_multiprocessor(&self, threads: u32, shared: u32) -> Result<u32> {
-        self.set_shared(shared)?;
-        self.gpu.bind()?;
-        let mut blocks = 0;
-        // SAFETY: the function is alive.
-        let result = unsafe {
-            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                &mut blocks,
-                self.function.raw,
-                threads as i32,
-                shared as usize,
-            )
-        };
-        check("cuOccupancyMaxActiveBlocksPerMultiprocessor", result)?;
-        Ok(blocks.max(0) as u32)
-    }
-
     fn attribute(&self, which: Attribute) -> Result<u32> {
         self.gpu.bind()?;
         let mut value = 0;

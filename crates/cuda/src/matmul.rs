@@ -117,6 +117,9 @@ impl Matmul {
     }
 }
 
+/// Plans that are kept; a server meets prompts of every length, each with its own.
+const MOST_PLANS: usize = 4096;
+
 /// What the choice of an algorithm depends on.
 #[derive(PartialEq, Eq, Hash)]
 struct Kind {
@@ -222,6 +225,13 @@ impl Gpu {
         };
         let share = kind.workspace();
         let handle = blas.handle;
+        if blas.plans.len() >= MOST_PLANS && !blas.plans.contains_key(&kind) {
+            // A size that comes again is planned again, alike. Products in flight need none of it.
+            for (_, plan) in blas.plans.drain() {
+                // SAFETY: nobody else has it, and the lock is held.
+                unsafe { plan.destroy() };
+            }
+        }
         let plan = match blas.plans.entry(kind) {
             std::collections::hash_map::Entry::Occupied(plan) => plan.into_mut(),
             std::collections::hash_map::Entry::Vacant(free) => {

@@ -50,7 +50,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.gpu.bind().is_ok() {
+        if self.gpu.make_current().is_ok() {
             // SAFETY: allocated above, and freed once. That it fails changes nothing here.
             let _ = unsafe { sys::cuMemFreeHost(self.memory.cast()) };
         }
