@@ -202,12 +202,14 @@ impl Model {
                 capacity = capacity.min(layer.prepare((cache.len + 1 + AHEAD).min(longest))?);
                 layer.prime(0)?;
             }
-            let graph = DecodeGraph::capture(self, gpu, &mut cache.layers, 1, capacity)?;
+            let turns = self.turns(&self.device(), capacity)?;
+            let room = (capacity, turns);
+            let graph = DecodeGraph::capture(self, gpu, &mut cache.layers, 1, room)?;
             cache.graph = Some(graph);
         }
         let Some(graph) = &mut cache.graph else { return Ok(None) };
         let token = Token { sequence: 0, id: token, position: cache.len };
-        let logits = graph.run(&[token], self.config().nsa.as_ref())?.to_vec();
+        let logits = graph.run(&[token], self.config().nsa.as_ref(), (&[], true))?.1.to_vec();
         cache.layers.iter_mut().try_for_each(|layer| layer.advance(&[0]))?;
         cache.len += 1;
         cache.broken = false;

@@ -4,7 +4,9 @@
 
 use tercet_attention::NsaSpec;
 use tercet_tensor::caches::{Partial, Rows};
-use tercet_tensor::{DType, Device, Fork, Gpu, Graph, Pinned, Tape, Tensor, ops};
+use tercet_tensor::{
+    Compressor, DType, Device, Draw, Drawn, Draws, Fork, Gpu, Graph, Pinned, Tape, Tensor, ops,
+};
 
 use crate::batch::Inputs;
 use crate::cache::{LayerCache, NsaNew, mismatch};
@@ -29,20 +31,16 @@ pub(crate) struct Places {
     /// Of the compressed block that a token completes: its number (−1: none) and its first token.
     numbers: Tensor,
     starts: Tensor,
-    /// Cosines and sines of all positions there is room for.
+    /// See [`Model::turns`].
     turns: Option<Tensor>,
     /// By layer, of φ for keys and values: see [`ops::compress_shift`].
     shifts: Vec<[Option<Tensor>; 2]>,
 }
 
 impl Places {
-    /// `rows` resting rows of sequences with room for `capacity` tokens.
-    pub fn new(model: &Model, device: &Device, rows: usize, capacity: usize) -> Result<Self> {
+    /// `rows` resting rows, with the [`Model::turns`] of all tokens there is room for.
+    pub fn new(model: &Model, device: &Device, rows: usize, turns: Option<Tensor>) -> Result<Self> {
         let place = || Tensor::zeros_on(device, DType::I32, &[rows]);
-        let turns = match &model.rope {
-            Some(table) => Some(table.turns(capacity)?.to_device(device)?),
-            None => None,
-        };
         let inputs = Inputs {
             ids: place()?,
             positions: place()?,
@@ -122,20 +120,22 @@ pub(crate) struct DecodeGraph {
     places: Places,
     logits: Tensor,
     host: Pinned,
+    /// `None` for a vocabulary that is too large.
+    draws: Option<Draws>,
     capacity: usize,
 }
 
 impl DecodeGraph {
     /// Captures a step of `rows` rows over layers that have room for `capacity` tokens of each
-    /// sequence.
+    /// sequence, whose [`Model::turns`] these are.
     pub fn capture(
         model: &Model,
         gpu: &Gpu,
         layers: &mut [LayerCache],
         rows: usize,
-        capacity: usize,
+        (capacity, turns): (usize, Option<Tensor>),
     ) -> Result<Self> {
-        let places = Places::new(model, &Device::Cuda(gpu.clone()), rows, capacity)?;
+        let places = Places::new(model, &Device::Cuda(gpu.clone()), rows, turns)?;
         let mut step = || model.step(&places, layers).map_err(into_tensor_error);
         // Once with all rows resting: kernels are compiled, products choose their algorithms, and
         // tables are uploaded before anything is captured.
@@ -143,7 +143,9 @@ impl DecodeGraph {
         let (graph, logits) = gpu.capture(step)?;
         let host =
             gpu.pinned(logits.len() * size_of::<f32>()).map_err(tercet_tensor::Error::from)?;
-        Ok(Self { graph, places, logits, host, capacity })
+        let vocab = model.config().vocab_size;
+        let draws = (vocab <= Draws::VOCAB).then(|| Draws::new(gpu, rows, vocab)).transpose()?;
+        Ok(Self { graph, places, logits, host, draws, capacity })
     }
 
     /// Tokens there is room for.
@@ -151,21 +153,39 @@ impl DecodeGraph {
         self.capacity
     }
 
-    /// How many rows it takes.
-    pub fn rows(&self) -> usize {
-        self.places.rows()
-    }
-
-    /// The logits `[n, vocab]` after `tokens`.
-    pub fn run(&mut self, tokens: &[Token], spec: Option<&NsaSpec>) -> Result<&[f32]> {
+    /// Launches a step of `tokens`, draws what comes after them, and reads the logits `[n, vocab]`
+    /// there when they are `wanted`: none else.
+    pub fn run(
+        &mut self,
+        tokens: &[Token],
+        spec: Option<&NsaSpec>,
+        (draws, wanted): (&[Option<Draw>], bool),
+    ) -> Result<(Vec<Option<Drawn>>, &[f32])> {
         self.places.write(tokens, spec)?;
         self.graph.launch().map_err(tercet_tensor::Error::from)?;
-        let count = tokens.len() * (self.logits.len() / self.places.rows());
-        Ok(self.logits.read_first(count, &mut self.host)?)
+        let drawn = match &mut self.draws {
+            Some(own) => own.run(&self.logits, draws)?,
+            None => Vec::new(),
+        };
+        let rows = if wanted { tokens.len() } else { 0 };
+        let count = rows * (self.logits.len() / self.places.rows());
+        Ok((drawn, self.logits.read_first(count, &mut self.host)?))
     }
 }
 
 impl Model {
+    /// Cosines and sines of the first positions, f32 `[positions, 2, D/2]`, for steps that average
+    /// the keys of a block themselves; `None` where no step reads them.
+    pub(crate) fn turns(&self, device: &Device, positions: usize) -> Result<Option<Tensor>> {
+        let averages = |spec: &NsaSpec| spec.compressor == Compressor::Mean;
+        Ok(match &self.rope {
+            Some(table) if self.config().nsa.as_ref().is_some_and(averages) => {
+                Some(table.turns(positions)?.to_device(device)?)
+            }
+            _ => None,
+        })
+    }
+
     /// A token of each row through all layers, read on the device: logits `[n, vocab]`, f32.
     pub(crate) fn step(&self, places: &Places, layers: &mut [LayerCache]) -> Result<Tensor> {
         let (inputs, tape) = (&places.inputs, &mut Tape::inference());
@@ -267,5 +287,34 @@ impl LayerCache {
             Self::CudaDense(layer) => layer.copy(from, to, partial),
             _ => Err(mismatch()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ModelConfig;
+
+    #[test]
+    fn only_steps_that_average_keys_hold_cosines_and_sines() {
+        let model = |nsa: &str| {
+            let text = format!(
+                r#"{{"model_type": "tercet", "vocab_size": 96, "hidden_size": 32,
+                    "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64{nsa}}}"#
+            );
+            let config: ModelConfig = serde_json::from_str(&text).unwrap();
+            Model::new(config, 1, DType::F32).unwrap()
+        };
+        let spec = |compressor: &str| {
+            format!(
+                r#", "nsa": {{"compress_block": 8, "compress_stride": 4, "select_block": 8,
+                    "select_count": 3, "window": 8, "compressor": "{compressor}"}}"#
+            )
+        };
+        let turns = |nsa: &str| model(nsa).turns(&Device::Cpu, 40).unwrap();
+        assert_eq!(turns(&spec("mean")).unwrap().shape(), [40, 2, 8]);
+        assert!(turns("").is_none() && turns(&spec("mlp")).is_none());
+        assert!(turns(&spec("linear")).is_none());
     }
 }

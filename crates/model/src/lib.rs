@@ -33,6 +33,7 @@ mod model;
 mod params;
 mod plan;
 mod plan_cuda;
+mod recent;
 mod sample_many;
 mod sampling;
 mod selftest;

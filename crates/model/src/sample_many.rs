@@ -9,10 +9,11 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
+use tercet_tensor::{Draw, Drawn};
 
 use crate::log_probs::log_prob;
 use crate::sampling::Sampling;
-use crate::slots::Slots;
+use crate::slots::{Slots, Stepped};
 use crate::writer::{Finish, Writer, check_prompt};
 use crate::{Error, Model, Result, Tokenizer};
 
@@ -127,10 +128,19 @@ pub fn sample_many(
             return Ok(answered);
         }
         let tokens: Vec<(usize, i32)> = writing.iter().map(|own| (own.slot, own.next)).collect();
-        let logits = queue.slots.step(model, &tokens)?;
-        let rows = logits.par_chunks_exact(model.config().vocab_size);
-        let chosen: Vec<Result<Option<Finish>>> =
-            writing.par_iter_mut().zip(rows).map(|(own, row)| own.choose(row)).collect();
+        let draws: Vec<Option<Draw>> = match queue.slots.draws() {
+            true => writing.iter_mut().map(|own| own.writer.ahead()).collect(),
+            false => Vec::new(),
+        };
+        let wanted = draws.is_empty() || draws.contains(&None);
+        let Stepped { drawn, logits } = queue.slots.step_drawing(model, &tokens, &draws, wanted)?;
+        let vocab = model.config().vocab_size;
+        let chosen: Vec<Result<Option<Finish>>> = (writing.par_iter_mut().enumerate())
+            .map(|(row, own)| match drawn.get(row).copied().flatten() {
+                Some(drawn) => own.take(drawn),
+                None => own.choose(&logits[row * vocab..][..vocab]),
+            })
+            .collect();
         let mut going_on = Vec::with_capacity(writing.len());
         for (own, finish) in writing.into_iter().zip(chosen) {
             match finish? {
@@ -162,13 +172,26 @@ impl Writing<'_> {
         let mut go_on = |_: &str| ControlFlow::Continue(());
         let next = self.writer.take(logits, &mut go_on).map_err(|error| named(self.at, error))?;
         self.log_prob += self.writer.last().map_or(0.0, |token| log_prob(logits, token));
-        Ok(match next {
+        Ok(self.go_on(next))
+    }
+
+    /// As [`Writing::choose`], with a token that was drawn.
+    fn take(&mut self, drawn: Drawn) -> Result<Option<Finish>> {
+        let mut go_on = |_: &str| ControlFlow::Continue(());
+        let next = self.writer.take_drawn(drawn.token, &mut go_on);
+        let next = next.map_err(|error| named(self.at, error))?;
+        self.log_prob += f64::from(drawn.log_prob);
+        Ok(self.go_on(next))
+    }
+
+    fn go_on(&mut self, next: ControlFlow<Finish, u32>) -> Option<Finish> {
+        match next {
             ControlFlow::Break(finish) => Some(finish),
             ControlFlow::Continue(token) => {
                 self.next = token as i32;
                 None
             }
-        })
+        }
     }
 
     fn hand_over(self, finish: Finish, on_done: &mut dyn FnMut(usize, Written)) -> Result<()> {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use tercet_tensor::{exp_quantile, exp_sum};
+use tercet_tensor::{Draw, exp_quantile, exp_sum};
 
 use crate::init::unit;
 use crate::{Error, Result};
@@ -107,6 +107,8 @@ impl Sampling {
 pub struct Sampler {
     settings: Sampling,
     rng: ChaCha8Rng,
+    /// A number of the stream that a draw was promised and no token came of yet.
+    promised: Option<f64>,
     seen: Vec<bool>,
     /// How often each token was written.
     written: HashMap<u32, u32>,
@@ -123,7 +125,7 @@ impl Sampler {
         settings.validate()?;
         let rng = ChaCha8Rng::seed_from_u64(seed);
         let settings = settings.clone();
-        Ok(Self { settings, rng, seen: Vec::new(), written: HashMap::new() })
+        Ok(Self { settings, rng, promised: None, seen: Vec::new(), written: HashMap::new() })
     }
 
     /// Counts a token as seen, for the repetition penalty.
@@ -138,28 +140,67 @@ impl Sampler {
     /// Chooses from logits `[vocab]` and counts the choice as seen and written. A token of logit
     /// −∞ is never chosen.
     pub fn next(&mut self, logits: &[f32]) -> Result<u32> {
-        let settings = &self.settings;
-        let plain = settings.repetition_penalty == 1.0
-            && settings.frequency_penalty == 0.0
-            && settings.presence_penalty == 0.0
-            && settings.logit_bias.is_empty();
-        let token = if plain {
+        let token = if self.is_plain() {
             self.choose(logits)?
         } else {
             let mut logits = logits.to_vec();
             self.penalise(&mut logits);
             self.choose(&logits)?
         };
+        self.count(token);
+        Ok(token)
+    }
+
+    /// The draw of the next token, where it is one from all of the vocabulary by the logits as they
+    /// are; `None` where a filter, penalty or bias is set. It is the same until
+    /// [`Sampler::was_drawn`], and [`Sampler::next`] makes it too.
+    pub fn ahead(&mut self) -> Option<Draw> {
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.settings;
+        if !self.is_plain() {
+            return None;
+        }
+        if temperature == 0.0 {
+            // No filter takes away the most probable token.
+            return Some(Draw { temperature, at: 0.0 });
+        }
+        if top_k > 0 || top_p < 1.0 || min_p > 0.0 {
+            return None;
+        }
+        let at = self.uniform();
+        self.promised = Some(at);
+        Some(Draw { temperature, at })
+    }
+
+    /// Takes the token of the draw that [`Sampler::ahead`] gave, `None` if the logits were not
+    /// numbers, and counts it as [`Sampler::next`] does.
+    pub fn was_drawn(&mut self, token: Option<u32>) -> Result<u32> {
+        self.promised = None;
+        let token = token.ok_or_else(not_numbers)?;
+        self.count(token);
+        Ok(token)
+    }
+
+    fn is_plain(&self) -> bool {
+        let settings = &self.settings;
+        settings.repetition_penalty == 1.0
+            && settings.frequency_penalty == 0.0
+            && settings.presence_penalty == 0.0
+            && settings.logit_bias.is_empty()
+    }
+
+    fn count(&mut self, token: u32) {
         self.see(token);
         *self.written.entry(token).or_default() += 1;
-        Ok(token)
+    }
+
+    /// The next number of the stream, 0 to 1, or the one that was promised.
+    fn uniform(&mut self) -> f64 {
+        self.promised.take().unwrap_or_else(|| unit(&mut self.rng))
     }
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         if logits.is_empty() || logits.iter().any(|l| l.is_nan() || *l == f32::INFINITY) {
-            return Err(Error::Generate(
-                "the model's output is not a number; its weights are damaged or diverged".into(),
-            ));
+            return Err(not_numbers());
         }
         if logits.iter().all(|&logit| logit == f32::NEG_INFINITY) {
             return Err(Error::Generate("no token is left to choose: all have p = 0".into()));
@@ -195,7 +236,7 @@ impl Sampler {
         if all && top_p == 1.0 && min_p == 0.0 {
             // Nothing is filtered, so that no order is needed but that of the tokens.
             let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let place = exp_quantile(logits, most, 1.0 / temperature, unit(&mut self.rng));
+            let place = exp_quantile(logits, most, 1.0 / temperature, self.uniform());
             return place.map_or_else(|| argmax(logits), |place| place as u32);
         }
         let kept = (!all).then(|| {
@@ -214,7 +255,7 @@ impl Sampler {
             None => (exp_sum(logits, most, 1.0 / temperature), logits.len()),
             Some(ids) => (ids.iter().map(weight).sum(), ids.len()),
         };
-        let at = unit(&mut self.rng);
+        let at = self.uniform();
         // Sorting a vocabulary takes longer than a small model's pass: only its head is sorted,
         // and more of it when that did not decide.
         for depth in [4.0, 8.0, 16.0, f32::INFINITY] {
@@ -268,6 +309,11 @@ impl Sampler {
         // Rounding took the sum past the end.
         (cut || whole).then(|| kept.iter().rposition(|&w| w > 0.0).unwrap_or(0))
     }
+}
+
+fn not_numbers() -> Error {
+    let text = "the model's output is not a number; its weights are damaged or diverged";
+    Error::Generate(text.into())
 }
 
 /// The larger logit first, then the smaller id.
@@ -350,6 +396,41 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// A promised number is kept until its token came, wherever that was chosen; nothing is promised
+    /// where a filter or penalty has a say.
+    #[test]
+    fn a_draw_ahead_is_the_next_draw() {
+        let logits: Vec<f32> = (0..50).map(|i| (i * 7 % 11) as f32 / 3.0).collect();
+        let settings = Sampling { temperature: 1.3, top_p: 1.0, seed: 4, ..Sampling::default() };
+        let (mut plain, mut ahead) =
+            (Sampler::new(&settings).unwrap(), Sampler::new(&settings).unwrap());
+        for turn in 0..60 {
+            let want = plain.next(&logits).unwrap();
+            let draw = ahead.ahead().unwrap();
+            assert_eq!(ahead.ahead(), Some(draw), "promised once");
+            let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let place = exp_quantile(&logits, most, 1.0 / draw.temperature, draw.at).unwrap();
+            let token = match turn % 3 {
+                0 => ahead.next(&logits).unwrap(),
+                _ => ahead.was_drawn(Some(place as u32)).unwrap(),
+            };
+            assert_eq!((token, place as u32), (want, want));
+        }
+        assert!(ahead.was_drawn(None).is_err());
+        let greedy = Sampling { top_k: 3, ..Sampling::greedy(1) };
+        let draw = Sampler::new(&greedy).unwrap().ahead();
+        assert_eq!(draw, Some(Draw { temperature: 0.0, at: 0.0 }));
+        for other in [
+            Sampling { top_k: 3, ..settings.clone() },
+            Sampling { top_p: 0.9, ..settings.clone() },
+            Sampling { min_p: 0.1, ..settings.clone() },
+            Sampling { presence_penalty: 0.5, ..settings.clone() },
+            Sampling { logit_bias: vec![(3, 1.0)], ..Sampling::greedy(1) },
+        ] {
+            assert_eq!(Sampler::new(&other).unwrap().ahead(), None, "{other:?}");
         }
     }
 

@@ -1,8 +1,8 @@
 //! Places for a fixed number of sequences that are decoded side by side, by whichever device the
 //! model is on: what sampling of many answers and serving stand on.
 
-use tercet_tensor::Device;
 use tercet_tensor::caches::{Pages, Partial};
+use tercet_tensor::{Device, Draw, Drawn};
 
 use crate::batch::{Inputs, check_ids};
 use crate::cache::Cache;
@@ -33,6 +33,14 @@ struct State {
     stepped: bool,
     /// An error left its layers at odds.
     broken: bool,
+}
+
+/// What a step gave.
+pub struct Stepped<'s> {
+    /// The tokens that were drawn, `[n]`; empty where no draw was given.
+    pub drawn: Vec<Option<Drawn>>,
+    /// The logits, `[n, vocab]`; empty where they were not wanted.
+    pub logits: &'s [f32],
 }
 
 enum Held {
@@ -118,13 +126,14 @@ impl Slots {
         Ok(())
     }
 
-    /// Forgets what a slot holds.
+    /// Forgets what a slot holds. After an error it takes nothing until it is cleared.
     pub fn clear(&mut self, slot: usize) -> Result<()> {
-        *self.state(slot)? = State::default();
+        self.state(slot)?.broken = true;
         match &mut self.held {
             Held::Cpu(caches) => caches[slot] = None,
             Held::Cuda(device) => device.clear(slot)?,
         }
+        *self.state(slot)? = State::default();
         Ok(())
     }
 
@@ -168,7 +177,8 @@ impl Slots {
                 let mut logits = Vec::new();
                 for (i, &id) in tokens.iter().enumerate() {
                     let token = Token { sequence: slot, id, position: held + i };
-                    logits = device.step(model, &[token], &mut self.logits)?.to_vec();
+                    let (_, after) = device.step(model, &[token], (&[], true), &mut self.logits)?;
+                    logits = after.to_vec();
                 }
                 logits
             }
@@ -231,6 +241,33 @@ impl Slots {
     /// a slot without room, one that holds nothing, one filled under other weights or left behind
     /// by an error, and slots for which there are not enough pages.
     pub fn step(&mut self, model: &Model, tokens: &[(usize, i32)]) -> Result<&[f32]> {
+        Ok(self.step_drawing(model, tokens, &[], true)?.logits)
+    }
+
+    /// Whether [`Slots::step_drawing`] draws: on a GPU, where no experts are.
+    pub fn draws(&self) -> bool {
+        match &self.held {
+            Held::Cpu(_) => false,
+            Held::Cuda(device) => device.draws(),
+        }
+    }
+
+    /// As [`Slots::step`]; where [`Slots::draws`], the next token of each slot is chosen where the
+    /// logits are if a draw is given for it, and the logits are read only if they are `wanted`.
+    pub fn step_drawing(
+        &mut self,
+        model: &Model,
+        tokens: &[(usize, i32)],
+        draws: &[Option<Draw>],
+        wanted: bool,
+    ) -> Result<Stepped<'_>> {
+        if !draws.is_empty() && (!self.draws() || draws.len() != tokens.len()) {
+            return Err(Error::Batch(format!(
+                "{} draws for a step of {} tokens; expected one each on a GPU, none elsewhere",
+                draws.len(),
+                tokens.len()
+            )));
+        }
         let ids: Vec<i32> = tokens.iter().map(|&(_, id)| id).collect();
         check_ids(model.config(), &ids)?;
         let mut rows = Vec::with_capacity(tokens.len());
@@ -248,7 +285,7 @@ impl Slots {
             rows.push(Token { sequence: slot, id, position });
         }
         if rows.is_empty() {
-            return Ok(&[]);
+            return Ok(Stepped { drawn: Vec::new(), logits: &[] });
         }
         if let Held::Cuda(device) = &self.held {
             let most = device.rows().unwrap_or(rows.len());
@@ -260,7 +297,7 @@ impl Slots {
             device.reserve(&rows.iter().map(want).collect::<Vec<_>>())?;
         }
         rows.iter().for_each(|row| self.states[row.sequence].broken = true);
-        let logits: &[f32] = match &mut self.held {
+        let (drawn, logits): (_, &[f32]) = match &mut self.held {
             Held::Cpu(caches) => {
                 // In the order of the tokens, whatever the order of the slots.
                 let mut own: Vec<Option<&mut Cache>> =
@@ -270,20 +307,20 @@ impl Slots {
                     named.push(own[row.sequence].take().ok_or_else(gone)?);
                 }
                 self.logits = model.extend_many(&mut named, &ids)?;
-                &self.logits
+                (Vec::new(), &self.logits)
             }
             Held::Cuda(device) => {
                 for row in rows.iter().filter(|row| !self.states[row.sequence].stepped) {
                     device.layers.iter_mut().try_for_each(|layer| layer.prime(row.sequence))?;
                 }
-                device.step(model, &rows, &mut self.logits)?
+                device.step(model, &rows, (draws, wanted), &mut self.logits)?
             }
         };
         for row in &rows {
             let state = &mut self.states[row.sequence];
             (state.len, state.stepped, state.broken) = (state.len + 1, true, false);
         }
-        Ok(logits)
+        Ok(Stepped { drawn, logits })
     }
 
     fn state(&mut self, slot: usize) -> Result<&mut State> {

@@ -2,12 +2,19 @@
 //! captured steps for numbers of rows.
 
 use tercet_tensor::caches::{Pages, Partial};
-use tercet_tensor::{Device, Gpu};
+use tercet_tensor::{Device, Draw, Drawn, Draws, Gpu, Tensor};
 
 use crate::cache::LayerCache;
 use crate::cache_cuda::Room;
 use crate::decode_graph::{DecodeGraph, Places, Token};
+use crate::recent::Recent;
 use crate::{Model, Result};
+
+/// Steps that are held, each for some weights and a number of rows, with its logits and all that
+/// lies before them. A load uses a few numbers of rows (powers of two) with each adapter. The step
+/// that was unused longest gives way and is made again when it is needed: with more adapters than
+/// this answering side by side, at every step.
+const STEPS: usize = 32;
 
 /// See the module.
 pub(crate) struct OnDevice {
@@ -19,9 +26,16 @@ pub(crate) struct OnDevice {
     count: usize,
     /// Tokens that a slot has room for.
     tokens: usize,
-    graphs: Vec<(u64, DecodeGraph)>,
+    /// See [`Model::turns`]: of all those tokens, for all steps.
+    turns: Option<Tensor>,
+    /// Captured steps, by weights and rows.
+    graphs: Recent<(u64, usize), DecodeGraph>,
+    /// The same of steps that cannot be captured: where their rows stand.
+    places: Recent<(u64, usize), Places>,
     /// Whether a step may be captured: experts are counted on the host.
     fixed: bool,
+    /// Whether captured steps may draw.
+    draws: bool,
     /// Rows of every step; `None`: as many as it needs, rounded up.
     rows: Option<usize>,
     /// Of each slot, the row in which the layers keep what its last token selected.
@@ -41,8 +55,22 @@ impl OnDevice {
             .map(|layer| LayerCache::on_device(model, &gpu, layer, room))
             .collect::<Result<Vec<_>>>()?;
         let fixed = config.moe.is_none();
-        let (graphs, chosen) = (Vec::new(), vec![None; count]);
-        Ok(Self { gpu, layers, pages, count, tokens, graphs, fixed, rows: None, chosen })
+        let draws = fixed && config.vocab_size <= Draws::VOCAB;
+        let turns = model.turns(&Device::Cuda(gpu.clone()), tokens)?;
+        Ok(Self {
+            gpu,
+            layers,
+            pages,
+            count,
+            tokens,
+            turns,
+            graphs: Recent::new(STEPS),
+            places: Recent::new(STEPS),
+            fixed,
+            draws,
+            rows: None,
+            chosen: vec![None; count],
+        })
     }
 
     pub fn bytes(&self) -> usize {
@@ -63,6 +91,11 @@ impl OnDevice {
     /// Rows of steps, when they are fixed.
     pub fn rows(&self) -> Option<usize> {
         self.rows
+    }
+
+    /// Whether steps draw.
+    pub fn draws(&self) -> bool {
+        self.draws
     }
 
     /// Gives slots the pages for so many tokens: all, or none and an error.
@@ -106,39 +139,38 @@ impl OnDevice {
         self.layers.iter().map(chosen).collect()
     }
 
-    /// A step of some rows, no more than are fixed; the slots are ready for it. `own` takes the logits that no graph holds.
+    /// A step of some rows, no more than are fixed; the slots are ready for it. Tokens are drawn as
+    /// [`OnDevice::draws`] allows; there are no logits unless they are wanted. `own` takes those
+    /// that no graph holds.
     pub fn step<'l>(
         &'l mut self,
         model: &Model,
         tokens: &[Token],
+        (draws, wanted): (&[Option<Draw>], bool),
         own: &'l mut Vec<f32>,
-    ) -> Result<&'l [f32]> {
-        let (stamp, capacity) = (model.stamp, self.tokens);
+    ) -> Result<(Vec<Option<Drawn>>, &'l [f32])> {
         let rows = self.rows.unwrap_or(tokens.len().next_power_of_two().min(self.count));
         let spec = model.config().nsa.as_ref();
         self.chosen.fill(None);
-        let logits = if self.fixed {
-            let known = |(of, graph): &(u64, DecodeGraph)| *of == stamp && graph.rows() == rows;
-            let at = match self.graphs.iter().position(known) {
-                Some(at) => at,
-                None => {
-                    let layers = &mut self.layers;
-                    let graph = DecodeGraph::capture(model, &self.gpu, layers, rows, capacity)?;
-                    self.graphs.push((stamp, graph));
-                    self.graphs.len() - 1
-                }
+        let made = if self.fixed {
+            let capture = || {
+                let (layers, room) = (&mut self.layers, (self.tokens, self.turns.clone()));
+                DecodeGraph::capture(model, &self.gpu, layers, rows, room)
             };
-            self.graphs[at].1.run(tokens, spec)?
+            let graph = self.graphs.get_or_make((model.stamp, rows), capture)?;
+            graph.run(tokens, spec, (draws, wanted))?
         } else {
-            let places = Places::new(model, &Device::Cuda(self.gpu.clone()), rows, capacity)?;
+            let make =
+                || Places::new(model, &Device::Cuda(self.gpu.clone()), rows, self.turns.clone());
+            let places = self.places.get_or_make((model.stamp, rows), make)?;
             places.write(tokens, spec)?;
-            let logits = model.step(&places, &mut self.layers)?;
+            let logits = model.step(places, &mut self.layers)?;
             *own = logits.rows(0..tokens.len())?.to_vec_f32()?;
-            own
+            (Vec::new(), &own[..])
         };
         let sequences: Vec<usize> = tokens.iter().map(|token| token.sequence).collect();
         self.layers.iter_mut().try_for_each(|layer| layer.advance(&sequences))?;
         sequences.iter().enumerate().for_each(|(row, &slot)| self.chosen[slot] = Some(row));
-        Ok(logits)
+        Ok(made)
     }
 }

@@ -2,6 +2,8 @@
 
 use std::ops::ControlFlow;
 
+use tercet_tensor::Draw;
+
 use crate::sampling::{Sampler, Sampling};
 use crate::stop::StopFilter;
 use crate::text_stream::TextStream;
@@ -82,6 +84,25 @@ impl<'w> Writer<'w> {
     /// there is none.
     pub fn take(&mut self, logits: &[f32], on_text: OnText) -> Result<ControlFlow<Finish, u32>> {
         let token = self.sampler.next(logits)?;
+        self.settle(token, on_text)
+    }
+
+    /// See [`Sampler::ahead`].
+    pub fn ahead(&mut self) -> Option<Draw> {
+        self.sampler.ahead()
+    }
+
+    /// As [`Writer::take`], with the token of the draw that [`Writer::ahead`] gave.
+    pub fn take_drawn(
+        &mut self,
+        token: Option<u32>,
+        on_text: OnText,
+    ) -> Result<ControlFlow<Finish, u32>> {
+        let token = self.sampler.was_drawn(token)?;
+        self.settle(token, on_text)
+    }
+
+    fn settle(&mut self, token: u32, on_text: OnText) -> Result<ControlFlow<Finish, u32>> {
         if self.end_of_text.contains(&token) {
             self.ended = Some(token);
             return Ok(ControlFlow::Break(Finish::EndOfText));

@@ -2,11 +2,11 @@
 //! sequence's bits in company.
 
 use tercet_attention::selftest::{Check, Tally, ensure};
-use tercet_tensor::{DType, Device};
+use tercet_tensor::{DType, Device, Draw, exp_quantile};
 
 use super::{error, fault, ids, model, whole_and_allowed};
 use crate::Model;
-use crate::slots::Slots;
+use crate::slots::{Slots, Stepped};
 
 /// Two sequences that begin alike, and what is known of their logits.
 struct Pair {
@@ -60,10 +60,26 @@ impl Pair {
         let lens: Vec<usize> = named.iter().map(|&(slot, _)| slots.len(slot)).collect();
         let token = |(&(slot, of), &len): (&(usize, usize), &usize)| (slot, self.ids[of][len]);
         let tokens: Vec<(usize, i32)> = named.iter().zip(&lens).map(token).collect();
-        let got = slots.step(&self.model, &tokens).map_err(fault)?;
-        let rows = got.chunks(self.model.config().vocab_size);
-        for ((&(_, of), len), got) in named.iter().zip(lens).zip(rows) {
+        // Of three rows one takes the highest, one is drawn, one asks for nothing.
+        let draw =
+            |row: usize| (row % 3 < 2).then_some(Draw { temperature: (row % 3) as f32, at: 0.37 });
+        let draws: Vec<Option<Draw>> = match slots.draws() {
+            true => (0..tokens.len()).map(draw).collect(),
+            false => Vec::new(),
+        };
+        let Stepped { drawn, logits } =
+            slots.step_drawing(&self.model, &tokens, &draws, true).map_err(fault)?;
+        let rows = logits.chunks(self.model.config().vocab_size);
+        for (row, ((&(_, of), len), got)) in named.iter().zip(lens).zip(rows).enumerate() {
             self.hold(tally, what, of, len + 1, got);
+            let highest = got.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let want = draws.get(row).copied().flatten().map(|draw| match draw.temperature {
+                0.0 => got.iter().position(|&x| x == highest),
+                temperature => exp_quantile(got, highest, 1.0 / temperature, draw.at),
+            });
+            let found = drawn.get(row).copied().flatten();
+            let found = found.map(|drawn| drawn.token.map(|token| token as usize));
+            ensure(found == want, || format!("row {row} drew {found:?}, not {want:?}"))?;
         }
         Ok(())
     }
