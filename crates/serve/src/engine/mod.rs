@@ -29,4 +29,4 @@ pub use request::{
     Constraint, EngineError, Event, Finish, LogProbs, MOST_LOG_PROBS, Reads, Refused, Request,
     Usage,
 };
-pub use stats::{Histogram, Stats};
+pub use stats::{FAILING_STEPS, Histogram, Stats};

@@ -4,7 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tercet_model::Sampler;
-use tercet_tensor::log_sum_exp;
+use tercet_tensor::{Draw, log_sum_exp};
 
 use super::request::{Constraint, EngineError, Finish, LogProbs, Request};
 
@@ -58,6 +58,32 @@ impl Chooser {
             Some(allowed) => self.sampler.next(&allowed),
         };
         let token = token.map_err(|error| EngineError::Model(error.to_string()))?;
+        self.settle(token, Some(logits))
+    }
+
+    /// The draw of the next token, when nothing but the logits decides it.
+    pub fn ahead(&mut self) -> Option<Draw> {
+        let free = self.constraint.is_none() && self.written >= self.min_tokens;
+        if free { self.sampler.ahead() } else { None }
+    }
+
+    /// Whether logits are needed once the token is drawn.
+    pub fn tells(&self) -> bool {
+        self.log_probs.is_some()
+    }
+
+    /// Takes the token of the draw that [`Chooser::ahead`] gave, with its logits if the chooser
+    /// [`Chooser::tells`].
+    pub fn take(
+        &mut self,
+        token: Option<u32>,
+        logits: Option<&[f32]>,
+    ) -> Result<Chosen, EngineError> {
+        let token = self.sampler.was_drawn(token);
+        self.settle(token.map_err(|error| EngineError::Model(error.to_string()))?, logits)
+    }
+
+    fn settle(&mut self, token: u32, logits: Option<&[f32]>) -> Result<Chosen, EngineError> {
         if self.ends.contains(&token) {
             return Ok(Chosen { token: None, finish: Some(Finish::EndOfText) });
         }
@@ -76,7 +102,7 @@ impl Chooser {
         };
         let log_probs = match self.log_probs {
             None => LogProbs { token, log_prob: f32::NAN, top: Vec::new() },
-            Some(top) => log_probs(logits, token, top),
+            Some(top) => log_probs(logits.ok_or_else(no_logits)?, token, top),
         };
         Ok(Chosen { token: Some(log_probs), finish })
     }
@@ -117,6 +143,11 @@ impl Chooser {
     }
 }
 
+/// A step did not give what it was asked for.
+pub(super) fn no_logits() -> EngineError {
+    EngineError::Model("a step gave no logits where they are needed; please report it".into())
+}
+
 /// A constraint is made of what a client sent: it may fail in any way, and ends its own sequence.
 fn guarded<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, EngineError> {
     match catch_unwind(AssertUnwindSafe(call)) {
@@ -147,7 +178,35 @@ pub(super) fn log_probs(logits: &[f32], token: u32, top: usize) -> LogProbs {
 
 #[cfg(test)]
 mod tests {
+    use tercet_model::Sampling;
+
     use super::*;
+
+    #[test]
+    fn logits_that_are_needed_and_missing_are_an_error_and_no_number() {
+        let chooser = |log_probs| {
+            let mut request = Request {
+                prompt: vec![1],
+                adapter: None,
+                sampling: Sampling::greedy(1),
+                max_tokens: 2,
+                min_tokens: 0,
+                stop_tokens: Vec::new(),
+                ignore_eos: false,
+                log_probs,
+                prompt_log_probs: None,
+                namespace: String::new(),
+                reads: false,
+                constraint: None,
+            };
+            Chooser::new(&mut request, &[], 2).unwrap()
+        };
+        let token = |chosen: Chosen| chosen.token.map(|token| token.token);
+        // Nothing is told of the token: its id is all there is.
+        assert_eq!(chooser(None).take(Some(3), None).map(token), Ok(Some(3)));
+        assert_eq!(chooser(Some(2)).take(Some(3), Some(&[0.0; 8])).map(token), Ok(Some(3)));
+        assert_eq!(chooser(Some(2)).take(Some(3), None).map(token), Err(no_logits()));
+    }
 
     #[test]
     fn the_most_probable_come_first_and_equals_by_id() {

@@ -43,7 +43,11 @@ const EACH: &[f64] = &[
     7.5, 10.0, 20.0, 40.0, 80.0,
 ];
 
-/// A look at the engine. Counters only grow.
+/// Failed steps in a row after which the engine, and no request, is to blame: a sequence that fails
+/// with others is computed once more by itself, and then no more.
+pub const FAILING_STEPS: u64 = 4;
+
+/// A look at the engine. Counters only grow, but for [`Stats::failed_steps`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stats {
     /// Sequences that are computed.
@@ -88,6 +92,9 @@ pub struct Stats {
     pub prefix_hits: u64,
     /// Steps of the engine.
     pub steps: u64,
+    /// Steps in a row, up to the last one that computed anything, in which all that was computed
+    /// failed; see [`Stats::is_failing`].
+    pub failed_steps: u64,
     /// Seconds from submission until a sequence was first computed.
     pub queue_time: Histogram,
     /// Seconds from submission to the first token.
@@ -96,6 +103,14 @@ pub struct Stats {
     pub inter_token: Histogram,
     /// Seconds from submission to the end, of those that were not cancelled.
     pub whole: Histogram,
+}
+
+impl Stats {
+    /// Whether the engine cannot compute any more, so far as can be told: every step of the last
+    /// [`FAILING_STEPS`] failed. One that does not fail ends it.
+    pub fn is_failing(&self) -> bool {
+        self.failed_steps >= FAILING_STEPS
+    }
 }
 
 impl Default for Stats {
@@ -122,6 +137,7 @@ impl Default for Stats {
             prefix_queries: 0,
             prefix_hits: 0,
             steps: 0,
+            failed_steps: 0,
             queue_time: Histogram::new(ONCE),
             first_token: Histogram::new(ONCE),
             inter_token: Histogram::new(EACH),

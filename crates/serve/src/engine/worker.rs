@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use tercet_model::Model;
-use tercet_model::slots::Slots;
+use tercet_model::slots::{Slots, Stepped};
+use tercet_tensor::{Draw, Drawn};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::admission::{Arrival, Door};
 use super::request::{EngineError, Event, Finish, LogProbs, Reads, Usage};
-use super::sampler::{Chooser, Chosen, log_probs};
+use super::sampler::{Chooser, Chosen, log_probs, no_logits};
 use super::scheduler::{Id, Op, Plan, Scheduler};
 
 /// How often an engine without work looks whether it should end.
@@ -72,6 +73,8 @@ pub(super) struct Worker {
     door: Arc<Door>,
     inbox: Receiver<Message>,
     sequences: BTreeMap<Id, Sequence>,
+    /// Whether anything that this step computed did not fail; `None`: nothing was computed.
+    worked: Option<bool>,
 }
 
 impl Worker {
@@ -82,8 +85,8 @@ impl Worker {
         door: Arc<Door>,
         inbox: Receiver<Message>,
     ) -> Self {
-        let sequences = BTreeMap::new();
-        Self { models, end_of_text, slots, apart, scheduler, door, inbox, sequences }
+        let (sequences, worked) = (BTreeMap::new(), None);
+        Self { models, end_of_text, slots, apart, scheduler, door, inbox, sequences, worked }
     }
 
     /// Until the door drains, or every handle is gone, and nobody is inside.
@@ -102,7 +105,13 @@ impl Worker {
             self.read(id, range);
         }
         self.gauge();
-        self.door.stats().steps += 1;
+        let mut stats = self.door.stats();
+        stats.steps += 1;
+        match self.worked.take() {
+            Some(true) => stats.failed_steps = 0,
+            Some(false) => stats.failed_steps += 1,
+            None => {}
+        }
     }
 
     /// Takes in what came; waits when there is nothing to do. Whether to go on.
@@ -224,7 +233,8 @@ impl Worker {
     }
 
     fn clear(&mut self, slot: usize) {
-        // A place that cannot be cleared refuses whoever reads into it next, who is told.
+        // A place that cannot be cleared refuses whoever reads into it next, who is told and whose
+        // end clears it again.
         let _ = self.slots.clear(slot);
     }
 
@@ -266,25 +276,51 @@ impl Worker {
                 Some((self.scheduler.slot(id)?, *next as i32))
             };
             let tokens: Vec<(usize, i32)> = ids.iter().filter_map(token).collect();
-            match self.slots.step(&self.models[model], &tokens) {
-                Ok(logits) => {
+            let (draws, wanted) = self.draws(&ids);
+            match self.slots.step_drawing(&self.models[model], &tokens, &draws, wanted) {
+                Ok(Stepped { drawn, logits }) => {
+                    self.worked = Some(true);
                     for &id in &ids {
                         self.scheduler.holds(id, self.scheduler.held(id) + 1);
                     }
-                    // Not those whose next token was chosen before a preemption.
-                    let rows = ids.iter().copied().zip(logits.chunks_exact(self.door.vocab));
-                    let ready = |&(id, _): &(Id, &[f32])| {
+                    let row = |(row, &id): (usize, &Id)| {
                         let held = self.scheduler.held(id);
-                        self.sequences.get(&id).is_some_and(|own| own.tokens.len() == held)
+                        let own = self.sequences.get(&id)?;
+                        let vocab = self.door.vocab;
+                        (own.tokens.len() == held).then(|| Row {
+                            id,
+                            drawn: drawn.get(row).copied().flatten(),
+                            logits: logits.get(row * vocab..(row + 1) * vocab),
+                        })
                     };
-                    let rows: Vec<(Id, &[f32])> = rows.filter(ready).collect();
+                    let rows: Vec<Row> = ids.iter().enumerate().filter_map(row).collect();
                     let chosen = choose(&mut self.sequences, &rows);
-                    let ids: Vec<Id> = rows.into_iter().map(|(id, _)| id).collect();
+                    let ids: Vec<Id> = rows.into_iter().map(|row| row.id).collect();
                     ids.into_iter().zip(chosen).for_each(|(id, chosen)| self.take(id, chosen));
                 }
-                Err(error) => self.failed_together(&ids, &error.to_string()),
+                Err(error) => {
+                    self.worked.get_or_insert(false);
+                    self.failed_together(&ids, &error.to_string());
+                }
             }
         }
+    }
+
+    /// The draws of a step of these sequences, none where it does not draw, and whether its logits
+    /// are needed. Those whose next token was chosen before a preemption need neither.
+    fn draws(&mut self, ids: &[Id]) -> (Vec<Option<Draw>>, bool) {
+        if !self.slots.draws() {
+            return (Vec::new(), true);
+        }
+        let mut wanted = false;
+        let draw = |id: &Id| {
+            let held = self.scheduler.held(*id);
+            let own = self.sequences.get_mut(id).filter(|own| own.tokens.len() == held + 1)?;
+            let draw = own.chooser.ahead();
+            wanted |= draw.is_none() || own.chooser.tells();
+            draw
+        };
+        (ids.iter().map(draw).collect(), wanted)
     }
 
     /// One of them may be to blame: each is computed again by itself, and fails by itself.
@@ -377,8 +413,14 @@ impl Worker {
             }
         };
         match logits {
-            Err(error) => self.fail(id, EngineError::Model(error.to_string())),
-            Ok(logits) => self.was_read(id, slot, range.end, &logits),
+            Err(error) => {
+                self.worked.get_or_insert(false);
+                self.fail(id, EngineError::Model(error.to_string()));
+            }
+            Ok(logits) => {
+                self.worked = Some(true);
+                self.was_read(id, slot, range.end, &logits);
+            }
         }
     }
 
@@ -451,19 +493,30 @@ impl Worker {
     }
 }
 
-/// Chooses a token for each sequence, ascending, from its logits `[vocab]`.
+/// What a step gave of a sequence.
+struct Row<'s> {
+    id: Id,
+    drawn: Option<Drawn>,
+    /// `[vocab]`; `None` where tokens were drawn and nothing else is asked.
+    logits: Option<&'s [f32]>,
+}
+
+/// Chooses a token for each sequence, ascending.
 fn choose(
     sequences: &mut BTreeMap<Id, Sequence>,
-    rows: &[(Id, &[f32])],
+    rows: &[Row],
 ) -> Vec<Result<Chosen, EngineError>> {
-    let row = |id: &Id| rows.binary_search_by_key(id, |row| row.0).ok().map(|at| rows[at].1);
-    let mut work: Vec<(&mut Sequence, &[f32])> =
+    let row = |id: &Id| rows.binary_search_by_key(id, |row| row.id).ok().map(|at| &rows[at]);
+    let mut work: Vec<(&mut Sequence, &Row)> =
         sequences.iter_mut().filter_map(|(id, sequence)| Some((sequence, row(id)?))).collect();
-    let choose = |(sequence, row): &mut (&mut Sequence, &[f32])| sequence.chooser.choose(row);
-    match &mut work[..] {
-        [one] => vec![choose(one)],
-        many => many.par_iter_mut().map(choose).collect(),
+    let choose = |(sequence, row): &mut (&mut Sequence, &Row)| match row.drawn {
+        Some(drawn) => sequence.chooser.take(drawn.token, row.logits),
+        None => sequence.chooser.choose(row.logits.ok_or_else(no_logits)?),
+    };
+    if work.len() == 1 || rows.iter().all(|row| row.logits.is_none()) {
+        return work.iter_mut().map(choose).collect();
     }
+    work.par_iter_mut().map(choose).collect()
 }
 
 #[cfg(test)]
@@ -472,24 +525,24 @@ mod tests {
     use tercet_tensor::DType;
 
     use super::*;
-    use crate::engine::handle::{Limits, Models, assemble};
+    use crate::engine::handle::{Handle, Limits, Models, assemble};
     use crate::engine::request::Request;
-    use crate::engine::stats::Stats;
+    use crate::engine::stats::{FAILING_STEPS, Stats};
 
-    /// Three sequences, with `meddle` called before each step; what each of them got, and counts.
-    fn world(mut meddle: impl FnMut(usize, &mut Worker)) -> (Vec<Vec<Event>>, Stats) {
+    fn model(vocab: usize) -> Model {
         let config: ModelConfig = serde_json::from_value(serde_json::json!({
-            "model_type": "tercet", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+            "model_type": "tercet", "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.25,
             "nsa": { "compress_block": 8, "compress_stride": 4, "select_block": 8,
                      "select_count": 4, "window": 12 },
         }))
         .unwrap();
-        let model = Model::new(config, 7, DType::F32).unwrap();
-        let limits = Limits { chunk: 64, prefill_tokens: 256, ..Limits::default() };
-        let (handle, mut worker) = assemble(Models::new(model).unwrap(), limits).unwrap();
-        let ask = |seed: u32| Request {
+        Model::new(config, 7, DType::F32).unwrap()
+    }
+
+    fn ask(seed: u32) -> Request {
+        Request {
             prompt: (0..50 + seed).map(|i| (i * 7 + seed) % 96).collect(),
             adapter: None,
             sampling: Sampling::greedy(1),
@@ -502,7 +555,17 @@ mod tests {
             namespace: String::new(),
             reads: false,
             constraint: None,
-        };
+        }
+    }
+
+    fn engine() -> (Handle, Worker) {
+        let limits = Limits { chunk: 64, prefill_tokens: 256, ..Limits::default() };
+        assemble(Models::new(model(96)).unwrap(), limits).unwrap()
+    }
+
+    /// Three sequences, with `meddle` called before each step; what each of them got, and counts.
+    fn world(mut meddle: impl FnMut(usize, &mut Worker)) -> (Vec<Vec<Event>>, Stats) {
+        let (handle, mut worker) = engine();
         let receivers: Vec<_> = (0..3).map(|seed| handle.submit(ask(seed)).unwrap()).collect();
         handle.drain();
         for step in 0.. {
@@ -517,6 +580,29 @@ mod tests {
             std::iter::from_fn(move || receiver.try_recv().ok()).collect()
         };
         (receivers.into_iter().map(all).collect(), handle.stats())
+    }
+
+    #[test]
+    fn an_engine_that_fails_at_every_step_says_so_until_one_succeeds() {
+        let (handle, mut worker) = engine();
+        // A request whose prompt is read, or is not; its caller leaves.
+        let one = |worker: &mut Worker, seed| {
+            let _receiver = handle.submit(ask(seed)).unwrap();
+            worker.take_in();
+            worker.step();
+            handle.stats()
+        };
+        assert!(!one(&mut worker, 0).is_failing());
+        // Tokens that this one does not know: whatever it is asked, it fails.
+        let good = std::mem::replace(&mut worker.models[0], model(8));
+        for failed in 1..=FAILING_STEPS {
+            let stats = one(&mut worker, failed as u32);
+            assert_eq!((stats.failed_steps, stats.failed), (failed, failed));
+            assert_eq!(stats.is_failing(), failed == FAILING_STEPS);
+        }
+        worker.models[0] = good;
+        let stats = one(&mut worker, 0);
+        assert_eq!((stats.failed_steps, stats.is_failing()), (0, false));
     }
 
     #[test]

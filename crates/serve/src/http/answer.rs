@@ -14,10 +14,10 @@ use super::body::{Response, events, json_response};
 use super::constraint::Grammar;
 use super::error::{ApiError, ApiResult};
 use super::follow::{End, Manner, Piece, StoppedBy, Token, follow};
-use super::limits;
 use super::log_probs::{Scored, Writing};
 use super::text::Served;
 use super::tools::{CallFilter, Tools};
+use super::{Front, limits};
 use crate::engine::{LogProbs, Request, Usage};
 
 /// A prompt, as text where it came as text.
@@ -30,6 +30,8 @@ pub struct Prompt {
 
 /// Everything that an answer needs.
 pub struct Job {
+    /// Whose threads compute what may take a while.
+    pub front: Arc<Front>,
     /// The model.
     pub served: Arc<Served>,
     /// The adapter that answers.
@@ -115,7 +117,7 @@ impl Job {
         let prompt = &self.prompts[number / ask.n];
         let mut sampling = ask.sampling.clone();
         sampling.seed = sampling.seed.wrapping_add((number % ask.n) as u64);
-        let echo = matches!(self.form, Form::Completion(true));
+        let echo = self.echoes();
         let context = self.served.engine.context();
         let max_tokens = ask.max_tokens.unwrap_or(context).min(context);
         Request {
@@ -138,28 +140,31 @@ impl Job {
     /// Answers, as the request asked.
     pub async fn answer(self) -> ApiResult<Response> {
         let pieces = self.submit()?;
-        if self.ask.stream {
+        let job = Arc::new(self);
+        if job.ask.stream {
             let (out, receiver) = mpsc::channel(limits::PIECES_WAITING);
-            tokio::spawn(self.stream(pieces, out));
+            tokio::spawn(job.stream(pieces, out));
             return Ok(events(receiver));
         }
-        self.collect(pieces).await
+        job.collect(pieces).await
     }
 
     fn choices(&self) -> Vec<Choice<'_>> {
-        let filter = || match &self.form {
+        (0..self.prompts.len() * self.ask.n).map(|number| self.choice(number)).collect()
+    }
+
+    /// An answer of which nothing is written.
+    fn choice(&self, number: usize) -> Choice<'_> {
+        let calls = match &self.form {
             Form::Chat(Some(tools)) => Some(CallFilter::new(tools)),
             _ => None,
         };
-        let one = |number| Choice {
-            number,
-            prompt: &self.prompts[number / self.ask.n],
-            offset: 0,
-            calls: filter(),
-            begun: false,
-            end: None,
-        };
-        (0..self.prompts.len() * self.ask.n).map(one).collect()
+        let prompt = &self.prompts[number / self.ask.n];
+        Choice { number, prompt, offset: 0, calls, begun: false, end: None }
+    }
+
+    fn echoes(&self) -> bool {
+        matches!(self.form, Form::Completion(true))
     }
 
     /// What a piece of text and tokens adds.
@@ -184,11 +189,11 @@ impl Job {
     }
 
     /// The prompt given back, with its log-probabilities if those were asked for.
-    fn echoed(&self, choice: &mut Choice, scores: Option<&[Option<LogProbs>]>) -> Added {
+    fn echoed(&self, choice: &mut Choice, scores: Option<&[Option<LogProbs>]>) -> ApiResult<Added> {
         let ids = &choice.prompt.ids;
         let text = match &choice.prompt.text {
             Some(text) => text.clone(),
-            None => self.served.text.tokenizer.decode_all(ids).unwrap_or_default(),
+            None => self.served.text.tokenizer.decode_all(ids)?,
         };
         let log_probs = scores.map(|all| {
             let of = |(at, &id): (usize, &u32)| {
@@ -197,7 +202,7 @@ impl Job {
             };
             self.scores(&ids.iter().enumerate().map(of).collect::<Vec<_>>(), &mut choice.offset)
         });
-        Added { text, log_probs, ..Added::default() }
+        Ok(Added { text, log_probs, ..Added::default() })
     }
 
     fn scores(&self, tokens: &[Scored], offset: &mut usize) -> Value {
@@ -212,14 +217,35 @@ impl Job {
         }
     }
 
+    /// The prompt with its log-probabilities, of which there may be [`limits::ECHO_SCORES`]: made
+    /// off the threads that answer.
+    async fn scored(
+        self: &Arc<Self>,
+        choice: &mut Choice<'_>,
+        scores: Vec<Option<LogProbs>>,
+    ) -> ApiResult<Added> {
+        let (job, number) = (self.clone(), choice.number);
+        let work = move || {
+            // It comes first, so nothing is written before it.
+            let mut choice = job.choice(number);
+            let added = job.echoed(&mut choice, Some(&scores))?;
+            Ok((added, choice.offset))
+        };
+        let added;
+        (added, choice.offset) = self.front.compute(work).await?;
+        Ok(added)
+    }
+
     /// What a piece adds to its answer, if anything that is shown; ends are noted.
-    fn take(&self, choice: &mut Choice, piece: Piece) -> ApiResult<Option<Added>> {
-        let echo = matches!(self.form, Form::Completion(true));
-        Ok(match piece {
-            Piece::Queued(_) => None,
-            Piece::Prefill(..) => None,
-            Piece::Prompt(all) => Some(self.echoed(choice, Some(&all))),
-            Piece::Text(text, tokens) => Some(self.added(choice, &text, &tokens)),
+    async fn take(
+        self: &Arc<Self>,
+        choice: &mut Choice<'_>,
+        piece: Piece,
+    ) -> ApiResult<Option<Added>> {
+        let mut added = match piece {
+            Piece::Queued(_) | Piece::Prefill(..) => return Ok(None),
+            Piece::Prompt(all) => self.scored(choice, all).await?,
+            Piece::Text(text, tokens) => self.added(choice, &text, &tokens),
             Piece::Failed(error) => return Err(error),
             Piece::End(end) => {
                 choice.end = Some(end);
@@ -235,35 +261,48 @@ impl Job {
                     })
                 };
                 let calls = calls.into_iter().enumerate().map(call).collect();
-                Some(Added { text, calls, ..Added::default() })
+                Added { text, calls, ..Added::default() }
             }
+        };
+        // Without log-probabilities the engine says nothing of the prompt.
+        if self.echoes() && !choice.begun && self.log_probs.is_none() {
+            added.text.insert_str(0, &self.echoed(choice, None)?.text);
         }
-        .map(|mut added| {
-            // Without log-probabilities the engine says nothing of the prompt.
-            if echo && !choice.begun && self.log_probs.is_none() {
-                added.text.insert_str(0, &self.echoed(choice, None).text);
-            }
-            choice.begun = true;
-            added
-        }))
+        choice.begun = true;
+        Ok(Some(added))
     }
 
-    async fn collect(self, mut pieces: mpsc::Receiver<(usize, Piece)>) -> ApiResult<Response> {
+    async fn collect(
+        self: Arc<Self>,
+        mut pieces: mpsc::Receiver<(usize, Piece)>,
+    ) -> ApiResult<Response> {
         let mut choices = self.choices();
         let mut wholes: Vec<Added> = choices.iter().map(|_| Added::default()).collect();
         while choices.iter().any(|c| c.end.is_none()) {
             let (number, piece) = pieces.recv().await.ok_or_else(lost)?;
-            if let Some(added) = self.take(&mut choices[number], piece)? {
+            if let Some(added) = self.take(&mut choices[number], piece).await? {
                 wholes[number].append(added);
             }
         }
+        let ends = choices.into_iter().map(|choice| choice.end).collect();
+        if !self.echoes() || self.log_probs.is_none() {
+            return Ok(self.written(ends, wholes));
+        }
+        let job = self.clone();
+        self.front.compute(move || Ok(job.written(ends, wholes))).await
+    }
+
+    /// All answers, given whole.
+    fn written(&self, ends: Vec<Option<End>>, wholes: Vec<Added>) -> Response {
+        let ended = |(number, end)| Choice { end, ..self.choice(number) };
+        let choices: Vec<Choice> = ends.into_iter().enumerate().map(ended).collect();
         let usage = usage(&choices, self.ask.n);
         let written = choices.iter().zip(wholes).map(|(c, whole)| self.whole(c, whole));
         let written: Vec<Value> = written.collect();
         let mut body = self.head(&nonce(), false);
         body.insert("choices".into(), written.into());
         body.insert("usage".into(), usage);
-        Ok(json_response(StatusCode::OK, &Value::Object(body)))
+        json_response(StatusCode::OK, &Value::Object(body))
     }
 
     /// A choice of an answer that is given whole.
@@ -329,7 +368,11 @@ impl Job {
     }
 
     /// Sends the answer as server-sent events. Ends, and so cancels what runs, when nobody reads.
-    async fn stream(self, mut pieces: mpsc::Receiver<(usize, Piece)>, out: mpsc::Sender<Bytes>) {
+    async fn stream(
+        self: Arc<Self>,
+        mut pieces: mpsc::Receiver<(usize, Piece)>,
+        out: mpsc::Sender<Bytes>,
+    ) {
         let mut sender = Sender { id: nonce(), out, usage: self.ask.include_usage };
         let mut choices = self.choices();
         let ended = self.send_all(&mut choices, &mut pieces, &sender).await;
@@ -351,7 +394,7 @@ impl Job {
     }
 
     async fn send_all(
-        &self,
+        self: &Arc<Self>,
         choices: &mut [Choice<'_>],
         pieces: &mut mpsc::Receiver<(usize, Piece)>,
         sender: &Sender,
@@ -359,7 +402,8 @@ impl Job {
         if matches!(self.form, Form::Chat(_)) {
             for number in 0..choices.len() {
                 let delta = json!({ "role": "assistant", "content": "" });
-                self.send(sender, json!({ "index": number, "delta": delta })).await?;
+                let body = self.chunk(sender, json!({ "index": number, "delta": delta }));
+                sender.event(&body).await?;
             }
         }
         while choices.iter().any(|c| c.end.is_none()) {
@@ -383,11 +427,17 @@ impl Job {
                 _ => {}
             }
             let choice = &mut choices[number];
-            let first = !choice.begun;
-            if let Some(added) = self.take(choice, piece).map_err(Ended::Failed)? {
-                for body in self.chunks(choice, added, first) {
-                    self.send(sender, body).await?;
-                }
+            let (first, scores) = (!choice.begun, matches!(piece, Piece::Prompt(_)));
+            let Some(added) = self.take(choice, piece).await.map_err(Ended::Failed)? else {
+                continue;
+            };
+            for body in self.chunks(choice, added, first) {
+                let body = self.chunk(sender, body);
+                let bytes = match scores {
+                    false => Ok(event(&body)),
+                    true => self.front.compute(move || Ok(event(&body))).await,
+                };
+                sender.bytes(bytes.map_err(Ended::Failed)?).await?;
             }
         }
         Ok(())
@@ -448,13 +498,13 @@ impl Job {
         bodies
     }
 
-    async fn send(&self, sender: &Sender, choice: Value) -> Result<(), Ended> {
+    fn chunk(&self, sender: &Sender, choice: Value) -> Value {
         let mut body = self.head(&sender.id, true);
         body.insert("choices".into(), json!([choice]));
         if sender.usage {
             body.insert("usage".into(), Value::Null);
         }
-        sender.event(&Value::Object(body)).await
+        Value::Object(body)
     }
 }
 
@@ -499,7 +549,7 @@ struct Sender {
 
 impl Sender {
     async fn event(&self, body: &Value) -> Result<(), Ended> {
-        self.bytes(format!("data: {body}\n\n").into()).await
+        self.bytes(event(body)).await
     }
 
     async fn bytes(&self, bytes: Bytes) -> Result<(), Ended> {
@@ -508,6 +558,11 @@ impl Sender {
             _ => Err(Ended::Gone),
         }
     }
+}
+
+/// A server-sent event.
+fn event(body: &Value) -> Bytes {
+    format!("data: {body}\n\n").into()
 }
 
 fn lost() -> ApiError {

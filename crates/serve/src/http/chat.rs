@@ -202,7 +202,8 @@ pub async fn answer(
     let namespace = super::namespace(key, &ask.salt);
     let prompts = vec![Prompt { ids, text: None }];
     let form = Form::Chat(tools);
-    Job { served, adapter, namespace, ask, prompts, grammar, log_probs, form, _place: place }
+    let front = front.clone();
+    Job { front, served, adapter, namespace, ask, prompts, grammar, log_probs, form, _place: place }
         .answer()
         .await
 }

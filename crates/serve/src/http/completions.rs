@@ -98,6 +98,20 @@ pub fn token_ids(path: &str, ids: &[Value], vocab: usize) -> ApiResult<Vec<u32>>
     ids.iter().map(|id| Ok(integer(path, id, 0..=last)? as u32)).collect()
 }
 
+/// Bounds the log-probabilities of `tokens` tokens of prompts, each answered `n` times.
+fn bound_scores(tokens: usize, top: usize, n: usize) -> ApiResult<()> {
+    let (scores, most) = (tokens.saturating_mul(top + 1).saturating_mul(n), limits::ECHO_SCORES);
+    if scores <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "`echo` with `logprobs` = {top} asks for {scores} log-probabilities of prompts ({tokens} \
+         tokens × {} × `n` = {n}); at most {most} are given at once: send fewer or shorter prompts",
+        top + 1
+    );
+    Err(ApiError::field("logprobs", message))
+}
+
 /// Answers a request.
 pub async fn answer(
     front: &Arc<Front>,
@@ -129,9 +143,35 @@ pub async fn answer(
     if prompts.iter().any(|p| p.ids.is_empty()) {
         return Err(ApiError::field("prompt", "`prompt` has no tokens; give it at least one"));
     }
+    if let Some(top) = log_probs.filter(|_| echo) {
+        bound_scores(prompts.iter().map(|p| p.ids.len()).sum(), top, ask.n)?;
+    }
     let namespace = super::namespace(key, &ask.salt);
     let form = Form::Completion(echo);
-    Job { served, adapter, namespace, ask, prompts, grammar, log_probs, form, _place: place }
+    let front = front.clone();
+    Job { front, served, adapter, namespace, ask, prompts, grammar, log_probs, form, _place: place }
         .answer()
         .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_of_prompts_are_taken_at_their_bound_and_refused_beyond() {
+        let most = limits::ECHO_SCORES;
+        for (tokens, top, n, fine) in [
+            (most, 0, 1, true),
+            (most + 1, 0, 1, false),
+            (most / 2, 1, 1, true),
+            (most / 2, 1, 2, false),
+            (most / 21, 20, 1, true),
+            (most / 21 + 1, 20, 1, false),
+            (usize::MAX, 20, 8, false),
+        ] {
+            let bounded = bound_scores(tokens, top, n);
+            assert_eq!(bounded.is_ok(), fine, "{tokens} {top} {n}: {bounded:?}");
+        }
+    }
 }

@@ -14,7 +14,7 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
 use super::error::{ApiError, ApiResult};
-use super::fields::{Fields, expected, list, text};
+use super::fields::{Fields, expected, list, parse, text};
 use super::limits;
 use super::text::Text;
 use crate::engine::Constraint;
@@ -73,9 +73,9 @@ impl Guide {
     /// A schema that is an object or a boolean, written out or as JSON text, within bounds.
     pub fn schema(path: &str, value: Value) -> ApiResult<Self> {
         let value = match value {
-            Value::String(text) if text.len() <= limits::SCHEMA_BYTES => {
-                Fields::parse(text.as_bytes()).map_err(|e| ApiError::field(path, e.message))?;
-                serde_json::from_str(&text).unwrap_or_default()
+            value @ Value::String(_) => {
+                let text = text(path, value, limits::SCHEMA_BYTES)?;
+                parse(&format!("`{path}`"), &text).map_err(|e| ApiError::field(path, e))?
             }
             other => other,
         };
@@ -229,4 +229,39 @@ fn short(text: &str) -> String {
         .chain(cause.into_iter().flat_map(|c| [" ", c]).flat_map(str::chars))
         .take(SAID)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_schema_is_the_same_written_out_or_as_text() {
+        for schema in [json!(true), json!(false), json!({ "type": "integer" }), json!({})] {
+            let written = Guide::schema("s", schema.clone());
+            assert_eq!(written, Ok(Guide::Schema(schema.clone())));
+            assert_eq!(Guide::schema("s", schema.to_string().into()), written);
+        }
+    }
+
+    #[test]
+    fn what_is_no_schema_is_refused_by_its_own_name() {
+        let deep = "[".repeat(limits::JSON_DEPTH + 1);
+        let long = " ".repeat(limits::SCHEMA_BYTES + 1);
+        for (text, word) in [
+            ("", "is not JSON"),
+            ("{\"a\":", "is not JSON"),
+            ("true false", "is not JSON"),
+            ("null", "is null; expected a JSON schema"),
+            ("[true]", "is a list; expected a JSON schema"),
+            ("\"true\"", "is a text; expected a JSON schema"),
+            (&deep, "nested deeper"),
+            (&long, "at most"),
+        ] {
+            let error = Guide::schema("guided_json", text.into()).unwrap_err();
+            let said = &error.message;
+            assert!(said.starts_with("`guided_json` ") && said.contains(word), "{said}");
+            assert_eq!(error.param.as_deref(), Some("guided_json"));
+        }
+    }
 }

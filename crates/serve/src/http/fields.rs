@@ -36,17 +36,12 @@ impl Fields {
     pub fn parse(body: &[u8]) -> ApiResult<Self> {
         let text = std::str::from_utf8(body)
             .map_err(|e| ApiError::invalid(format!("the body is not UTF-8: {e}")))?;
-        if depth(body) > limits::JSON_DEPTH {
-            let most = limits::JSON_DEPTH;
-            return Err(ApiError::invalid(format!("the body is nested deeper than {most}")));
-        }
-        match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => Ok(Self::of(String::new(), map)),
-            Ok(other) => {
+        match parse("the body", text).map_err(ApiError::invalid)? {
+            Value::Object(map) => Ok(Self::of(String::new(), map)),
+            other => {
                 let kind = kind(&other);
                 Err(ApiError::invalid(format!("the body is {kind}; expected a JSON object")))
             }
-            Err(e) => Err(ApiError::invalid(format!("the body is not JSON: {e}"))),
         }
     }
 
@@ -166,6 +161,14 @@ impl Fields {
         let path: String = self.path(name).chars().take(100).collect();
         Err(ApiError::field(&path, format!("`{path}` is not a field that is known here{hint}")))
     }
+}
+
+/// JSON no deeper than [`limits::JSON_DEPTH`]; the error says it of `what`.
+pub fn parse(what: &str, text: &str) -> Result<Value, String> {
+    if depth(text.as_bytes()) > limits::JSON_DEPTH {
+        return Err(format!("{what} is nested deeper than {}", limits::JSON_DEPTH));
+    }
+    serde_json::from_str(text).map_err(|e| format!("{what} is not JSON: {e}"))
 }
 
 /// A whole number in a range.

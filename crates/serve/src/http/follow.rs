@@ -120,24 +120,27 @@ pub async fn follow(
                     }
                 }
             }
-            Some(Event::Done { finish, usage }) => {
-                // What was held back for a stop text or half a character.
-                let (mut shown, mut by) = stop.push(&text.finish().unwrap_or_default());
-                match &by {
-                    None => shown.push_str(&stop.finish()),
-                    Some(found) if manner.include_stop => shown.push_str(found),
-                    Some(_) => {}
+            Some(Event::Done { finish, usage }) => match text.finish() {
+                Err(error) => Piece::Failed(error.into()),
+                Ok(rest) => {
+                    // What was held back for a stop text or half a character.
+                    let (mut shown, mut by) = stop.push(&rest);
+                    match &by {
+                        None => shown.push_str(&stop.finish()),
+                        Some(found) if manner.include_stop => shown.push_str(found),
+                        Some(_) => {}
+                    }
+                    if !shown.is_empty() {
+                        let _ = out.send((number, Piece::Text(shown, Vec::new()))).await;
+                    }
+                    let by = by.take().map(StoppedBy::Text).or(match finish {
+                        Finish::StopToken(id) => Some(StoppedBy::Token(id)),
+                        _ => None,
+                    });
+                    let stopped = finish != Finish::Length || by.is_some();
+                    Piece::End(End { stopped, by, usage })
                 }
-                if !shown.is_empty() {
-                    let _ = out.send((number, Piece::Text(shown, Vec::new()))).await;
-                }
-                let by = by.take().map(StoppedBy::Text).or(match finish {
-                    Finish::StopToken(id) => Some(StoppedBy::Token(id)),
-                    _ => None,
-                });
-                let stopped = finish != Finish::Length || by.is_some();
-                Piece::End(End { stopped, by, usage })
-            }
+            },
         };
         ended = matches!(piece, Piece::End(_) | Piece::Failed(_));
         if out.send((number, piece)).await.is_err() {

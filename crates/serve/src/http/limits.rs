@@ -54,6 +54,11 @@ pub const CHOICES: usize = 64;
 /// Tokens whose log-probabilities are given at one position: OpenAI's bound.
 pub const TOP_LOGPROBS: i64 = crate::engine::MOST_LOG_PROBS as i64;
 
+/// Log-probabilities of prompts in one answer with `echo` and `logprobs`: tokens times one more
+/// than `logprobs`, over all answers; all are held as JSON at once. Enough for [`PROMPTS`] prompts
+/// of 4,096 tokens with the most probable one of each, which is what harnesses ask for.
+pub const ECHO_SCORES: usize = PROMPTS * 4096 * 2;
+
 /// Tokens of an answer with `return_reads`: a deep model reports kilobytes for each token, which
 /// wait for a client that reads slowly.
 pub const READS_TOKENS: usize = 4096;
@@ -88,10 +93,11 @@ pub const GUIDED_CHOICES: usize = 256;
 /// Characters of `cache_salt` and of other names.
 pub const NAME_CHARS: usize = 256;
 
-/// Time for a chat template to run, a prompt to be tokenised, a grammar to be compiled.
+/// Time for a chat template to run, a prompt to be tokenised, a grammar to be compiled, scores of
+/// prompts to be written.
 pub const COMPILE_TIME: Duration = Duration::from_secs(30);
 
-/// Chat templates, tokenisations and grammars that are computed at once.
+/// Chat templates, tokenisations, grammars and scores of prompts that are computed at once.
 pub const COMPILING: usize = 8;
 
 /// How long a drain may take before what runs is cut off.
@@ -99,3 +105,6 @@ pub const DRAIN_TIME: Duration = Duration::from_secs(90);
 
 /// Seconds that a client is asked to wait while the model loads.
 pub const LOADING_RETRY_S: u64 = 2;
+
+/// The same while the engine fails at every step: it takes a restart, most likely.
+pub const FAILING_RETRY_S: u64 = 30;

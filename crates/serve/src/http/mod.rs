@@ -138,7 +138,9 @@ impl Front {
             Ok(Err(_)) => Err(ApiError::ours("a fault of this server; please report it")),
             Err(_) => {
                 let seconds = limits::COMPILE_TIME.as_secs();
-                let message = format!("reading the request took longer than {seconds} s");
+                let message = format!(
+                    "preparing the request or its answer took longer than {seconds} s; ask for less"
+                );
                 Err(ApiError::invalid(message))
             }
         }

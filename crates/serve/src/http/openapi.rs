@@ -264,7 +264,10 @@ fn completion_fields() -> Value {
                 { "type": "array", "items": { "type": "string" }, "minItems": 1, "maxItems": limits::PROMPTS },
                 { "type": "array", "items": ids(), "minItems": 1, "maxItems": limits::PROMPTS },
             ] },
-            "echo": nullable("boolean"),
+            "echo": described(nullable("boolean"), format!(
+                "With `logprobs`, the tokens of all prompts times `logprobs` + 1 times `n` are at \
+                 most {}.", limits::ECHO_SCORES
+            )),
             "best_of": whole(1, limits::N),
             "logprobs": whole(0, limits::TOP_LOGPROBS),
             "add_special_tokens": nullable("boolean"),
@@ -377,6 +380,11 @@ fn token() -> Value {
 
 fn nullable(kind: &str) -> Value {
     json!({ "type": [kind, "null"] })
+}
+
+fn described(mut schema: Value, text: String) -> Value {
+    schema["description"] = text.into();
+    schema
 }
 
 fn number(least: f64, most: f64) -> Value {

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::body::{self, Response, json_response, whole};
 use super::error::{ApiError, ApiResult};
-use super::{Front, chat, completions, guard, metrics, models, openapi, tokenize};
+use super::{Front, chat, completions, guard, limits, metrics, models, openapi, tokenize};
 
 const PAGE: &str = include_str!("page/index.html");
 const SCRIPT: &str = include_str!("page/page.js");
@@ -121,7 +121,11 @@ async fn dispatch(
         Route::File(kind, text) => Ok(whole(StatusCode::OK, kind, text)),
         Route::Live => Ok(json_response(StatusCode::OK, &json!({ "status": "live" }))),
         Route::Ready | Route::Health => {
-            front.served()?;
+            if front.served()?.engine.stats().is_failing() {
+                let message = "the engine failed at every step it took lately and cannot answer; \
+                               if that lasts, restart the server";
+                return Err(ApiError::unavailable(message, limits::FAILING_RETRY_S));
+            }
             Ok(json_response(StatusCode::OK, &json!({ "status": "ready" })))
         }
         Route::OpenApi => {

@@ -248,7 +248,10 @@ impl Scheduler {
                 continue;
             }
             let Some(mut item) = self.waiting.remove(&id) else { continue };
-            self.place(id, &mut item, need, plan);
+            if self.place(id, &mut item, need, plan).is_none() {
+                self.waiting.insert(id, item);
+                return;
+            }
             self.running.insert(id, item);
             if let Some(older) = stuck.and_then(|id| self.waiting.get_mut(&id)) {
                 older.overtaken += 1;
@@ -259,17 +262,18 @@ impl Scheduler {
         }
     }
 
-    /// Gives a sequence its pages, its place, and what is kept of its prompt.
-    fn place(&mut self, id: Id, item: &mut Item, need: usize, plan: &mut Plan) {
+    /// Gives a sequence its pages, its place, and what is kept of its prompt. The caller saw that
+    /// there are enough of both; if not, it gets neither and is not admitted.
+    fn place(&mut self, id: Id, item: &mut Item, need: usize, plan: &mut Plan) -> Option<()> {
+        let slot = *self.free_slots.last()?;
         let hit = item.keys.as_ref().and_then(|keys| self.prefix.find(keys));
         while !self.pages.take(need) {
-            // The caller saw that there are enough.
             if !self.evict(&mut plan.ops) {
-                return;
+                return None;
             }
         }
-        item.pages = need;
-        item.slot = self.free_slots.pop().unwrap_or(0);
+        self.free_slots.pop();
+        (item.pages, item.slot) = (need, slot);
         item.cuts = item.keys.as_ref().map_or_else(Vec::new, |keys| self.prefix.cuts(keys));
         item.held = 0;
         self.turn += 1;
@@ -280,6 +284,7 @@ impl Scheduler {
             plan.ops.push(Op::Copy { from: kept.slot, to: item.slot, id });
         }
         plan.admitted.push(id);
+        Some(())
     }
 
     /// Hands out the step's tokens of prompts.

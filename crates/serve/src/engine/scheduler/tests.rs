@@ -358,3 +358,22 @@ fn a_thousand_cancels_return_every_page() {
     assert_eq!(world.scheduler.pages, Pages::new(40));
     assert!(world.places.is_empty());
 }
+
+/// Places and pages are counted apart: where the counts disagree nobody is put into a place that
+/// is another's, or admitted without pages.
+#[test]
+fn without_a_place_or_pages_nobody_is_admitted() {
+    let mut scheduler = Scheduler::new(RULES, costs(), 3, 0);
+    scheduler.add(0, 10, None);
+    let mut item = scheduler.waiting.remove(&0).unwrap();
+    let mut plan = Plan::default();
+    let places = std::mem::take(&mut scheduler.free_slots);
+    assert_eq!(scheduler.place(0, &mut item, 2, &mut plan), None);
+    scheduler.free_slots = places;
+    assert_eq!(scheduler.place(0, &mut item, 4, &mut plan), None);
+    assert_eq!((plan, scheduler.pages.free()), (Plan::default(), 3));
+    assert_eq!(scheduler.free_slots.len(), RULES.running);
+    let mut plan = Plan::default();
+    assert_eq!(scheduler.place(0, &mut item, 2, &mut plan), Some(()));
+    assert_eq!((plan.admitted, item.slot, scheduler.pages.free()), (vec![0], 0, 1));
+}

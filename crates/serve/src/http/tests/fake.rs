@@ -1,7 +1,7 @@
 //! An engine that writes what a test says.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ pub struct Fake {
     pub room: usize,
     pub running: Arc<AtomicUsize>,
     pub draining: AtomicBool,
+    /// See [`Stats::failed_steps`].
+    pub failed_steps: AtomicU64,
     pub tokenizer: Tokenizer,
 }
 
@@ -40,6 +42,7 @@ impl Fake {
             room: 100,
             running: Arc::new(AtomicUsize::new(0)),
             draining: AtomicBool::new(false),
+            failed_steps: AtomicU64::new(0),
             tokenizer: tokenizer(),
         }
     }
@@ -108,7 +111,9 @@ impl Backend for Fake {
     }
 
     fn stats(&self) -> Stats {
-        Stats { running: self.running.load(Ordering::SeqCst), ..Stats::default() }
+        let running = self.running.load(Ordering::SeqCst);
+        let failed_steps = self.failed_steps.load(Ordering::SeqCst);
+        Stats { running, failed_steps, ..Stats::default() }
     }
 
     fn adapters(&self) -> Vec<String> {

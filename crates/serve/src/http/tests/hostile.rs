@@ -215,6 +215,26 @@ async fn attack_prompts_models_and_lists_that_do_not_fit() {
     }
 }
 
+/// A few kilobytes that ask for gigabytes of scores.
+#[tokio::test]
+async fn attack_prompts_whose_scores_are_too_many() {
+    let (made, fake) = served(Fake::new("ok"));
+    let server = Server::start(Some(made), Keys::default()).await;
+    let mut body = json!({
+        "prompt": vec!["x".repeat(4000); 32], "echo": true, "logprobs": 20, "max_tokens": 1,
+    });
+    for stream in [false, true] {
+        body["stream"] = stream.into();
+        let answer = server.post(COMPLETIONS, &body).await;
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("logprobs")));
+        assert!(answer.error().contains(&limits::ECHO_SCORES.to_string()), "{answer:?}");
+    }
+    assert!(fake.last().is_empty(), "nothing of it reached the engine");
+    body["logprobs"] = 0.into();
+    body["stream"] = false.into();
+    assert_eq!(server.post(COMPLETIONS, &body).await.status, 200);
+}
+
 #[tokio::test]
 async fn attack_schemas_and_expressions_that_explode() {
     let server = server().await;

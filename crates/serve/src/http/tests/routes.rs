@@ -4,17 +4,19 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tercet_model::Tokenizer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 use super::client::Server;
-use super::fake::{Fake, served};
+use super::fake::{END, Fake, VOCAB, served};
+use crate::engine::FAILING_STEPS;
 use crate::http::chat::Chat;
 use crate::http::completions::Completion;
 use crate::http::fields::Fields;
 use crate::http::tokenize::{Tokenize, take_ids};
-use crate::http::{Backend, Keys, openapi};
+use crate::http::{Backend, Keys, Served, Text, limits, openapi};
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
@@ -129,6 +131,35 @@ async fn what_can_never_be_taken_is_refused_and_not_put_off() {
     assert!(answer.error().contains("can never be taken"), "{answer:?}");
 }
 
+/// A decoder that fails on texts of `x` alone, and on no text: what cannot be written is an error,
+/// not a shorter answer.
+#[tokio::test]
+async fn text_that_cannot_be_decoded_is_not_left_out() {
+    let mut json = super::fake::tokenizer_json();
+    json["decoder"] = json!({ "type": "Sequence", "decoders": [
+        json["decoder"], { "type": "Strip", "content": "x", "start": 0, "stop": 2 },
+    ] });
+    let tokenizer = Tokenizer::from_bytes(json.to_string().as_bytes()).unwrap();
+    let x = tokenizer.encode("x", false).unwrap();
+    assert!(tokenizer.decode_all(&x).is_err() && tokenizer.decode_all(&[]).is_err());
+    let fake = std::sync::Arc::new(Fake::new("ab"));
+    let text = Text::new(tokenizer, vec![END], VOCAB);
+    let served = Served::new(fake.clone(), "base".into(), text, true);
+    let server = Server::start(Some(served), Keys::default()).await;
+    for scores in [json!(null), json!(1)] {
+        let body = |prompt: &[u32]| json!({ "prompt": prompt, "echo": true, "logprobs": scores });
+        assert_eq!(server.post(COMPLETIONS, &body(&[65, 66])).await.status, 200);
+        let answer = server.post(COMPLETIONS, &body(&x)).await;
+        assert!(answer.error().contains("cannot decode"), "{answer:?}");
+    }
+    // The end of an answer in which nothing was written.
+    fake.text.lock().unwrap().clear();
+    let answer = server.post(COMPLETIONS, &json!({ "prompt": "ab" })).await;
+    assert!(answer.error().contains("cannot decode"), "{answer:?}");
+    let answer = server.post(COMPLETIONS, &json!({ "prompt": "ab", "stream": true })).await;
+    assert!(answer.body.contains("cannot decode"), "{answer:?}");
+}
+
 /// What lm-eval's local-completions sends and reads, by its own source.
 #[tokio::test]
 async fn a_harness_scores_texts_through_the_tokenizer_routes() {
@@ -163,6 +194,25 @@ async fn a_harness_scores_texts_through_the_tokenizer_routes() {
     assert_eq!(first["text"], "ab日z");
     assert_eq!(body["choices"][1]["logprobs"]["tokens"].as_array().unwrap().len(), 3);
     assert!(fake.last()[0].ignore_eos, "one token follows the text, whichever it is");
+}
+
+/// Scores of long prompts take a while to write: that is done where prompts are read, so that the
+/// threads that answer go on. Here no place is free there until the answer is long complete.
+#[tokio::test]
+async fn scores_of_prompts_are_not_written_on_the_threads_that_answer() {
+    let pace = Duration::from_millis(300);
+    let (served, fake) = served(Fake { pace, ..Fake::new("z") });
+    let server = Server::start(Some(served), Keys::default()).await;
+    let body = json!({ "prompt": [1, 2, 3], "echo": true, "logprobs": 1, "max_tokens": 1 });
+    let asked = server.post(COMPLETIONS, &body);
+    tokio::pin!(asked);
+    while fake.last().is_empty() {
+        assert!(timeout(Duration::from_millis(5), &mut asked).await.is_err());
+    }
+    let places = server.front.compiling.acquire_many(limits::COMPILING as u32).await.unwrap();
+    assert!(timeout(3 * pace, &mut asked).await.is_err(), "written without a place");
+    drop(places);
+    assert_eq!(asked.await.status, 200);
 }
 
 #[tokio::test]
@@ -249,6 +299,7 @@ async fn grammars_allow_what_they_say_and_nothing_else() {
             "{\"j",
         ),
         (json!({ "structured_outputs": { "json": { "type": "integer" } } }), "42", "x"),
+        (json!({ "guided_json": "true" }), "[1]", "x"),
     ] {
         let mut body = guide.clone();
         body["prompt"] = "x".into();
@@ -336,6 +387,26 @@ async fn the_listener_answers_while_the_model_loads() {
     );
     assert_eq!(server.get("/v1/models/poems").await.json()["parent"], "base");
     assert_eq!(server.get("/v1/models/other").await.status, 404);
+}
+
+/// It lives, so nobody kills it for this alone, and still tries what comes: a step that succeeds
+/// makes it ready again.
+#[tokio::test]
+async fn an_engine_that_only_fails_is_not_ready() {
+    let (server, fake) = writing("x").await;
+    for (failed, status) in [(FAILING_STEPS - 1, 200), (FAILING_STEPS, 503), (0, 200)] {
+        fake.failed_steps.store(failed, Ordering::SeqCst);
+        for path in ["/readyz", "/health"] {
+            let answer = server.get(path).await;
+            assert_eq!(answer.status, status, "{failed} {path}");
+            if status == 503 {
+                assert!(answer.error().contains("engine failed"), "{answer:?}");
+                assert!(answer.head.contains("retry-after"));
+            }
+        }
+        assert_eq!(server.get("/livez").await.status, 200);
+        assert_eq!(server.post(COMPLETIONS, &json!({ "prompt": "x" })).await.status, 200);
+    }
 }
 
 #[tokio::test]
