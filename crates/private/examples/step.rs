@@ -3,9 +3,10 @@
 //! has the optimizer, which is the same. Times are compared within one run, round by round; the
 //! peak of memory is that of the ways of one run:
 //!
-//! `cargo run --release -p tercet-private --example step -- plain,private [tokens] [cuda] [KEY=VALUE…]`
+//! `cargo run --release -p tercet-private --example step -- plain,private [TOKENS[xPERSONS]] [cuda] [KEY=VALUE…]`
 //!
-//! On `cuda` it is all of SmolLM2-135M and 32 persons, and bf16 with `train.dtype="bf16"`.
+//! On `cuda` it is all of SmolLM2-135M and 32 persons unless said, and bf16 with
+//! `train.dtype="bf16"`.
 
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -36,13 +37,16 @@ const TEXT: &str = "output = \"none\"\n[model]\npath = \"none\"\n[lora]\nr = 8\n
 fn main() -> Fallible<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let ways: Vec<&str> = args.first().map_or("plain,private", String::as_str).split(',').collect();
-    let tokens: usize = args.get(1).map_or(Ok(128), |text| text.parse())?;
+    let size = args.get(1).map_or("128", String::as_str);
+    let (tokens, persons) = size.split_once('x').map_or((size, None), |(t, p)| (t, Some(p)));
+    let tokens: usize = tokens.parse()?;
     let gpu = match args.get(2).is_some_and(|arg| arg == "cuda") {
         true => Some(Gpu::open(0)?),
         false => None,
     };
     // The shape of SmolLM2-135M; on a CPU with fewer layers and a smaller vocabulary.
-    let (persons, layers, vocab) = if gpu.is_some() { (32, 30, 49152) } else { (8, 8, 16384) };
+    let (usual, layers, vocab) = if gpu.is_some() { (32, 30, 49152) } else { (8, 8, 16384) };
+    let persons: usize = persons.map_or(Ok(usual), str::parse)?;
     let mut keys =
         vec![format!("data.context={tokens}"), format!("train.micro_tokens={}", tokens * persons)];
     keys.extend(args.iter().skip(if gpu.is_some() { 3 } else { 2 }).cloned());
@@ -113,7 +117,11 @@ fn main() -> Fallible<()> {
     for ((way, mut times), peak) in ways.iter().zip(times).zip(peaks) {
         times.sort_by(f64::total_cmp);
         let (middle, best) = (times[ROUNDS / 2], times[0]);
-        println!("{way}: {middle:.1} ms a step ({best:.1} at best), {} MB on a device", peak >> 20);
+        let memory = match peak {
+            0 => String::new(),
+            peak => format!(", {} MB on the device", peak >> 20),
+        };
+        println!("{way}: {middle:.1} ms a step ({best:.1} at best){memory}");
     }
     Ok(())
 }

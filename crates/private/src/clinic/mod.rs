@@ -139,7 +139,8 @@ pub fn write(plan: &Plan, folder: &Path) -> Result<Statistics> {
     // Written beside, then renamed.
     let name = format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id());
     let beside = folder.with_file_name(name);
-    fs::create_dir(&beside).map_err(Error::io("make", &beside))?;
+    // By the name that was asked for: nobody knows the other.
+    fs::create_dir(&beside).map_err(Error::io("make", folder))?;
     let made = fill(plan, &beside).and_then(|made| {
         fs::rename(&beside, folder).map_err(Error::io("make", folder)).map(|()| made)
     });

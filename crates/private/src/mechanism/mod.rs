@@ -12,8 +12,8 @@
 //!
 //! The order of a step: [`ledger::Ledger::next_stream`], [`sampling::Sampler::draw`], gradients by
 //! person, [`clip::ClippedSum::add`], then [`ledger::Ledger::spend`], whose receipt alone opens
-//! [`clip::ClippedSum::release`]. An empty draw goes the same way: it releases noise and costs as
-//! much as any other.
+//! [`clip::ClippedSum::release`]. Noise may be drawn beside the sum ([`clip::Wanted`]) and leaves by
+//! the same door. An empty draw goes the same way: it releases noise and costs as much as any other.
 //!
 //! The result is `(Σ clipped + noise) / B` with the *expected* batch B, which is public: neither the
 //! number of persons drawn nor anything else that depends on a person leaves but through the noise.

@@ -153,9 +153,10 @@ impl Noise {
         stream: u64,
         slots: &[(usize, f64)],
     ) -> Result<Vec<Vec<i128>>> {
-        let mut first = 0u128;
-        let mut drawn = Vec::with_capacity(slots.len());
-        for &(size, sigma) in slots {
+        let mut drawn: Vec<Vec<i128>> = slots.iter().map(|&(size, _)| vec![0; size]).collect();
+        // All pieces of all slots at once: a slot alone may have too few for all threads.
+        let (mut pieces, mut first) = (Vec::new(), 0u128);
+        for (&(size, sigma), noise) in slots.iter().zip(&mut drawn) {
             // The sum is below 2¹²⁰; 64 standard deviations are never seen.
             if !(0.0..=2f64.powi(110)).contains(&sigma) {
                 return Err(Error::Step(format!(
@@ -163,23 +164,23 @@ impl Noise {
                      proportion to the threshold"
                 )));
             }
-            let mut noise = vec![0i128; size];
             if sigma > 0.0 {
                 let discrete = match grid {
                     Grid::Fine => None,
                     Grid::Hardened => Some(discrete::scale(sigma)?),
                 };
-                noise.par_chunks_mut(PIECE).enumerate().for_each(|(piece, out)| {
-                    let mut rng = words(&self.key, stream, (first + piece as u128) << 32);
-                    match discrete {
-                        None => fill(&mut rng, sigma, out),
-                        Some(sigma) => out.fill_with(|| discrete::gaussian(&mut rng, sigma)),
-                    }
-                });
+                let own = noise.chunks_mut(PIECE).enumerate();
+                pieces.extend(own.map(|(at, out)| (first + at as u128, sigma, discrete, out)));
             }
             first += size.div_ceil(PIECE) as u128;
-            drawn.push(noise);
         }
+        pieces.into_par_iter().for_each(|(piece, sigma, discrete, out)| {
+            let mut rng = words(&self.key, stream, piece << 32);
+            match discrete {
+                None => fill(&mut rng, sigma, out),
+                Some(sigma) => out.fill_with(|| discrete::gaussian(&mut rng, sigma)),
+            }
+        });
         Ok(drawn)
     }
 }

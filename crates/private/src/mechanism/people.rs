@@ -57,7 +57,7 @@ impl People {
     ///
     /// # Errors
     /// [`Error::People`] names the row (counted from 1): one without the column, with an id of
-    /// another kind, empty, or with spaces about it; rows that have a column called `row` when
+    /// another kind, empty, or with spaces or characters that cannot be seen about it; rows that have a column called `row` when
     /// the unit is [`Unit::Row`]; a `cap` of 0; no rows.
     pub fn group<'a>(
         unit: &Unit,
@@ -141,6 +141,15 @@ pub fn composed(id: &str) -> String {
     id.nfc().map(|(character, _)| character).collect()
 }
 
+/// White space, control characters, and those of Unicode's general punctuation and format characters
+/// that have no width (chapter 23.2 of the standard): before or after an id they are some program's.
+fn is_unseen(c: char) -> bool {
+    c.is_whitespace()
+        || c.is_control()
+        || matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}')
+        || matches!(c, '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
 /// A person's id and whether it is a number.
 fn id(row: &Map<String, Value>, column: &str, at: usize) -> Result<(String, bool)> {
     let refuse = |what: String| {
@@ -153,9 +162,10 @@ fn id(row: &Map<String, Value>, column: &str, at: usize) -> Result<(String, bool
     match row.get(column) {
         None => refuse(format!("has no {column:?}")),
         Some(Value::String(text)) if text.is_empty() => refuse("has an empty id".into()),
-        // "P1 " and "P1" are one person more likely than two.
-        Some(Value::String(text)) if text.trim() != text => {
-            refuse(format!("has the id {text:?} with spaces about it"))
+        // "P1 " and "P1" are one person more likely than two, and so is what begins with the mark of
+        // a file's start or is filled up with zeros.
+        Some(Value::String(text)) if text.trim_matches(is_unseen) != text => {
+            refuse(format!("has the id {text:?} with spaces or unseen characters about it"))
         }
         Some(Value::String(text)) => Ok((composed(text), false)),
         Some(Value::Number(number)) if number.is_i64() || number.is_u64() => {
@@ -198,6 +208,8 @@ mod tests {
         assert_eq!((each.len(), each.over_cap()), (5, 0));
         let numbers = grouped("p", 9, json!([{"p": 7}, {"p": -7}, {"p": 7}])).unwrap();
         assert_eq!(numbers.rows(0), [0, 2]);
+        // Joiners inside a word are spelling, in Persian for one.
+        grouped("p", 9, json!([{"p": "a\u{200c}b"}])).unwrap();
         let fewer = all.retain(|row| row != 1 && row != 2);
         assert_eq!((fewer.len(), fewer.rows(0), fewer.rows(1)), (2, &[0, 3][..], &[4][..]));
     }
@@ -227,6 +239,9 @@ mod tests {
             (json!([{"p": null}]), "null"),
             (json!([{"p": ""}]), "empty id"),
             (json!([{"p": "a "}]), "spaces"),
+            (json!([{"p": "\u{feff}a"}]), "unseen"),
+            (json!([{"p": "a\u{0}\u{0}"}]), "unseen"),
+            (json!([{"p": "\u{200b}"}]), "unseen"),
             (json!([{"p": 1.5}]), "1.5"),
             (json!([{"p": 1e40}]), "id 1e"),
             (json!([{"p": ["a"]}]), "neither text"),

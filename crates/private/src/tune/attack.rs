@@ -48,7 +48,8 @@ pub struct Suspects {
     pub members: Option<PathBuf>,
     /// Rows of the same kind, of persons whom it never saw.
     pub nonmembers: Option<PathBuf>,
-    /// Of members and of nonmembers at most so many, chosen by a hash of what they say.
+    /// Of members and of nonmembers at most so many, chosen by a hash of what they say; two or more
+    /// where there are any.
     pub rows: usize,
 }
 
@@ -76,9 +77,15 @@ pub fn attack(
     suspects: &Suspects,
     (stop, device): (&AtomicBool, &Device),
 ) -> Result<Attacked> {
+    if suspects.rows < 2 && (suspects.members.is_some() || suspects.nonmembers.is_some()) {
+        return Err(Error::Data(format!(
+            "at most {} members and nonmembers cannot be compared; expected two or more of each",
+            suspects.rows
+        )));
+    }
     let config = PrivateConfig::of_run(output)?;
     let checkpoint = newest_checkpoint(output)?.ok_or_else(|| {
-        Error::Checkpoint(format!("{} has no checkpoint to audit", output.display()))
+        Error::Checkpoint(format!("{} has no whole checkpoint to audit", output.display()))
     })?;
     let (epsilon, delta) = promise(&checkpoint)?;
     let beside = Beside::load(&config.model.path)?;

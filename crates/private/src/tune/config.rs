@@ -126,8 +126,10 @@ pub struct PrivateSection {
     pub hardened: bool,
     /// `false`: no noise at all, and no privacy. A negative control for audits.
     pub noise: bool,
-    /// Persons that go through the model at once, at most: memory, nothing else.
-    pub micro_people: usize,
+    /// Persons that go through the model at once, at most: memory, nothing else. `None`: as many as
+    /// have gradients of a gibibyte together ([`PrivateConfig::people_at_once`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_people: Option<usize>,
     /// The held-out rows (`data.validation_paths`) are public: nobody in them is to be protected.
     pub public_validation: bool,
     /// Canaries to plant for an audit; they are persons beside those of the rows.
@@ -164,7 +166,7 @@ impl Default for PrivateSection {
             tangent: false,
             hardened: false,
             noise: true,
-            micro_people: 32,
+            micro_people: None,
             public_validation: false,
             canaries: None,
             quantile: QuantileConfig::default(),
@@ -303,6 +305,14 @@ impl PrivateConfig {
         let most = person.max(self.train.micro_tokens).max(LEAST_ROWS);
         Ok(most.next_multiple_of(ROWS))
     }
+
+    /// Persons that go through the model at once, at most, when each has a gradient of so many
+    /// elements. Portions are filled up to [`PrivateConfig::rows`], so that one of fewer persons
+    /// than fit costs as much as a full one.
+    pub fn people_at_once(&self, elements: usize) -> usize {
+        let gradient = elements.max(1).saturating_mul(size_of::<f32>());
+        self.private.micro_people.unwrap_or(((1 << 30) / gradient).max(1))
+    }
 }
 
 impl PrivateSection {
@@ -327,11 +337,23 @@ impl PrivateSection {
         }
         within("private.people", self.people, 2, 1 << 40, "")?;
         within("private.cap", self.cap as u64, 1, 1 << 20, "rows")?;
-        within("private.micro_people", self.micro_people as u64, 1, 1 << 20, "")?;
+        if let Some(people) = self.micro_people {
+            within("private.micro_people", people as u64, 1, 1 << 20, "")?;
+        }
         self.check_target()?;
         self.check_method()?;
         if let Some(canaries) = &self.canaries {
             canaries.check()?;
+            if canaries.count as u64 >= self.people {
+                return Err(Error::config(
+                    "private.canaries.count",
+                    format!(
+                        "= {} of private.people = {} leaves no room for the persons of the rows; \
+                         declare so many more, as a public number",
+                        canaries.count, self.people
+                    ),
+                ));
+            }
         }
         if let Some(threshold) = self.threshold {
             real("private.threshold", threshold, 1e-6, 1e6)?;

@@ -6,9 +6,8 @@ use rayon::prelude::*;
 use tercet_tensor::{GroupSum, Tensor};
 use tercet_train::{Error, Result};
 
-use crate::mechanism::clip::{Blocks, ClippedSum, Grid, Norms};
+use crate::mechanism::clip::{Blocks, ClippedSum, Drawn, Grid, Norms, Wanted};
 use crate::mechanism::ledger::Spent;
-use crate::mechanism::noise::Noise;
 use crate::method::Steering;
 
 /// What came out of a step: means over the expected batch, with their noise.
@@ -140,10 +139,16 @@ pub fn add(sum: &mut ClippedSum, steering: &Steering, portion: Portion) -> Resul
 /// # Errors
 /// The device's; as [`ClippedSum::add_units`].
 pub fn collect(sum: &mut ClippedSum, there: &mut GroupSum) -> Result<()> {
-    for (slot, units) in there.take()?.iter().enumerate() {
-        sum.add_units(slot, units)?;
-    }
-    Ok(())
+    Ok(sum.add_units(&there.take()?)?)
+}
+
+/// The noise of a step: on the gradient as `scales` say, on the statistics by `sigma`.
+pub fn wanted(
+    sum: &ClippedSum,
+    steering: &Steering,
+    (scales, sigma): (&[f64], f64),
+) -> crate::Result<Wanted> {
+    sum.wanted(&[scales, &steering.statistics().scales(sigma)].concat())
 }
 
 /// Ends a step: the mean gradient and the statistics, with their noise.
@@ -151,12 +156,10 @@ pub fn release(
     sum: &mut ClippedSum,
     steering: &Steering,
     spent: Spent,
-    noise: &Noise,
-    (scales, sigma): (&[f64], f64),
+    drawn: Drawn,
     batch: f64,
 ) -> crate::Result<Release> {
-    let all = [scales, &steering.statistics().scales(sigma)].concat();
-    let mut gradient = sum.release(spent, noise, &all, batch)?;
+    let mut gradient = sum.release_drawn(spent, drawn, batch)?;
     let statistics = gradient.split_off(steering.blocks().sizes().len());
     Ok(Release { gradient, statistics })
 }
@@ -167,7 +170,7 @@ mod tests {
     use crate::mechanism::key::Key;
     use crate::mechanism::ledger::Identity;
     use crate::mechanism::ledger::Ledger;
-    use crate::mechanism::noise::Split;
+    use crate::mechanism::noise::{Noise, Split};
     use crate::mechanism::statistics::Statistics;
     use crate::method::{Cost, Layout, Method, Recipe};
 
@@ -246,8 +249,10 @@ mod tests {
         let gradients = Gradients::Here(own);
         add(sum, steering, Portion { losses, shares: &shares, gradients }).unwrap();
         let (sigma, scales) = (steering.sigma(at), steering.scales(at).unwrap());
+        let wanted = wanted(sum, steering, (&scales, sigma)).unwrap();
+        let drawn = wanted.draw(&Noise::new(&key), ledger.next_stream()).unwrap();
         let spent = ledger.spend(at, 0.1, sigma, &key).unwrap();
-        release(sum, steering, spent, &Noise::new(&key), (&scales, sigma), 4.0).unwrap()
+        release(sum, steering, spent, drawn, 4.0).unwrap()
     }
 
     /// Raw losses, norms and numbers of persons are poisoned with what was released held fixed:

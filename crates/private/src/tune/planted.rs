@@ -153,11 +153,6 @@ impl Canaries {
         files::hex(&Sha256::digest([rows, &self.digest].concat()))
     }
 
-    /// How many coins said in.
-    pub fn included(&self) -> usize {
-        self.all.iter().filter(|canary| canary.included).count()
-    }
-
     /// The rows of token canaries, all in order; none of gradient canaries.
     pub fn examples(&self) -> impl Iterator<Item = (&Canary, Example)> {
         self.all.iter().filter_map(|canary| match &canary.planted {

@@ -111,13 +111,15 @@ impl PrivateRows {
     /// Adds the included canaries to the persons, and all of them to the key.
     ///
     /// # Errors
-    /// [`Error::Data`] when there are more persons with them than were declared.
+    /// [`Error::Data`] when there would be more persons than were declared if all were included: a
+    /// refusal that depended on the coins would leave them fair no longer, once it is tried again.
     pub(super) fn plant(&mut self, canaries: &Canaries, config: &PrivateConfig) -> Result<()> {
-        if (self.train.len() + canaries.included()) as u64 > config.private.people {
+        if (self.train.len() + canaries.all.len()) as u64 > config.private.people {
             return Err(Error::Data(format!(
-                "private.people = {} is less than the persons and the canaries among them; declare \
-                 a public number that has room for private.canaries.count more",
-                config.private.people
+                "private.people = {} is less than the persons and the canaries; declare a public \
+                 number that has room for private.canaries.count = {} more",
+                config.private.people,
+                canaries.all.len()
             )));
         }
         self.train.extend(canaries.persons());

@@ -49,13 +49,13 @@ pub fn tune(
     start::check_context(config.data.context, &first)?;
     check_model(&first)?;
     let encoder = Encoder::new(&beside.tokenizer, first.config(), &beside.generation)?;
-    let salt = salt(&config.output)?;
+    let new = place.from.is_none() && !config.output.join(LEDGER).exists();
+    let salt = salt(&config.output, new)?;
     let mut rows = rows(config, &encoder, &salt, control.stop)?;
     let (slots, layout) = layout(&first, config.private.freeze_a)?;
     let recipe = recipe(config, &budget, &layout)?;
     let price = price(&recipe.statistics);
     let mut steering = Steering::new(recipe, layout)?;
-    let new = place.from.is_none() && !config.output.join(LEDGER).exists();
     let canaries = canaries(config, &first, &steering, new)?;
     if let Some(canaries) = &canaries {
         rows.plant(canaries, config)?;
@@ -192,15 +192,22 @@ pub(super) fn of_canaries(config: &PrivateConfig, error: Error) -> Error {
     }
 }
 
-/// 32 random bytes in a file of the run, made when it is not there.
-fn salt(output: &Path) -> Result<Vec<u8>> {
+/// 32 random bytes in a file of the run, made when it is not there and the run is `new`: with others
+/// neither the checkpoint's key of the data nor the ledger's name of the run would be theirs.
+fn salt(output: &Path, new: bool) -> Result<Vec<u8>> {
     let path = output.join(SALT);
-    if !path.exists() {
+    if new && !path.exists() {
         let mut salt = [0; 32];
         getrandom::fill(&mut salt).map_err(|e| crate::Error::Entropy(e.to_string()))?;
         files::write_atomic(&path, &salt)?;
     }
-    let salt = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let salt = std::fs::read(&path).map_err(|error| {
+        Error::Checkpoint(format!(
+            "{} cannot be read: {error}; checkpoints and the ledger know this run by it. Bring it \
+             back from a copy",
+            path.display()
+        ))
+    })?;
     if salt.len() == 32 {
         return Ok(salt);
     }
@@ -316,7 +323,7 @@ fn ledger(
     };
     // How many go through the model at once may change on the way: it changes no bit.
     let mut private = config.private.clone();
-    private.micro_people = 1;
+    private.micro_people = Some(1);
     let private = toml::to_toml(&private)?;
     let numbers = [config.train.batch as u64, config.steps(), config.data.context as u64];
     let numbers: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
@@ -394,5 +401,5 @@ pub fn price(statistics: &Statistics) -> Option<String> {
 
 /// What needs less memory.
 fn advice(config: &PrivateConfig) -> String {
-    format!("{}; private.micro_people below {}", config.train.advice(), config.private.micro_people)
+    format!("{}; private.micro_people", config.train.advice())
 }

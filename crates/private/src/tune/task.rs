@@ -49,8 +49,9 @@ pub struct Private<'a> {
     sum: ClippedSum,
     /// What is summed up where the model is, when that is not here.
     on_device: Option<GroupSum>,
-    /// Rows of every portion.
+    /// Rows of every portion, and the most persons of one.
     rows: usize,
+    at_once: usize,
     /// The next step, counted from 0.
     next: u64,
 }
@@ -99,6 +100,7 @@ impl<'a> Private<'a> {
         let noise = Noise::new(&key);
         let sum = joint::clipped_sum(&steering, config.private.hardened)?;
         let rows = config.rows()?;
+        let at_once = config.people_at_once(steering.blocks().sizes().iter().sum());
         Ok(Self {
             config,
             people,
@@ -114,6 +116,7 @@ impl<'a> Private<'a> {
             sum,
             on_device: None,
             rows,
+            at_once,
             next,
         })
     }
@@ -181,7 +184,7 @@ impl<'a> Private<'a> {
         drawn.truncate(persons);
         let drawn: Vec<&Person> = drawn.into_iter().map(|i| &everybody[i]).collect();
         for portion in portions(drawn.iter().map(|person| person.tokens()), self.rows) {
-            for people in drawn[portion].chunks(self.config.private.micro_people) {
+            for people in drawn[portion].chunks(self.at_once) {
                 if stop.load(Ordering::Relaxed) {
                     return Ok(false);
                 }
@@ -226,22 +229,26 @@ impl Task for Private<'_> {
         self.sum.clear();
         self.sum.set_bounds(joint::all_bounds(&self.steering))?;
         self.sum_there(&model.device())?;
-        if !self.draw(model, stop)? {
+        let (sigma, scales) = (self.steering.sigma(step), self.steering.scales(step)?);
+        // What the noise is does not depend on the sum: it is drawn beside it.
+        let wanted = joint::wanted(&self.sum, &self.steering, (&scales, sigma))?;
+        let (noise, stream) = (self.noise.clone(), self.ledger.next_stream());
+        let (gathered, drawn) =
+            rayon::join(|| self.draw(model, stop), || wanted.draw(&noise, stream));
+        if !gathered? {
             self.sum.clear();
             return Ok(None);
         }
+        let drawn = drawn?;
         if let Some(there) = &mut self.on_device {
             joint::collect(&mut self.sum, there)?;
         }
-        let sigma = self.steering.sigma(step);
-        let scales = self.steering.scales(step)?;
         // From here on nothing stops the step: what is written is spent.
         self.account.count(sigma)?;
         let budget = self.account.budget();
         let (rate, batch) = (budget.rate, budget.batch);
         let spent = self.ledger.spend(step, rate, sigma, &self.key)?;
-        let (sum, noise, all) = (&mut self.sum, &self.noise, (&scales[..], sigma));
-        let released = joint::release(sum, &self.steering, spent, noise, all, batch)?;
+        let released = joint::release(&mut self.sum, &self.steering, spent, drawn, batch)?;
         if let Some(canaries) = &mut self.canaries {
             canaries.score(&self.steering, &released.gradient, &scales);
         }

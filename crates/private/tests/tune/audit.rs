@@ -145,6 +145,8 @@ fn an_audit_of_other_data_is_refused() {
         let error = refused(&suspects);
         assert!(error.contains(says), "{error}");
     }
+    let none = Suspects { members: Some(rows.clone()), rows: 0, ..Suspects::default() };
+    assert!(refused(&none).contains("at most 0 members"), "nothing would have been compared");
     // Rows that changed since.
     let text = fs::read_to_string(&rows).unwrap();
     fs::write(&rows, text.replace("Diabetes", "diabetes").replacen("code", "Code", 1)).unwrap();

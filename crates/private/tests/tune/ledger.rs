@@ -158,6 +158,29 @@ fn a_run_that_was_killed_before_its_first_checkpoint_goes_on_spending() {
     assert_eq!((end.steps, attempts(&config)), (4, 6));
 }
 
+/// A new salt would make every key another, and the refusal would blame the rows.
+#[test]
+fn a_salt_that_is_missing_is_named_and_none_is_made_in_its_stead() {
+    let room = Room::new();
+    let config = room.config("run", &[]);
+    run_until(&config, false, 2).unwrap();
+    let path = config.output.join("data.salt");
+    let whole = read(&path);
+    fs::remove_file(&path).unwrap();
+    let missing = || {
+        let text = error(&config, true);
+        assert!(text.contains("data.salt cannot be read") && text.contains("copy"), "{text}");
+        assert!(!path.exists());
+    };
+    missing();
+    // Nor where a ledger alone is left.
+    fs::rename(config.output.join("checkpoints"), room.at("aside")).unwrap();
+    missing();
+    fs::rename(room.at("aside"), config.output.join("checkpoints")).unwrap();
+    fs::write(&path, whole).unwrap();
+    assert!(run(&config, true).unwrap().finished);
+}
+
 #[test]
 fn another_seed_or_a_changed_promise_is_refused_on_resume() {
     let room = Room::new();

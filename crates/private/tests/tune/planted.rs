@@ -185,6 +185,7 @@ fn settings_of_canaries_that_make_no_sense_are_refused_by_key() {
     for (more, says) in [
         (&["private.canaries.count=8", "private.canaries.kind=\"gradient\""][..], "count"),
         (&["private.canaries.count=100000", "private.canaries.kind=\"tokens\""], "count"),
+        (&["private.canaries.count=20", "private.canaries.kind=\"tokens\""], "leaves no room"),
         (&["private.canaries.count=100"], "kind"),
         (&["private.canaries.count=100", "private.canaries.kind=\"rows\""], "kind"),
         (&["private.canaries.kind=\"tokens\""], "count"),
@@ -205,10 +206,13 @@ fn settings_of_canaries_that_make_no_sense_are_refused_by_key() {
     let says = error(&many, false);
     assert!(says.contains("private.canaries.count") && says.contains("coordinate"), "{says}");
     assert!(!many.output.exists(), "nothing was begun");
-    let few = config(&room, "few", &["private.people=100", "train.batch=20"]);
+    // Twelve persons and 240 canaries, whatever their coins say: who may try again until they please
+    // has no fair ones.
+    let few = config(&room, "few", &["private.people=251"]);
     let says = error(&few, false);
-    assert!(says.contains("room for private.canaries.count"), "{says}");
+    assert!(says.contains("room for private.canaries.count = 240"), "{says}");
     assert!(!few.output.exists(), "nothing was begun");
+    run(&config(&room, "just", &["private.people=252", "train.steps=1"]), false).unwrap();
     // A run that planted none has nothing to audit with.
     let none = room.config("none", &["train.steps=1"]);
     run(&none, false).unwrap();

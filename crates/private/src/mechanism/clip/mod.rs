@@ -29,12 +29,12 @@
 //! and on any number of threads.
 
 mod blocks;
+mod release;
 
 use rayon::prelude::*;
 
 pub use self::blocks::Blocks;
-use super::ledger::Spent;
-use super::noise::{self, Noise};
+pub use self::release::{Drawn, Wanted};
 use crate::{Error, Result};
 
 /// Part of a threshold that is used.
@@ -287,19 +287,21 @@ impl ClippedSum {
         Ok(())
     }
 
-    /// The third where the gradients are elsewhere: adds what a slot of persons who were weighed
-    /// comes to, `Σ round(weight·x)`, rounded as [`f64::round_ties_even`] does.
+    /// The third where the gradients are elsewhere: adds what persons who were weighed come to in
+    /// the first slots, `Σ round(weight·x)` for each, rounded as [`f64::round_ties_even`] does.
     ///
     /// # Errors
-    /// [`Error::Step`] when sizes do not fit.
-    pub fn add_units(&mut self, slot: usize, units: &[i128]) -> Result<()> {
-        match self.sums.get_mut(slot) {
-            Some(sums) if sums.len() == units.len() => {
-                sums.iter_mut().zip(units).for_each(|(sum, unit)| *sum += unit);
-                Ok(())
-            }
-            _ => Err(Error::Step(format!("there is no slot {slot} of {} sums", units.len()))),
+    /// [`Error::Step`] when sizes do not fit; nothing is added then.
+    pub fn add_units(&mut self, units: &[Vec<i128>]) -> Result<()> {
+        let fits = |(units, &size): (&Vec<i128>, &usize)| units.len() == size;
+        let mut slots = units.iter().zip(&self.blocks.sizes);
+        if units.len() > self.sums.len() || !slots.all(fits) {
+            return Err(Error::Step("sums from elsewhere are not of these slots".into()));
         }
+        self.sums.par_iter_mut().zip(units).for_each(|(sums, units)| {
+            sums.iter_mut().zip(units).for_each(|(sum, unit)| *sum += unit);
+        });
+        Ok(())
     }
 
     fn other_slots(&self, got: usize) -> Error {
@@ -358,53 +360,12 @@ impl ClippedSum {
         self.not_finite
     }
 
-    /// Ends the step: `(Σ clipped + noise) / batch` for each slot, and an empty sum. `scales` are
-    /// the standard deviations by block ([`noise::Split`]), `batch` the expected, public one.
-    ///
-    /// # Errors
-    /// [`Error::Step`] when the noise is less than the ledger says, or cannot be drawn on this
-    /// grid; [`Error::Parameter`] when `batch` is not above 0. What the ledger holds stays spent.
-    pub fn release(
-        &mut self,
-        spent: Spent,
-        noise: &Noise,
-        scales: &[f64],
-        batch: f64,
-    ) -> Result<Vec<Vec<f32>>> {
-        if !(batch.is_finite() && batch > 0.0) {
-            let expected = "the expected batch is a public number above 0: rate times persons";
-            return Err(Error::parameter("batch", batch, expected));
-        }
-        if scales.len() != self.bounds.len() {
-            let (got, expected) = (scales.len(), self.bounds.len());
-            return Err(Error::Step(format!("there is noise for {got} blocks, not {expected}")));
-        }
-        let sigma = noise::effective_sigma(&self.bounds, scales);
-        // Another order of the same sum may fall short by some roundings; NaN is not enough.
-        let enough = sigma * (1.0 + 1e-12) >= spent.sigma();
-        if !enough {
-            return Err(Error::Step(format!(
-                "the noise multiplier is {sigma}, but the ledger says {}",
-                spent.sigma()
-            )));
-        }
-        let in_units: Vec<f64> = scales.iter().zip(&self.units).map(|(s, unit)| s / unit).collect();
-        let slots: Vec<(usize, f64)> = (self.blocks.sizes.iter().zip(&self.blocks.block_of))
-            .map(|(&size, &block)| (size, in_units[block]))
-            .collect();
-        let noise = noise.draw(self.grid, spent.stream(), &slots)?;
-        let released = noise.into_par_iter().enumerate().map(|(slot, noise)| {
-            let factor = self.units[self.blocks.block_of[slot]] / batch;
-            let sums = noise.into_iter().zip(&self.sums[slot]);
-            sums.map(|(noise, sum)| ((sum + noise) as f64 * factor) as f32).collect()
-        });
-        let released = released.collect();
-        self.clear();
-        Ok(released)
-    }
-
     /// Forgets what was added.
     pub fn clear(&mut self) {
+        // Whatever was added was counted before.
+        if self.people == 0 {
+            return;
+        }
         self.sums.iter_mut().for_each(|sums| sums.fill(0));
         (self.people, self.not_finite) = (0, 0);
     }

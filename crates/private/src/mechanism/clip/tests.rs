@@ -1,5 +1,7 @@
 use super::*;
 use crate::mechanism::key::Key;
+use crate::mechanism::ledger::Spent;
+use crate::mechanism::noise::Noise;
 use proptest::prelude::*;
 
 fn pairs() -> Blocks {
@@ -202,6 +204,47 @@ fn a_release_with_less_noise_than_was_written_is_refused() {
     }
     assert!(sum.release(Spent::of(0, 1.0), &noise, &[2.0], 8.0).is_err());
     assert!(sum.release(Spent::of(0, 1.0), &noise, &[f64::NAN, 2.0], 8.0).is_err());
+}
+
+/// Noise that was drawn ahead is the noise that would have been drawn, and serves no other line.
+#[test]
+fn noise_drawn_ahead_opens_one_release_alone() {
+    let noise = Noise::new(&Key::insecure(1));
+    let (scales, person) = ([2.0; 2], [vec![0.1; 5], vec![0.1; 3], vec![0.1; 4]]);
+    let filled = || {
+        let mut sum = sum(&[1.0, 1.0], Rule::Clip, Grid::Fine);
+        add(&mut sum, &person);
+        sum
+    };
+    let ahead = filled().wanted(&scales).unwrap().draw(&noise, 7).unwrap();
+    let one = filled().release_drawn(Spent::of(7, 1.0), ahead, 8.0).unwrap();
+    assert_eq!(one, filled().release(Spent::of(7, 1.0), &noise, &scales, 8.0).unwrap());
+    let ahead = |bound: f64, stream| {
+        let other = sum(&[bound, 1.0], Rule::Clip, Grid::Fine);
+        other.wanted(&scales).unwrap().draw(&noise, stream).unwrap()
+    };
+    for (bound, stream, sigma) in [(1.0, 8, 1.0), (3.0, 7, 1.0), (1.0, 7, 1.5)] {
+        let drawn = ahead(bound, stream);
+        let refused = filled().release_drawn(Spent::of(7, sigma), drawn, 8.0);
+        assert!(refused.is_err(), "{bound} {stream} {sigma}");
+    }
+    // Within one power of two the grid is the same; the thresholds of the sum are what counts.
+    let drawn = ahead(0.6, 7);
+    assert!(filled().release_drawn(Spent::of(7, 1.0), drawn, 8.0).is_ok());
+}
+
+#[test]
+fn sums_from_elsewhere_are_added_whole_or_not_at_all() {
+    let mut sum = sum(&[1.0, 1.0], Rule::Clip, Grid::Fine);
+    sum.weigh(&[0.01; 3]).unwrap();
+    sum.add_units(&[vec![3; 5], vec![4; 3]]).unwrap();
+    assert_eq!(sum.sums, [vec![3; 5], vec![4; 3], vec![0; 4]]);
+    for wrong in [vec![vec![1; 5], vec![1; 4]], vec![vec![]; 4]] {
+        assert!(sum.add_units(&wrong).is_err());
+    }
+    assert_eq!(sum.sums, [vec![3; 5], vec![4; 3], vec![0; 4]]);
+    sum.clear();
+    assert!(sum.sums.iter().flatten().all(|&x| x == 0));
 }
 
 #[test]
