@@ -245,6 +245,13 @@ fn a_reward_that_says_nothing_or_reads_what_is_not_there_is_an_error_before_hour
     let text = fs::read_to_string(room.path().join("same/config.toml")).unwrap();
     let error = IterativeConfig::parse(&text, &overrides).unwrap_err().to_string();
     assert!(error.contains("`align.delta.source` = \"column\""), "{error}");
+    for (change, says) in [
+        ("sampling.temperature=0", "`sampling.temperature` = 0 writes the same answer"),
+        ("reward.rules=[{kind=\"json\", weight=nan}]", "`reward.rules[0].weight` = null is not a"),
+    ] {
+        let error = IterativeConfig::parse(&text, &[change.to_owned()]).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
     let error = run(&config(room.path(), &model, "many", &["iterative.rounds=100"]), false, None);
     let error = error.unwrap_err().to_string();
     assert!(error.contains("`iterative.rounds` = 100 is more than the 60 prompts"), "{error}");

@@ -169,9 +169,11 @@ pub fn sidecars(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     for path in files::read_folder(folder)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let text = [".json", ".jinja", ".txt", ".model"].iter().any(|end| name.ends_with(end));
-        // An adapter's configuration would make the folder one of that adapter.
+        // An adapter's configuration would make the folder one of that adapter, and what was promised
+        // of the weights that training starts from is not promised of those that it ends with.
         let ours = ["config.json", "manifest.json", "adapter_config.json"].contains(&&*name)
-            || name.ends_with(".index.json");
+            || name.ends_with(".index.json")
+            || (name.starts_with("privacy") && name.ends_with(".json"));
         let bytes = std::fs::metadata(&path).map_err(Error::io("read", &path))?;
         if text && !ours && bytes.is_file() && bytes.len() <= LARGEST_SIDECAR {
             found.push((name, std::fs::read(&path).map_err(Error::io("read", &path))?));

@@ -35,6 +35,17 @@ const CURVE: &str = "curve.svg";
 /// What stands in a run's folder before its first step, and can be made again at once.
 const BEFORE: [&str; 6] =
     [".lock", "config.toml", "rows.jsonl", "delta.svg", "data.salt", "canaries.jsonl"];
+/// What a run writes over without asking.
+const OWN: [&str; 8] = [
+    "config.toml",
+    "rows.jsonl",
+    METRICS,
+    CURVE,
+    "delta.svg",
+    "squeezing.svg",
+    "canaries.jsonl",
+    "privacy.json",
+];
 
 /// What a loop trains on.
 pub trait Task {
@@ -143,6 +154,7 @@ impl Place {
         observe: &mut dyn FnMut(Event),
     ) -> Result<Self> {
         let made = (!output.exists()).then(|| output.to_owned());
+        refuse_others_files(output)?;
         let _lock = FolderLock::take(output)?;
         files::remove_temporary(output)?;
         checkpoint::remove_stale(&output.join(CHECKPOINTS))?;
@@ -155,6 +167,23 @@ impl Place {
     pub fn check_data(&self, key: &str) -> Result<()> {
         self.from.as_deref().map_or(Ok(()), |path| check_data(path, key))
     }
+}
+
+/// Refuses a folder that no run has had yet and that holds a file of a name that runs write, which
+/// then is somebody's own: training rows may well be called `rows.jsonl`.
+fn refuse_others_files(output: &Path) -> Result<()> {
+    if output.join(".lock").exists() || output.join(CHECKPOINTS).exists() {
+        return Ok(());
+    }
+    let Some(name) = OWN.iter().find(|name| output.join(name).exists()) else { return Ok(()) };
+    Err(Error::config(
+        "output",
+        format!(
+            "= {} holds a {name} that no run has written, and a run would write over it; choose a \
+             folder of its own",
+            output.display()
+        ),
+    ))
 }
 
 impl Drop for Place {

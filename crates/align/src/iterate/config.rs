@@ -143,6 +143,7 @@ impl SampleConfig {
             ));
         }
         config.sampling.check()?;
+        config.reward.check()?;
         Ok(config)
     }
 }
@@ -214,6 +215,7 @@ impl IterativeConfig {
         };
         config.data.check()?;
         config.sampling.check()?;
+        config.reward.check()?;
         // Answers come from the model that is trained, stored as it is trained.
         if config.sampling.dtype.is_some_and(|dtype| dtype != config.train.dtype) {
             return Err(Error::config(
@@ -232,6 +234,12 @@ impl IterativeConfig {
             return Err(Error::config(
                 "sampling.samples",
                 "= 1 makes no pair; a best and a worst answer need at least 2",
+            ));
+        }
+        if config.sampling.temperature == 0.0 {
+            return Err(Error::config(
+                "sampling.temperature",
+                "= 0 writes the same answer to a prompt every time, which makes no pair",
             ));
         }
         within("iterative.rounds", config.iterative.rounds as u64, 1, 1 << 10, "")?;

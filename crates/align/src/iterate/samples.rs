@@ -104,9 +104,21 @@ impl Sampler<'_> {
             Err(error) => return Err(Error::io("read", path)(error)),
         };
         let mut samples: Vec<Sample> = Vec::new();
-        for line in text.split(|&byte| byte == b'\n') {
-            // A line cut short by a crash ends what is kept.
-            let Ok(sample) = serde_json::from_slice::<Sample>(line) else { break };
+        let mut found = text.split(|&byte| byte == b'\n').peekable();
+        while let Some(line) = found.next() {
+            let sample: Sample = match serde_json::from_slice(line) {
+                Ok(sample) => sample,
+                // Cut short by a crash, or what follows the last end of a line.
+                Err(_) if found.peek().is_none() => break,
+                Err(error) => {
+                    return Err(Error::Data(format!(
+                        "{}: line {} is no sample ({error}), and others follow; mend it, or take \
+                         the file away to sample again",
+                        path.display(),
+                        samples.len() + 1
+                    )));
+                }
+            };
             let place = (samples.len() / self.samples, samples.len() % self.samples);
             let fits = prompts.get(place.0).is_some_and(|prompt| {
                 place == (sample.prompt, sample.sample) && prompt.text == sample.prompt_text

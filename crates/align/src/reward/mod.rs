@@ -73,6 +73,16 @@ pub struct RewardConfig {
     pub model: Option<PathBuf>,
 }
 
+impl RewardConfig {
+    /// Checks what needs no program and no file: the rules.
+    ///
+    /// # Errors
+    /// As [`Rules::new`].
+    pub fn check(&self) -> Result<()> {
+        self.rules.as_deref().map_or(Ok(()), |rules| Rules::new(rules).map(drop))
+    }
+}
+
 /// Where rewards come from, ready to score.
 pub enum RewardSource {
     /// Declared rules.

@@ -3,6 +3,7 @@
 
 mod accumulate;
 mod begin;
+mod device;
 mod pairs;
 mod precompute;
 mod resume;

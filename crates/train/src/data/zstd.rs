@@ -14,16 +14,19 @@ pub struct Frames<R> {
     decoder: FrameDecoder,
     /// Whether a frame has begun and not ended.
     within: bool,
+    /// Whether any has: a file of no bytes is no file of Zstandard.
+    any: bool,
 }
 
 impl<R: BufRead> Frames<R> {
     /// Nothing is read before the first `read`.
     pub fn new(source: R) -> Self {
-        Self { source, decoder: FrameDecoder::new(), within: false }
+        Self { source, decoder: FrameDecoder::new(), within: false, any: false }
     }
 
     /// Begins the frame at the source's position, or passes over a skippable one.
     fn begin(&mut self) -> io::Result<()> {
+        self.any = true;
         match self.decoder.init(&mut self.source) {
             Ok(()) => self.within = true,
             Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
@@ -46,7 +49,7 @@ impl<R: BufRead> Read for Frames<R> {
         loop {
             if !self.within {
                 if self.source.fill_buf()?.is_empty() {
-                    return Ok(0);
+                    return if self.any { Ok(0) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
                 }
                 self.begin()?;
                 continue;

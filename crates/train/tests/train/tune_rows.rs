@@ -292,6 +292,12 @@ fn lines_that_are_no_objects_and_files_without_rows_are_refused() {
     let text = refusal(room.read_file(&room.path("rows.txt"), |_| {}));
     assert!(text.contains("is not a .jsonl file"), "{text}");
     assert!(refusal(room.read_file(&room.path("absent.jsonl"), |_| {})).contains("absent.jsonl"));
+    // Cut to nothing, which a file packed of nothing is not.
+    for name in ["none.jsonl.gz", "none.jsonl.zst"] {
+        std::fs::write(room.path(name), b"").unwrap();
+        let text = refusal(room.read_file(&room.path(name), |_| {}));
+        assert!(text.contains(name) && text.contains("damaged or cut short"), "{text}");
+    }
     // A byte order mark, Windows line ends and no line end at the end are no faults.
     std::fs::write(&path, "\u{FEFF}{\"text\": \"a\"}\r\n{\"text\": \"b\"}").unwrap();
     assert_eq!(room.read_file(&path, |_| {}).unwrap().train.len(), 2);

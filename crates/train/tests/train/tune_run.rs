@@ -449,6 +449,42 @@ fn an_adapters_checkpoint_is_its_own_whatever_stands_beside_the_base() {
     assert!(run(&config, true).unwrap().finished);
 }
 
+/// A run's own `rows.jsonl` once took the place of the rows it was to learn.
+#[test]
+fn a_folder_with_somebodys_own_files_is_refused_and_they_stay_as_they_are() {
+    let room = Room::new(12);
+    let before = std::fs::read(room.at("rows.jsonl")).unwrap();
+    let here = room.config(".", &["data.context=8"]);
+    for resume in [false, true] {
+        let said = run(&here, resume).unwrap_err().to_string();
+        assert!(said.contains("`output`") && said.contains("rows.jsonl"), "{said}");
+        assert!(std::fs::read(room.at("rows.jsonl")).unwrap() == before);
+        assert!(!room.at(".lock").exists() && !room.at("config.toml").exists());
+    }
+    // Other files of a folder are nobody's business, and a run's own come back.
+    std::fs::create_dir(room.at("run")).unwrap();
+    std::fs::write(room.at("run/notes.txt"), "mine").unwrap();
+    run_until(&room.config("run", &[]), false, 1).unwrap();
+    std::fs::remove_file(room.at("run/.lock")).unwrap();
+    assert!(run(&room.config("run", &[]), true).unwrap().finished);
+}
+
+/// Beside merged weights `tercet merge` writes what was promised of an adapter's privacy. Weights that
+/// were trained on rows since have no such promise.
+#[test]
+fn a_promise_of_privacy_beside_the_start_is_not_passed_on_to_what_was_trained_since() {
+    let room = Room::new(12);
+    for name in ["privacy.json", "privacy-1.json"] {
+        std::fs::write(room.at("model").join(name), "{\"private\": true}").unwrap();
+    }
+    for (output, more) in [("weights", &[][..]), ("adapter", &["lora.r=2"])] {
+        let report = run(&room.config(output, more), false).unwrap();
+        let names = names(&report.checkpoint.unwrap());
+        let found: Vec<_> = names.iter().filter(|name| name.contains("privacy")).collect();
+        assert!(found.is_empty(), "{output}: {found:?}");
+    }
+}
+
 #[test]
 fn what_cannot_begin_says_why_in_the_name_of_its_key() {
     let room = Room::new(4);
