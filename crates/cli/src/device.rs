@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use tercet_cuda::{Gpu, Library, look_for};
 use tercet_tensor::Device;
+use tercet_train::files;
 
 /// What was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,8 +160,8 @@ pub fn farewell() {
             format!("{name} {}: {}\n", constants.trim(), entries.join(" "))
         };
         let lines: String = gpu.modules().into_iter().map(line).collect();
-        if let Err(error) = crate::files::write(path.as_ref(), lines.as_bytes()) {
-            eprintln!("tercet: cannot write {}: {error}", path.display());
+        if let Err(error) = files::write_atomic(path.as_ref(), lines.as_bytes()) {
+            eprintln!("tercet: {error}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Exit codes: 0 fine, 2 what the user gave us, 1 ours.
+//! Exit codes: 0 fine, 2 what the user gave us, 1 ours, 3 a claim that was put to the test and fell.
 //!
 //! One rule: the outermost error of the chain that has an owner decides. The library crates say
 //! whose their errors are (`is_users()`); errors about arguments, files and disks that the user can
@@ -17,6 +17,11 @@ pub fn user(text: impl Into<String>) -> anyhow::Error {
     UserError(text.into()).into()
 }
 
+/// A claim that was put to the test and fell; nothing went wrong on the way.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refuted(pub String);
+
 /// What happened, cause after cause. Library errors often quote their cause themselves; it is not
 /// said twice.
 pub fn message(error: &anyhow::Error) -> String {
@@ -34,6 +39,9 @@ pub fn message(error: &anyhow::Error) -> String {
 
 /// The exit code of a failed verb.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<Refuted>() {
+        return 3;
+    }
     let owner = error.chain().find_map(is_users);
     if owner == Some(true) { 2 } else { 1 }
 }
@@ -106,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn the_users_errors_exit_2_through_any_context_and_ours_exit_1() {
+    fn the_users_errors_exit_2_through_any_context_ours_1_and_what_fell_3() {
         let missing = io::Error::from(io::ErrorKind::NotFound);
         let users: [anyhow::Error; 3] = [
             user("no such verb"),
@@ -120,5 +128,6 @@ mod tests {
         for error in ours {
             assert_eq!(exit_code(&error), 1, "{error:#}");
         }
+        assert_eq!(exit_code(&Refuted("ε is more".into()).into()), 3);
     }
 }

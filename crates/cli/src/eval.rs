@@ -8,11 +8,12 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value, json};
 use tercet_eval::{Answer, Options, Outcome, Progress, Ready, Sample, Score, Task, evaluate};
 use tercet_model::{Adapter, GenerationConfig, Model, Tokenizer};
+use tercet_train::files;
 
 use crate::device::DeviceArg;
 use crate::error::user;
 use crate::generate::model_folder;
-use crate::{files, human};
+use crate::human;
 
 /// Least time between two lines of progress where there is no terminal.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -123,8 +124,7 @@ fn check(args: &Args, tasks: &[Task]) -> anyhow::Result<()> {
 }
 
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {
-    files::write(path, text.as_bytes())
-        .map_err(|e| anyhow::Error::from(e).context(format!("cannot write {}", path.display())))
+    Ok(files::write_atomic(path, text.as_bytes())?)
 }
 
 /// A bar on a terminal, a line now and then elsewhere.

@@ -132,14 +132,22 @@ pub fn model_folder(path: &Path) -> anyhow::Result<PathBuf> {
     if !path.is_dir() {
         return Err(user(format!("{} is not a folder; expected a model folder", path.display())));
     }
-    let newest = tercet_train::newest_checkpoint(path)?;
-    newest.ok_or_else(|| {
+    let newest = tercet_train::newest_checkpoint(path)?.ok_or_else(|| {
         user(format!(
             "{} is neither a model folder (it has no config.json) nor a run with a complete \
              checkpoint",
             path.display()
         ))
-    })
+    })?;
+    if newest.join("adapter_config.json").is_file() {
+        return Err(user(format!(
+            "{} trained an adapter, {}, which is no model by itself; name the folder of the model \
+             it belongs to, and the adapter beside it",
+            path.display(),
+            newest.display()
+        )));
+    }
+    Ok(newest)
 }
 
 /// Command line over the model's own settings over the defaults.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tercet_cuda::{Library, Resources, Source, compile_for, look_for, resources};
+use tercet_train::files;
 
 use crate::error::user;
 
@@ -108,8 +109,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     println!("{kernels} kernels, {spilling} of them with a stack");
     if args.write {
         let text = format!("{HEADER}{}", toml::to_string(&list)?);
-        crate::files::write(&args.list, text.as_bytes())
-            .with_context(|| format!("cannot write {}", args.list.display()))?;
+        files::write_atomic(&args.list, text.as_bytes())?;
         println!("wrote {}", args.list.display());
     }
     if problems.is_empty() {

@@ -8,7 +8,6 @@ mod device;
 mod doctor;
 mod error;
 mod eval;
-mod files;
 mod generate;
 mod human;
 mod interrupt;

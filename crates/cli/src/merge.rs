@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tercet_model::{Adapter, Model, copy_companions, folder};
 
 use crate::generate::model_folder;
@@ -14,7 +14,8 @@ use crate::{error, human};
 /// MODEL is a Hugging Face folder or the output folder of a run; an ADAPTER is a folder as PEFT
 /// writes it (adapter_config.json, adapter_model.safetensors). Several are added in the order
 /// given, each in f32, and stored as MODEL stores them; the tokenizer is copied. What was promised of
-/// an adapter's privacy (privacy.json) is copied, too, numbered where there are several.
+/// an adapter's privacy (privacy.json) is copied, too, numbered where there are several, and an adapter
+/// of which nothing was promised is named among them.
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  \
     tercet merge ./SmolLM2-135M-Instruct ./my-adapter ./merged\n  \
@@ -69,24 +70,69 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What was promised of the model and of each adapter: folder and content.
+/// What was promised of the model and of each adapter: folder and content. Beside a promise, an
+/// adapter without one is said to have none: what is promised of one part holds for no other.
 fn promises(model: &Path, adapters: &[PathBuf]) -> anyhow::Result<Vec<(PathBuf, Value)>> {
     let mut promises = Vec::new();
-    // A model that was merged before has one for each adapter in it.
-    let numbered = (1..).map(|at| format!("privacy-{at}.json"));
-    let names = numbered.take_while(|name| model.join(name).exists());
-    for name in names.chain(["privacy.json".to_owned()]) {
-        promises.extend(read(&model.join(name))?.map(|found| (model.to_owned(), found)));
+    for name in numbered(model)? {
+        promises.extend(read(&model.join(name))?.map(|found| (model.to_owned(), Some(found))));
     }
     for dir in adapters {
-        let found = match read(&dir.join("privacy.json"))? {
-            None => read(&dir.join("adapter_config.json"))?
-                .and_then(|config| config.get("privacy").cloned()),
-            found => found,
-        };
-        promises.extend(found.map(|found| (dir.clone(), found)));
+        let gist = read(&dir.join("adapter_config.json"))?
+            .and_then(|config| config.get("privacy").cloned());
+        let whole = read(&dir.join("privacy.json"))?;
+        if let (Some(whole), Some(gist)) = (&whole, &gist) {
+            agree(dir, whole, gist)?;
+        }
+        promises.push((dir.clone(), whole.or(gist)));
     }
-    Ok(promises)
+    if promises.iter().all(|(_, found)| found.is_none()) {
+        return Ok(Vec::new());
+    }
+    let or_none = |(dir, found): (PathBuf, Option<Value>)| {
+        let none = || {
+            json!({"private": false, "warnings": [format!(
+                "{}: nothing is promised of this adapter, nor of whose rows it was trained on",
+                dir.display()
+            )]})
+        };
+        let found = found.unwrap_or_else(none);
+        (dir, found)
+    };
+    Ok(promises.into_iter().map(or_none).collect())
+}
+
+/// Refuses an adapter of which two files promise different things.
+fn agree(dir: &Path, whole: &Value, gist: &Value) -> anyhow::Result<()> {
+    let Some(key) = ["private", "epsilon", "delta"].into_iter().find(|key| whole[key] != gist[key])
+    else {
+        return Ok(());
+    };
+    Err(error::user(format!(
+        "{}: privacy.json has {key} = {}, the field `privacy` of adapter_config.json {}; one of the \
+         two was changed. Bring the folder back from the run's checkpoint",
+        dir.display(),
+        whole[key],
+        gist[key]
+    )))
+}
+
+/// The promises in a model folder, in their order: a model that was merged before has one for each
+/// adapter in it.
+fn numbered(model: &Path) -> anyhow::Result<Vec<String>> {
+    let read = || format!("cannot read {}", model.display());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(model).with_context(read)? {
+        let name = entry.with_context(read)?.file_name().to_string_lossy().into_owned();
+        let middle = name.strip_prefix("privacy").and_then(|rest| rest.strip_suffix(".json"));
+        let number = match middle {
+            Some("") => Some(0),
+            middle => middle.and_then(|m| m.strip_prefix('-')).and_then(|n| n.parse::<u64>().ok()),
+        };
+        found.extend(number.map(|number| (number, name)));
+    }
+    found.sort();
+    Ok(found.into_iter().map(|(_, name)| name).collect())
 }
 
 /// A file's JSON, if there is such a file.
@@ -112,7 +158,9 @@ fn carry(promises: &[(PathBuf, Value)], out: &Path) -> tercet_model::Result<Vec<
         };
         folder::write_text(&out.join(&name), &format!("{promise:#}\n"))?;
         let said = match (promise["private"].as_bool(), promise["epsilon"].as_f64()) {
-            (Some(true), Some(epsilon)) => format!("is private with epsilon {epsilon}"),
+            (Some(true), Some(epsilon)) if epsilon >= 0.0 => {
+                format!("is private with epsilon {epsilon}")
+            }
             _ => "is NOT PRIVATE".to_owned(),
         };
         lines.push(format!("{} {said}: {name}", dir.display()));

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use tercet_attention::selftest::{self, Golden, Row, Way};
+use tercet_train::files;
 
 use crate::device::{Choice, DeviceArg};
 use crate::error::user;
@@ -71,8 +72,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         if only_json {
             println!("{}", json.trim_end());
         } else {
-            crate::files::write(path, json.as_bytes())
-                .with_context(|| format!("cannot write {}", path.display()))?;
+            files::write_atomic(path, json.as_bytes())?;
             table.say(&format!("wrote {}", path.display()));
         }
     }

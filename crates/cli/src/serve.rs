@@ -314,7 +314,9 @@ impl Plan {
         if let Choice::Cuda(_) = device {
             [limits.chunk, limits.prefill_tokens] = READS_CUDA;
         }
-        let (handle, engine) = Engine::start(Models::new(model)?, limits)?;
+        // What ends a text for the page and for grammars ends it for the engine.
+        let models = Models::new(model)?.with_ends(text.ends.clone());
+        let (handle, engine) = Engine::start(models, limits)?;
         // Memory may hold fewer places than were asked for.
         say(&handle, cache, handle.places() - waiting);
         let sparse = config.nsa.is_some();

@@ -128,8 +128,39 @@ fn what_was_promised_of_an_adapter_goes_with_it() {
     // A third on top: nothing is forgotten.
     fine(folder.path(), &["merge", "second", "one", "third"]);
     assert_eq!(json("third/privacy-3.json"), privacy(2.5));
+    // Nor where the first of them was taken away.
+    std::fs::remove_file(at("second/privacy-1.json")).unwrap();
+    fine(folder.path(), &["merge", "second", "one", "gap"]);
+    assert_eq!([json("gap/privacy-1.json"), json("gap/privacy-2.json")], [4.0, 2.5].map(privacy));
+    // Of two promises that differ one was edited.
+    std::fs::write(at("two/privacy.json"), privacy(0.1).to_string()).unwrap();
+    let text = wrong(folder.path(), &["merge", "model", "two", "fourth"]);
+    assert!(text.contains("epsilon = 0.1") && text.contains("was changed"), "{text}");
+    std::fs::write(at("one/privacy.json"), privacy(-1.0).to_string()).unwrap();
+    assert!(fine(folder.path(), &["merge", "model", "one", "below"]).contains("NOT PRIVATE"));
     std::fs::write(at("one/privacy.json"), "{").unwrap();
     let text = wrong(folder.path(), &["merge", "model", "one", "fourth"]);
     assert!(text.contains("one/privacy.json is not a JSON object"), "{text}");
     assert!(!at("fourth").exists());
+}
+
+/// A promise of one part of a model would be taken for one of all of it.
+#[test]
+fn an_adapter_of_which_nothing_was_promised_is_named_beside_the_promises() {
+    let folder = folder();
+    let json = |name: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(folder.path().join(name)).unwrap()).unwrap()
+    };
+    fine(folder.path(), &["merge", "model", "two", "plain"]);
+    assert!(!folder.path().join("plain/privacy.json").exists());
+    let privacy = serde_json::json!({"private": true, "epsilon": 2.5});
+    std::fs::write(folder.path().join("one/privacy.json"), privacy.to_string()).unwrap();
+    let said = fine(folder.path(), &["merge", "model", "one", "two", "mixed"]);
+    assert!(said.contains("two is NOT PRIVATE: privacy-2.json"), "{said}");
+    assert_eq!(json("mixed/privacy-1.json"), privacy);
+    assert_eq!(json("mixed/privacy-2.json")["private"], false);
+    assert!(!folder.path().join("mixed/privacy.json").exists());
+    fine(folder.path(), &["merge", "model", "one", "first"]);
+    fine(folder.path(), &["merge", "first", "two", "then"]);
+    assert_eq!(json("then/privacy-2.json")["private"], false);
 }

@@ -36,7 +36,7 @@ fn scores_that_separate_refute_the_claim_and_scores_that_know_nothing_do_not() {
     let folder = tempfile::tempdir().unwrap();
     scores(folder.path(), 2.0);
     let caught = tercet(folder.path(), &[AUDIT, &["--svg", "roc.svg"]].concat());
-    assert_eq!(caught.status.code(), Some(2));
+    assert_eq!(caught.status.code(), Some(3));
     let said = String::from_utf8(caught.stderr).unwrap();
     assert!(said.contains("refuted: epsilon is at least"), "{said}");
     // What was found is printed and drawn all the same.

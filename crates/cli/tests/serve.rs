@@ -118,6 +118,36 @@ fn a_server_says_where_it_is_answers_for_model_and_adapter_and_drains() {
     }
 }
 
+/// A chat model whose `config.json` names no end: `generation_config.json` does.
+#[test]
+fn an_answer_ends_where_the_generation_config_says() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join("model").join(name);
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    std::fs::write(at("chat_template.jinja"), template).unwrap();
+    let body = "{\"messages\":[{\"role\":\"user\",\"content\":\"to be\"}],\"max_tokens\":40,\
+                \"temperature\":0,\"return_token_ids\":true}";
+    let answer = || {
+        let server = Server::start(folder.path(), &[]);
+        let answer = server.ask("POST", "/v1/chat/completions", "", body);
+        let (_, json) = answer.split_once("\r\n\r\n").unwrap();
+        let json: serde_json::Value = serde_json::from_str(json).unwrap();
+        json["choices"][0].clone()
+    };
+    let whole = answer();
+    assert_eq!(whole["finish_reason"], "length", "no end is known: {whole}");
+    let ids = whole["token_ids"].as_array().unwrap();
+    assert_eq!(ids.len(), 40);
+    // A token in the middle becomes the end; the answer stops where it comes first.
+    let end = &ids[20];
+    let first = ids.iter().position(|id| id == end).unwrap();
+    let generation = serde_json::json!({ "eos_token_id": [end] }).to_string();
+    std::fs::write(at("generation_config.json"), generation).unwrap();
+    let ended = answer();
+    assert_eq!(ended["finish_reason"], "stop", "{ended}");
+    assert_eq!(ended["token_ids"].as_array().unwrap(), &ids[..first]);
+}
+
 #[test]
 fn keys_come_from_a_file_and_are_asked_for() {
     let folder = folder();

@@ -102,6 +102,11 @@ fn a_private_run_is_planned_shown_run_and_gone_on_with() {
     assert_eq!(refused.status.code(), Some(2));
     let again = fine(folder.path(), &[&seeded[..], &["--resume"]].concat());
     assert!(again.contains("4 steps"), "{again}");
+    // An adapter's run is no model.
+    let alone = tercet(folder.path(), &["generate", "run", "-p", "a"]);
+    assert_eq!(alone.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&alone.stderr).into_owned();
+    assert!(text.contains("run trained an adapter") && text.contains("beside it"), "{text}");
     let missing = tercet(
         folder.path(),
         &["private", "tune", "private.toml", "private.unit=\"x\"", "output=\"other\""],

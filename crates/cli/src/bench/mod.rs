@@ -11,7 +11,7 @@ pub mod timing;
 
 use std::path::Path;
 
-use anyhow::Context;
+use tercet_train::files;
 
 /// Measure this machine. Every row prints the command that repeats it.
 #[derive(clap::Args)]
@@ -36,8 +36,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 /// Writes a report and says so.
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {
-    crate::files::write(path, text.as_bytes())
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    files::write_atomic(path, text.as_bytes())?;
     println!("wrote {}", path.display());
     Ok(())
 }

@@ -7,9 +7,10 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use tercet_model::{Model, Tokenizer};
+use tercet_train::files;
 
 use crate::error::user;
-use crate::{files, generate};
+use crate::generate;
 use trace::Trace;
 
 /// Draw what one query of a trained model reads through the three branches, as SVG.
@@ -40,8 +41,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.text)
         .with_context(|| format!("cannot read {}", args.text.display()))?;
     let svg = reads(&model, &tokenizer, &text)?;
-    files::write(&args.svg, svg.as_bytes())
-        .with_context(|| format!("cannot write {}", args.svg.display()))?;
+    files::write_atomic(&args.svg, svg.as_bytes())?;
     println!("wrote {}", args.svg.display());
     Ok(())
 }

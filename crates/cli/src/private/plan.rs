@@ -39,8 +39,12 @@ fn text(config: &PrivateConfig) -> anyhow::Result<String> {
     let rows = config.rows()?;
     let _ = writeln!(
         out,
-        "{:<12}portions of {rows} tokens and at most {} persons, all filled up to the same size",
-        "memory", config.private.micro_people
+        "{:<12}portions of {rows} tokens and at most {}, all filled up to the same size",
+        "memory",
+        match config.private.micro_people {
+            Some(people) => format!("{people} persons"),
+            None => "1 GiB of persons' gradients".into(),
+        }
     );
     Ok(out)
 }

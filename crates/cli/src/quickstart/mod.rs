@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tercet_attention::{Dims, NsaSpec};
 use tercet_model::{Generator, Model, Sampling, Tokenizer};
-use tercet_train::{Control, Report, RunConfig};
+use tercet_train::{Control, Report, RunConfig, files};
 
 use crate::bench::attention;
 use crate::bench::report;
@@ -21,7 +21,7 @@ use crate::device::{Choice, DeviceArg};
 use crate::error::user;
 use crate::machine::Machine;
 use crate::progress::Watcher;
-use crate::{files, human, interrupt, picture, pretrain, yardstick};
+use crate::{human, interrupt, picture, pretrain, yardstick};
 
 /// What is trained and how; steps, data and output are filled in.
 const CONFIG: &str = include_str!("../../../../configs/quickstart.toml");
@@ -261,7 +261,7 @@ fn compare(out: &Path, seconds: f64, device: &Choice, stop: &AtomicBool) -> anyh
 }
 
 fn save(path: &Path, text: &str) -> anyhow::Result<()> {
-    files::write(path, text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
+    Ok(files::write_atomic(path, text.as_bytes())?)
 }
 
 fn phase(number: usize, what: &str) {

@@ -11,9 +11,10 @@ use tercet_private::audit::binomial::Interval;
 use tercet_private::audit::membership::Membership;
 use tercet_private::audit::report::{self, Report, Scored};
 use tercet_private::tune::attack::{SCORES, Suspects, attack};
+use tercet_train::files;
 
 use crate::device::DeviceArg;
-use crate::{error, files, human, interrupt};
+use crate::{error, human, interrupt};
 
 /// A larger one promises nothing.
 const MOST_EPSILON: f64 = 1e6;
@@ -30,7 +31,7 @@ const MOST_EPSILON: f64 = 1e6;
 /// could have been planted in its stead. Canaries, planted by fair coins, give a lower bound on
 /// epsilon from this one run (Steinke, Nasr and Jagielski 2023) and exposure; members and
 /// nonmembers, membership inference. A lower bound above the proven epsilon refutes it, and the
-/// verb leaves with 2. One below it proves nothing: it is what these attacks could show.
+/// verb leaves with 3. One below it proves nothing: it is what these attacks could show.
 #[derive(clap::Args)]
 #[command(
     allow_negative_numbers = true,
@@ -99,8 +100,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let p = ((1.0 - args.confidence) * 1e12).round() / 1e12;
     let found = report::audit(&rows, delta, p)?;
     if let Some(path) = &args.svg {
-        files::write(path, drawing::draw(&found, epsilon).as_bytes())
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        files::write_atomic(path, drawing::draw(&found, epsilon).as_bytes())?;
     }
     let refuted = found.refutes(epsilon);
     if args.json {
@@ -110,12 +110,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         print!("{}", said(&found, epsilon));
     }
     match &found.canaries {
-        Some(canaries) if refuted => Err(error::user(format!(
+        Some(canaries) if refuted => Err(error::Refuted(format!(
             "refuted: epsilon is at least {:.6} with {} % confidence, {epsilon} was claimed; no \
              model of this run should be handed out as private",
             down(canaries.epsilon),
             percent(found.confidence)
-        ))),
+        ))
+        .into()),
         _ => Ok(()),
     }
 }
