@@ -30,6 +30,7 @@ done
 declare -A terms delta
 add() { terms[$1]=$2; delta[$1]=${3:-'{source="identity"}'}; }
 add dpo '[{objective="dpo"}]'
+add dpo-half-rate '[{objective="dpo"}]'
 add dpo+sft '[{objective="dpo"},{objective="sft",weight=0.2}]'
 add chosen-only '[{objective="dpo",mappo=true}]' '{source="constant",value=0.0}'
 add constant-half '[{objective="dpo",mappo=true}]' '{source="constant",value=0.5}'
@@ -42,25 +43,33 @@ add cpo '[{objective="cpo",lambda=0.2}]'
 add cpo+mappo '[{objective="cpo",lambda=0.2,mappo=true}]'
 order=${METHODS-dpo dpo+sft chosen-only constant-half mappo ipo ipo+mappo simpo simpo+mappo cpo cpo+mappo}
 
+# What a method changes in a recipe.
+keys() {
+    printf '%s\n' "align.terms=${terms[$1]}" "align.delta=${delta[$1]}"
+    case $1 in
+        simpo* | cpo*) echo align.precompute=false ;; # no reference
+        *-half-rate) echo train.lr=4e-5 ;;
+    esac
+}
+
 for seed in $seeds; do
     for method in $order; do
         out=$runs/offline-$method-$seed
-        pre=true
-        case $method in simpo* | cpo*) pre=false ;; esac
+        mapfile -t own < <(keys "$method")
         [ -f "$runs/held-out/$method-$seed/summary.json" ] && continue
-        $tercet align $recipe/align.toml output="$out" "align.terms=${terms[$method]}" \
-            "align.delta=${delta[$method]}" align.precompute=$pre train.seed="$seed" --resume
+        $tercet align $recipe/align.toml output="$out" "${own[@]}" train.seed="$seed" --resume
         model=$(ls -d "$out"/checkpoints/step-* | tail -1)
         sample "$runs/held-out/$method-$seed" "${held_out[@]}" sampling.seed="$seed" \
             model.path="$model" start.path="$start"
         rm -rf "$out/checkpoints" # 2 GB of weights and optimizer, which the table does not need
     done
-    for method in ${ITERATIVE-dpo mappo}; do
+    for method in ${ITERATIVE-dpo dpo-half-rate dpo+sft chosen-only constant-half mappo ipo+mappo simpo+mappo cpo+mappo}; do
         out=$runs/iterative-$method-$seed
-        if [ ! -f "$out/report.md" ]; then
-            $tercet align $recipe/iterative.toml --iterative output="$out" "align.terms=${terms[$method]}" \
-                train.seed="$seed" sampling.seed="$seed" --resume
-        fi
+        [ -f "$out/report.md" ] && continue
+        mapfile -t own < <(keys "$method")
+        $tercet align $recipe/iterative.toml --iterative output="$out" "${own[@]}" \
+            train.seed="$seed" sampling.seed="$seed" --resume
+        rm -rf "$out"/round-*/train/checkpoints
     done
 done
 python3 configs/mappo-smollm2/table.py "$runs" | tee "$runs/table.md"
