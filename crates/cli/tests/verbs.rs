@@ -167,7 +167,9 @@ fn a_report_that_cannot_be_written_is_the_users_and_said_plainly() {
     let missing = [&args[..], &["--json", "no/such/folder/x.json"]].concat();
     let output = tercet(folder.path(), &missing);
     assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("could not write no/such/folder/x.json"));
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("could not write no/such/folder/x.json")
+    );
 }
 
 #[test]
