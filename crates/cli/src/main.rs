@@ -44,7 +44,7 @@ use clap::{Parser, Subcommand};
     version,
     propagate_version = true,
     after_help = "Start here: tercet quickstart\n\
-                  Exit codes: 0 fine, 2 something in what you gave, 1 a fault of tercet."
+                  Exit codes: 0 fine, 2 something in what you gave, 1 a fault of tercet, 3 a claim that a test refuted."
 )]
 struct Cli {
     /// Worker threads; results do not depend on it [default: one per logical core]
